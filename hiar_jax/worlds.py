@@ -1,0 +1,322 @@
+"""The bouncing world: captioned videos of one coloured shape, made on the fly.
+
+A scene is a shape of one colour that moves at constant speed over a flat
+background and is reflected by the frame's edges. Everything about it follows
+from (seed, index), so a data set of any length needs no files, and its truth
+(positions, colours) is known exactly.
+
+Coordinates are (y, x) in pixels, y down; the frame spans [0, height] x
+[0, width] and pixel (i, j) has its centre at (i + 0.5, j + 0.5).
+
+F frames, H height, W width.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+PALETTE = {
+  'red': (230, 40, 40),
+  'green': (50, 200, 70),
+  'blue': (50, 90, 240),
+  'yellow': (245, 220, 50),
+  'white': (245, 245, 245),
+  'magenta': (230, 50, 220),
+  'cyan': (50, 220, 230),
+  'orange': (250, 140, 30),
+}
+BACKGROUNDS = {
+  'black': (0, 0, 0),
+  'grey': (112, 112, 112),
+  'dark blue': (16, 24, 96),
+  'dark green': (12, 72, 32),
+  'dark red': (96, 16, 20),
+  'dark purple': (64, 20, 88),
+}
+SHAPES = ('disc', 'square', 'triangle', 'ring')
+SIZES = ('small', 'large')
+MOTIONS = ('slowly', 'fast')
+
+# Of a shape's radius: the half side of the square, the hole of the ring.
+_SQUARE_HALF_SIDE = 0.85
+_RING_HOLE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+  """What the scenes are drawn from; ranges are [low, high), lengths in px.
+
+  A shape's radius is the radius of the circle it stays inside.
+  """
+
+  height: int = 64
+  width: int = 64
+  num_frames: int = 21
+  small_radius: tuple[float, float] = (8.1, 9.9)
+  large_radius: tuple[float, float] = (12.6, 15.4)
+  slow_speed: tuple[float, float] = (0.8, 1.2)
+  fast_speed: tuple[float, float] = (2.0, 2.8)
+  free_caption_rate: float = 0.4
+
+  def __post_init__(self):
+    if self.num_frames < 1:
+      raise ValueError(f'num_frames={self.num_frames} is not positive')
+    widest = 2 * max(self.small_radius[1], self.large_radius[1])
+    if widest >= min(self.height, self.width):
+      raise ValueError(
+        f'a shape {widest} px wide has no room to move in a '
+        f'{self.height}x{self.width} frame'
+      )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scene:
+  """One video's truth.
+
+  Attributes:
+    shape: one of SHAPES.
+    colour: a key of PALETTE; `rgb` is its value.
+    background: a key of BACKGROUNDS; `background_rgb` is its value.
+    size: one of SIZES; `radius` in px follows from it.
+    motion: one of MOTIONS; `speed` in px per frame follows from it.
+    positions: float64 [F, 2], the shape's centre (y, x) in px.
+    velocity: float64 [2], (y, x) in px per frame, before the first bounce.
+    caption: what a person might have written about the video.
+  """
+
+  shape: str
+  colour: str
+  rgb: tuple[int, int, int]
+  background: str
+  background_rgb: tuple[int, int, int]
+  size: str
+  radius: float
+  motion: str
+  speed: float
+  positions: np.ndarray
+  velocity: np.ndarray
+  caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTerms:
+  """What a prompt names; None where it leaves the choice to the model."""
+
+  shape: str | None = None
+  colour: str | None = None
+  background: str | None = None
+  size: str | None = None
+  motion: str | None = None
+
+
+def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
+  """Draws scene number `index` of the world `seed`.
+
+  The draw is counter based (Philox keyed by seed and index): it does not depend
+  on what was drawn before, nor on the process or host.
+
+  Args:
+    cfg: the ranges to draw from.
+    seed: in [0, 2**64).
+    index: in [0, 2**64).
+
+  Raises:
+    ValueError: if seed or index is out of range.
+  """
+  if not (0 <= seed < 2**64 and 0 <= index < 2**64):
+    raise ValueError(f'seed={seed} and index={index} must be in [0, 2**64)')
+  key = np.array([seed, index], np.uint64)
+  # Plain uniform numbers only: numpy keeps their stream fixed across versions,
+  # but not that of its derived distributions.
+  u = np.random.Generator(np.random.Philox(key=key)).random(12)
+  shape = _pick(SHAPES, u[0])
+  colour = _pick(tuple(PALETTE), u[1])
+  background = _pick(tuple(BACKGROUNDS), u[2])
+  size = _pick(SIZES, u[3])
+  motion = _pick(MOTIONS, u[4])
+  radius = _between(
+    cfg.small_radius if size == 'small' else cfg.large_radius, u[5]
+  )
+  speed = _between(
+    cfg.slow_speed if motion == 'slowly' else cfg.fast_speed, u[6]
+  )
+  direction = 2 * np.pi * u[7]
+  velocity = speed * np.array([np.sin(direction), np.cos(direction)])
+  room = np.array([cfg.height, cfg.width]) - 2 * radius
+  path = room * u[8:10] + velocity * np.arange(cfg.num_frames)[:, None]
+  # A bounce between two walls is a straight path folded into a triangle wave.
+  positions = radius + room - np.abs(np.mod(path, 2 * room) - room)
+  scene = Scene(
+    shape=shape,
+    colour=colour,
+    rgb=PALETTE[colour],
+    background=background,
+    background_rgb=BACKGROUNDS[background],
+    size=size,
+    radius=radius,
+    motion=motion,
+    speed=speed,
+    positions=positions,
+    velocity=velocity,
+    caption='',
+  )
+  is_free = u[10] < cfg.free_caption_rate
+  template = _pick(_FREE_CAPTIONS, u[11]) if is_free else _CAPTION
+  caption = template.format(
+    size=size,
+    colour=colour,
+    shape=shape,
+    motion=motion,
+    background=background,
+    pace='slow' if motion == 'slowly' else 'fast',
+  )
+  return dataclasses.replace(scene, caption=caption)
+
+
+def render(scene: Scene, cfg: WorldConfig) -> np.ndarray:
+  """Draws a scene: uint8 [F, H, W, 3]."""
+  cover_FHW = coverage(
+    scene.shape,
+    scene.positions,
+    scene.radius,
+    height=cfg.height,
+    width=cfg.width,
+  )
+  return composite(cover_FHW, scene.rgb, scene.background_rgb)
+
+
+def coverage(
+  shape: str,
+  positions_F2: np.ndarray,
+  radius: float | np.ndarray,
+  *,
+  height: int,
+  width: int,
+) -> np.ndarray:
+  """The share of each pixel that a shape covers, from its signed distance.
+
+  Args:
+    shape: one of SHAPES.
+    positions_F2: centres (y, x) in px.
+    radius: in px, a number or one per frame [F].
+    height: of the frame in px.
+    width: of the frame in px.
+
+  Returns:
+    float32 [F, H, W] in [0, 1].
+
+  Raises:
+    ValueError: if the shape is unknown.
+  """
+  positions_F2 = np.asarray(positions_F2, np.float32)
+  r = np.asarray(radius, np.float32)
+  r = r[:, None, None] if r.ndim else r
+  y = np.arange(height, dtype=np.float32) + 0.5 - positions_F2[:, :1]
+  x = np.arange(width, dtype=np.float32) + 0.5 - positions_F2[:, 1:]
+  y, x = y[:, :, None], np.abs(x[:, None, :])
+  if shape == 'disc':
+    distance = np.sqrt(y * y + x * x) - r
+  elif shape == 'ring':
+    hole = np.float32(_RING_HOLE)
+    middle, half_width = r * (1 + hole) / 2, r * (1 - hole) / 2
+    distance = np.abs(np.sqrt(y * y + x * x) - middle) - half_width
+  elif shape == 'square':
+    distance = np.maximum(np.abs(y), x) - np.float32(_SQUARE_HALF_SIDE) * r
+  elif shape == 'triangle':
+    # Equilateral, apex up, centroid at the centre: three half planes.
+    side = np.float32(np.sqrt(0.75)) * x - np.float32(0.5) * y
+    distance = np.maximum(y, side) - r / 2
+  else:
+    raise ValueError(f'shape={shape!r} is not one of {SHAPES}')
+  return np.clip(np.float32(0.5) - distance, 0, 1)
+
+
+def composite(
+  cover_FHW: np.ndarray,
+  rgb: tuple[int, int, int],
+  background_rgb: tuple[int, int, int],
+) -> np.ndarray:
+  """Paints `rgb` over a flat background by coverage: uint8 [F, H, W, 3]."""
+  # 256 blends in a table: far fewer multiplications than one per pixel.
+  share = np.linspace(0, 1, 256)[:, None]
+  blends = np.rint(
+    share * np.array(rgb) + (1 - share) * np.array(background_rgb)
+  )
+  level_FHW = (cover_FHW * 255 + np.float32(0.5)).astype(np.uint8)
+  return np.take(blends.astype(np.uint8), level_FHW, axis=0)
+
+
+def parse_prompt(prompt: str) -> PromptTerms:
+  """Finds what a prompt names in the words of this world.
+
+  A colour after 'on', 'over' or 'against', or before 'background', is the
+  background's; so is a background's name that stands alone ('red disc, dark
+  blue'), but not one that is said of the shape ('a dark blue disc').
+  """
+  text = ' '.join(re.findall(r'[a-z]+|,', prompt.lower()))
+  text = re.sub(r'\bgray\b', 'grey', text)
+  background = None
+  marked = _MARKED_BACKGROUND.search(text)
+  if marked:
+    background = marked.group(1) or marked.group(2)
+    text = f'{text[: marked.start()]} , {text[marked.end() :]}'
+  else:
+    alone = _LONE_BACKGROUND.search(text)
+    if alone:
+      background = alone.group(1)
+      text = f'{text[: alone.start()]} , {text[alone.end() :]}'
+  words = text.split()
+  return PromptTerms(
+    shape=_first_named(words, _SHAPE_WORDS),
+    colour=_first_named(words, {name: name for name in PALETTE}),
+    background=background if background in BACKGROUNDS else None,
+    size=_first_named(words, _SIZE_WORDS),
+    motion=_first_named(words, _MOTION_WORDS),
+  )
+
+
+_CAPTION = 'a {size} {colour} {shape} drifting {motion} over {background}'
+_FREE_CAPTIONS = (
+  'a {colour} {shape} drifting {motion} over {background}',
+  'a {size} {colour} {shape} over {background}',
+  'a {size} {colour} {shape} moving {motion} over {background}',
+  'a {colour} {shape} moving {motion} on {background}',
+  'a {colour} {shape} on {background}',
+  'a {size} {colour} {shape} on a {background} background',
+  '{colour} {shape}, {pace}, {background} background',
+  'on a {background} background, a {size} {colour} {shape} moving {motion}',
+)
+
+_SHAPE_WORDS = {s: s for s in SHAPES} | {
+  'circle': 'disc',
+  'ball': 'disc',
+  'box': 'square',
+}
+_SIZE_WORDS = {s: s for s in SIZES} | {'little': 'small', 'big': 'large'}
+_MOTION_WORDS = {
+  'slowly': 'slowly',
+  'slow': 'slowly',
+  'fast': 'fast',
+  'quickly': 'fast',
+}
+_COLOUR_NAMES = '|'.join((*BACKGROUNDS, *PALETTE))
+_MARKED_BACKGROUND = re.compile(
+  rf'\b(?:on|over|against) (?:(?:a|an|the) )?({_COLOUR_NAMES})\b'
+  rf'|\b({_COLOUR_NAMES}) background\b'
+)
+_LONE_BACKGROUND = re.compile(
+  rf'\b({"|".join(BACKGROUNDS)})\b(?! (?:{"|".join(_SHAPE_WORDS)})\b)'
+)
+
+
+def _pick(options: tuple[str, ...], u: float) -> str:
+  return options[int(u * len(options))]
+
+
+def _between(bounds: tuple[float, float], u: float) -> float:
+  return float(bounds[0] + (bounds[1] - bounds[0]) * u)
+
+
+def _first_named(words: list[str], meaning: dict[str, str]) -> str | None:
+  return next((meaning[word] for word in words if word in meaning), None)
