@@ -7,11 +7,11 @@ encoder of Wan keeps to the same three names and belongs in this file.
 B batch, L words, D width.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
