@@ -1,0 +1,161 @@
+"""The grain pipelines: exact resume, disjoint shards, truth that is true."""
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from hiar_jax import data, text, worlds
+
+WORLD = worlds.WorldConfig(num_frames=3)
+ENCODER = text.WordHashEncoder(dim=8)
+
+
+def videos(**kwargs):
+  return data.BouncingVideos(WORLD, ENCODER, seed=1, **kwargs)
+
+
+def prompts(**kwargs):
+  return data.BouncingPrompts(WORLD, ENCODER, seed=1, **kwargs)
+
+
+def assert_equal_trees(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_batch_has_the_stated_shapes():
+  batch = next(
+    data.video_batches(videos(with_truth=True), batch_size=4, seed=0)
+  )
+  assert batch['video'].shape == (4, 3, 64, 64, 3)
+  assert batch['video'].dtype == np.uint8
+  assert batch['text'].shape == (4, 16, 8)
+  assert batch['truth']['positions'].shape == (4, 3, 2)
+  assert batch['truth']['radius'].shape == (4,)
+
+
+@pytest.mark.parametrize('num_threads', [0, 2])
+def test_restored_iterator_gives_the_exact_next_batches(num_threads):
+  def make():
+    return data.video_batches(
+      videos(), batch_size=3, seed=5, num_threads=num_threads
+    )
+
+  iterator = make()
+  for _ in range(4):
+    next(iterator)
+  state = iterator.get_state()
+  expected = [next(iterator) for _ in range(3)]
+  restored = make()
+  restored.set_state(state)
+  for batch in expected:
+    assert_equal_trees(next(restored), batch)
+
+
+def test_checkpointed_iterator_gives_the_exact_next_batch(tmp_path):
+  iterator = data.prompt_batches(prompts(), batch_size=3, seed=5)
+  next(iterator)
+  with ocp.CheckpointManager(tmp_path) as manager:
+    manager.save(
+      1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator))
+    )
+    manager.wait_until_finished()
+    expected = next(iterator)
+    restored = data.prompt_batches(prompts(), batch_size=3, seed=5)
+    manager.restore(
+      1,
+      args=ocp.args.Composite(
+        data=grain.checkpoint.CheckpointRestore(restored)
+      ),
+    )
+  assert_equal_trees(next(restored), expected)
+
+
+def test_order_is_shuffled_by_the_seed_and_by_the_epoch():
+  source = videos(length=12, with_truth=True)
+
+  def epochs(seed):
+    iterator = data.video_batches(source, batch_size=12, seed=seed)
+    return [next(iterator)['truth']['speed'] for _ in range(2)]
+
+  first, second = epochs(0)
+  np.testing.assert_array_equal(np.sort(first), np.sort(second))
+  assert not np.array_equal(first, second)
+  assert not np.array_equal(first, epochs(1)[0])
+  np.testing.assert_array_equal(first, epochs(0)[0])
+
+
+@pytest.mark.parametrize('num_shards', [2, 3])
+def test_shards_are_disjoint_and_together_the_whole(num_shards):
+  source = videos(length=12, with_truth=True)
+  whole = [source[index]['truth']['speed'] for index in range(12)]
+  parts = []
+  for shard_index in range(num_shards):
+    iterator = data.video_batches(
+      source,
+      batch_size=12 // num_shards,
+      seed=0,
+      shard_index=shard_index,
+      num_shards=num_shards,
+    )
+    parts.extend(next(iterator)['truth']['speed'])
+  assert len(np.unique(whole)) == 12
+  np.testing.assert_array_equal(np.sort(parts), np.sort(whole))
+
+
+def test_caption_dropout_blanks_the_stated_share_by_index():
+  source = videos(caption_dropout=0.25, length=800)
+  blank = [not source[index]['text'].any() for index in range(0, 800)]
+  assert 0.2 < np.mean(blank) < 0.3
+  # The draw belongs to the index: asking in another order changes nothing.
+  again = [not source[index]['text'].any() for index in range(799, -1, -1)]
+  assert blank == again[::-1]
+
+
+def test_caption_dropout_leaves_the_videos_alone():
+  kept, dropped = videos()[7], videos(caption_dropout=1.0)[7]
+  np.testing.assert_array_equal(kept['video'], dropped['video'])
+  assert kept['text'].any()
+  assert not dropped['text'].any()
+
+
+def test_prompts_are_those_of_the_videos_with_the_same_seed():
+  np.testing.assert_array_equal(prompts()[3]['text'], videos()[3]['text'])
+  assert prompts().scene(3).caption == videos().scene(3).caption
+
+
+def test_truth_is_what_the_video_shows():
+  element = videos(with_truth=True)[11]
+  truth = element['truth']
+  y, x = truth['positions'][0]
+  # No shape is wide enough to reach the opposite corner.
+  far_y, far_x = (0 if y > 32 else 63), (0 if x > 32 else 63)
+  np.testing.assert_array_equal(
+    element['video'][0, far_y, far_x], truth['background_rgb']
+  )
+  reach = int(truth['radius'])
+  near = element['video'][0][
+    int(y) - reach : int(y) + reach, int(x) - reach : int(x) + reach
+  ]
+  assert (near == truth['rgb']).all(axis=-1).any()
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'batch_size': 0}, 'batch_size=0'),
+    ({'batch_size': 5, 'num_shards': 2}, r'batch_size=5 must be in \[1, 4\]'),
+    ({'shard_index': 2, 'num_shards': 2}, 'shard_index=2'),
+    ({'seed': -1}, 'seed=-1'),
+  ],
+)
+def test_an_impossible_pipeline_is_refused(kwargs, message):
+  arguments = {'batch_size': 2, 'seed': 0} | kwargs
+  with pytest.raises(ValueError, match=message):
+    data.prompt_batches(prompts(length=8), **arguments)
+
+
+def test_an_impossible_dropout_is_refused():
+  with pytest.raises(ValueError, match=r'caption_dropout=1\.5'):
+    videos(caption_dropout=1.5)
