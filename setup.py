@@ -1,0 +1,58 @@
+"""Package metadata of hiar_jax; `pip install -e .` is all that it takes."""
+
+import pathlib
+
+import setuptools
+
+_PARITY = [
+  'diffusers>=0.35',
+  'sentencepiece>=0.2',
+  'torch>=2.6',
+  'transformers>=4.50',
+]
+_TEST = ['pytest>=8.0', 'ruff>=0.12']
+
+setuptools.setup(
+  name='hiar_jax',
+  version='0.1.0',
+  description=(
+    'Long-video autoregressive diffusion with hierarchical denoising, in JAX.'
+  ),
+  long_description=pathlib.Path(__file__)
+  .with_name('README.md')
+  .read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  packages=['hiar_jax', 'hiar_jax.models'],
+  package_data={'hiar_jax': ['assets/**']},
+  python_requires='>=3.11',
+  install_requires=[
+    'absl-py>=2.1',
+    'flax>=0.12',
+    'grain>=0.2.18',
+    # A wheel with its own ffmpeg binary: H.264 without a system package.
+    'imageio-ffmpeg>=0.6',
+    'jax>=0.10,<0.13',
+    'ml-collections>=1.0',
+    'numpy>=2.0',
+    'optax>=0.2.8',
+    # 1.0 moves the v1 API to the top level.
+    'orbax-checkpoint>=0.12,<1.0',
+    'pillow>=10.1',
+    'safetensors>=0.5',
+    'tqdm>=4.60',
+  ],
+  extras_require={
+    'test': _TEST,
+    'parity': _PARITY,
+    'cuda12': ['jax[cuda12]'],
+    'cuda13': ['jax[cuda13]'],
+    'tpu': ['jax[tpu]'],
+  },
+  classifiers=[
+    'License :: OSI Approved :: Apache Software License',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+  ],
+)

@@ -1,0 +1,39 @@
+"""What every test runs under: eight CPU devices, float32 that is float32.
+
+No compilation cache is set, so that a test compiles what it tests; jax reads
+JAX_COMPILATION_CACHE_DIR by itself for whoever wants one at the desk.
+"""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+# Before the first array: the number of devices is fixed with the backend.
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+_GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+
+@functools.cache
+def _load_golden(name: str) -> dict[str, np.ndarray]:
+  path = _GOLDEN / f'{name}.npz'
+  if not path.exists():
+    stored = sorted(p.stem for p in _GOLDEN.glob('*.npz'))
+    raise ValueError(f'no golden file {name!r}; stored are {stored}')
+  with np.load(path) as arrays:
+    golden = {key: arrays[key] for key in arrays.files}
+  for array in golden.values():
+    array.flags.writeable = False  # Shared by every test of the process.
+  return golden
+
+
+@pytest.fixture(scope='session')
+def golden():
+  """A loader: golden('scheduler') -> {name: array} of golden/scheduler.npz."""
+  return _load_golden
