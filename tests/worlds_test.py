@@ -138,6 +138,7 @@ def test_every_caption_names_its_scene():
     ('blue ring over dark blue', ('ring', 'blue', 'dark blue', None, None)),
     ('red square, dark green', ('square', 'red', 'dark green', None, None)),
     ('a disc on blue', ('disc', None, None, None, None)),
+    ('a disc over blue', ('disc', None, None, None, None)),
     ('gray background, cyan ring', ('ring', 'cyan', 'grey', None, None)),
     ('a horse', (None,) * 5),
     ('', (None,) * 5),

@@ -1,0 +1,240 @@
+"""The evaluation: true videos are near perfect, every fault has its number."""
+
+import numpy as np
+import pytest
+
+from hiar_jax import codecs, evaluation, worlds
+
+CFG = worlds.WorldConfig()
+COUNT = 16
+
+
+@pytest.fixture(scope='module')
+def scenes():
+  return [worlds.sample_scene(CFG, 5, index) for index in range(COUNT)]
+
+
+@pytest.fixture(scope='module')
+def videos(scenes):
+  return np.stack([worlds.render(scene, CFG) for scene in scenes])
+
+
+@pytest.fixture(scope='module')
+def prompts(scenes):
+  return [full_caption(scene) for scene in scenes]
+
+
+def full_caption(scene):
+  return (
+    f'a {scene.size} {scene.colour} {scene.shape} drifting {scene.motion} '
+    f'over {scene.background}'
+  )
+
+
+def make_video(shape='disc', colour='red', background='black', **kwargs):
+  """A shape that drifts right at 1 px a frame."""
+  num_frames = kwargs.get('num_frames', 16)
+  speed = kwargs.get('speed', 1.0)
+  positions = np.stack(
+    [np.full(num_frames, 30.3), 14 + speed * np.arange(num_frames)], axis=1
+  )
+  cover = worlds.coverage(
+    shape, positions, kwargs.get('radius', 10.0), height=64, width=64
+  )
+  return worlds.composite(
+    cover, worlds.PALETTE[colour], worlds.BACKGROUNDS[background]
+  )
+
+
+PROMPT = 'a small red disc drifting slowly over black'
+
+
+def test_true_videos_score_near_perfect(videos, prompts):
+  result = evaluation.evaluate_prompts(videos, prompts)
+  assert result['visible'] == 1.0
+  assert result['background_error'] < 0.01
+  assert result['colour_error'] < 0.01
+  assert result['shape_correct'] > 0.99
+  assert result['motion_correct'] == 1.0
+  assert result['steadiness'] > 0.9
+  assert result['ideal_db'] > 50
+  assert abs(result['ideal_db_drift']) < 1.5
+  assert abs(result['motion_drift']) < 0.2
+
+
+def test_codec_round_trip_scores_as_well_as_the_codec_allows(videos, prompts):
+  codec = codecs.fit_linear_codec(CFG, num_videos=50, channels=16, seed=0)
+  latents = codec.encode(codecs.pixels_to_float(videos))
+  decoded = np.asarray(codecs.float_to_pixels(codec.decode(latents)))
+  result = evaluation.evaluate_prompts(decoded, prompts)
+  assert result['visible'] == 1.0
+  assert result['background_error'] < 0.01
+  assert result['colour_error'] < 0.03
+  assert result['shape_correct'] > 0.97
+  assert result['motion_correct'] == 1.0
+  assert result['steadiness'] > 0.9
+  assert result['ideal_db'] > 27
+
+
+def test_measured_place_and_colours_are_the_scene_s(scenes, videos):
+  for scene, video in zip(scenes, videos, strict=True):
+    frames = evaluation.measure_frames(video)
+    np.testing.assert_allclose(frames.centre_F2, scene.positions, atol=0.3)
+    np.testing.assert_array_equal(frames.colour_F3, [scene.rgb] * 21)
+    np.testing.assert_array_equal(
+      frames.background_F3, [scene.background_rgb] * 21
+    )
+
+
+@pytest.mark.parametrize('speed', [0.5, 1.0, 2.5])
+def test_motion_is_measured_in_pixels_per_frame(speed):
+  score = evaluation.evaluate_video(make_video(speed=speed), PROMPT)
+  np.testing.assert_allclose(score.motion, speed, atol=0.03)
+  np.testing.assert_allclose(score.motion_by_quarter, speed, atol=0.06)
+  assert score.steadiness == 1.0
+
+
+def test_a_frozen_video_is_told_by_its_motion_alone(videos, prompts):
+  frozen = np.repeat(videos[:, :1], 21, axis=1)
+  result = evaluation.evaluate_prompts(frozen, prompts)
+  assert result['motion'] < 0.01
+  assert result['motion_correct'] == 0.0
+  assert result['shape_correct'] > 0.99
+  assert result['ideal_db'] > 50
+
+
+def test_a_wrong_speed_is_told():
+  fast = evaluation.evaluate_video(make_video(speed=2.4), PROMPT)
+  slow = evaluation.evaluate_video(make_video(speed=1.0), PROMPT)
+  either = evaluation.evaluate_video(make_video(speed=2.4), 'a red disc')
+  assert fast.motion_correct == 0.0
+  assert slow.motion_correct == 1.0
+  assert either.motion_correct == 1.0
+
+
+def test_a_wrong_colour_is_told_and_by_how_much():
+  right = evaluation.evaluate_video(make_video(), PROMPT)
+  wrong = evaluation.evaluate_video(make_video(colour='cyan'), PROMPT)
+  expected = np.linalg.norm(
+    np.subtract(worlds.PALETTE['red'], worlds.PALETTE['cyan'])
+  )
+  assert right.colour_error == 0.0
+  np.testing.assert_allclose(wrong.colour_error, expected / 441.67, rtol=1e-3)
+  assert wrong.background_error == 0.0
+  assert wrong.shape_correct == 1.0
+  assert wrong.ideal_db < right.ideal_db - 20
+
+
+def test_a_wrong_background_is_told():
+  score = evaluation.evaluate_video(make_video(background='dark red'), PROMPT)
+  assert score.background_error > 0.2
+  assert score.colour_error == 0.0
+  assert score.ideal_db < 20
+
+
+@pytest.mark.parametrize('radius', [8.5, 14.0])
+@pytest.mark.parametrize('shape', worlds.SHAPES)
+def test_every_shape_is_told_from_the_others(shape, radius):
+  score = evaluation.evaluate_video(make_video(shape, radius=radius), PROMPT)
+  assert score.shape == shape
+  assert score.shape_correct == float(shape == 'disc')
+  if shape != 'disc':
+    right = evaluation.evaluate_video(
+      make_video(shape, radius=radius), PROMPT.replace('disc', shape)
+    )
+    assert score.ideal_db < right.ideal_db - 10
+
+
+def test_a_missing_object_is_told():
+  video = make_video()
+  video[8:] = worlds.BACKGROUNDS['black']
+  score = evaluation.evaluate_video(video, PROMPT)
+  assert score.visible == 0.5
+  assert score.shape_correct == 0.5
+  assert score.colour_error == 0.0
+  assert score.ideal_db_by_quarter[0] > 45
+  assert score.ideal_db_by_quarter[3] < 22
+  np.testing.assert_allclose(score.motion_by_quarter[:2], 1.0, atol=0.06)
+  assert np.isnan(score.motion_by_quarter[3])
+
+
+def test_noise_and_emptiness_have_no_object():
+  noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+  for video in (noise, np.zeros_like(noise)):
+    score = evaluation.evaluate_video(video, PROMPT)
+    assert score.visible == 0.0
+    assert score.motion_correct == 0.0
+    assert np.isnan(score.motion)
+
+
+def test_a_speck_elsewhere_does_not_move_the_object():
+  video = make_video()
+  video[:, 58:61, 3:6] = worlds.PALETTE['red']
+  clean = evaluation.measure_frames(make_video())
+  speckled = evaluation.measure_frames(video)
+  np.testing.assert_allclose(speckled.centre_F2, clean.centre_F2, atol=1e-6)
+
+
+def test_fading_shows_as_drift():
+  share = np.linspace(1.0, 0.6, 16)[:, None, None, None]
+  faded = np.uint8(make_video() * share + 60 * (1 - share))
+  result = evaluation.evaluate_prompts([faded, make_video()], [PROMPT] * 2)
+  faded_only = evaluation.evaluate_prompts([faded], [PROMPT])
+  assert faded_only['ideal_db_drift'] < -10
+  np.testing.assert_allclose(
+    faded_only['ideal_db_drift'],
+    faded_only['ideal_db_q4'] - faded_only['ideal_db_q1'],
+  )
+  np.testing.assert_allclose(
+    result['ideal_db_drift'], faded_only['ideal_db_drift'] / 2, atol=0.3
+  )
+
+
+def test_what_the_prompt_leaves_open_is_not_judged():
+  score = evaluation.evaluate_video(
+    make_video('ring', 'cyan', 'grey', radius=13.0), 'something'
+  )
+  assert np.isnan(score.colour_error)
+  assert np.isnan(score.background_error)
+  assert np.isnan(score.shape_correct)
+  assert score.shape == 'ring'
+  assert score.ideal_db > 45
+
+
+def test_long_videos_are_measured_as_short_ones():
+  # More frames than are measured at once.
+  short = make_video(num_frames=16)
+  long = np.concatenate([short, short[::-1]] * 5)
+  one = evaluation.evaluate_video(short, PROMPT)
+  many = evaluation.evaluate_video(long, PROMPT)
+  np.testing.assert_allclose(many.ideal_db, one.ideal_db, atol=1e-6)
+  np.testing.assert_allclose(many.motion, one.motion, atol=0.02)
+
+
+def test_table_shows_every_result_and_dashes_for_nan():
+  results = {
+    'true': evaluation.evaluate_prompts([make_video()], [PROMPT]),
+    'open': evaluation.evaluate_prompts([make_video()], ['something']),
+  }
+  lines = evaluation.format_table(results).splitlines()
+  assert len({len(line) for line in lines}) == 1
+  assert lines[1].startswith('true')
+  assert lines[2].split()[:5] == ['open', '1.00', '-', '-', '-']
+
+
+@pytest.mark.parametrize(
+  ('video', 'message'),
+  [
+    (np.zeros((8, 32, 64, 3), np.uint8), r'not uint8 \[8, 32, 64, 3\]'),
+    (np.zeros((8, 64, 64, 3), np.float32), 'not float32'),
+    (np.zeros((5, 64, 64, 3), np.uint8), '5 frames'),
+  ],
+)
+def test_an_unfit_video_is_refused(video, message):
+  with pytest.raises(ValueError, match=message):
+    evaluation.evaluate_video(video, PROMPT)
+
+
+def test_videos_without_prompts_are_refused():
+  with pytest.raises(ValueError, match='1 videos for 2 prompts'):
+    evaluation.evaluate_prompts([make_video()], [PROMPT] * 2)
