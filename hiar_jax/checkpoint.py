@@ -1,0 +1,415 @@
+"""Saved state: orbax checkpoints of a run, safetensors of shipped weights.
+
+Every orbax call of the project is in this file. A checkpoint is one folder a
+step with three items: `state` (any pytree: parameters, optimiser states, step,
+typed PRNG keys), `data` (the grain iterator, so that the next batch is the next
+batch) and `config` (JSON, compared when the run goes on). Orbax writes into a
+temporary folder and renames it, so a killed run leaves whole checkpoints only.
+
+Orbax neither notices a flipped bit in an array nor names a truncated file. A
+list of the files, `files.json`, is therefore committed with the checkpoint and
+checked before anything is read.
+"""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+_FILE_LIST = 'files.json'
+# Larger files are checked by their size alone: a pod's checkpoint has hundreds
+# of gigabytes, and every process checks before it reads.
+_CHECKSUM_BYTES = 64 * 2**20
+
+
+def make_manager(
+  directory: str | pathlib.Path,
+  *,
+  max_to_keep: int | None = 3,
+  keep_every: int | None = None,
+) -> ocp.CheckpointManager:
+  """Opens, or creates, the checkpoints of one run.
+
+  Args:
+    directory: one run's own folder.
+    max_to_keep: how many of the newest stay; None keeps all.
+    keep_every: steps divisible by this stay as well.
+
+  Returns:
+    A manager for the functions below. A thread does the writing: the next
+    save, `manager.wait_until_finished()` and `manager.close()` wait for it.
+
+  Raises:
+    NotADirectoryError: if a file is in the way.
+  """
+  path = pathlib.Path(directory).expanduser().absolute()
+  if path.exists() and not path.is_dir():
+    raise NotADirectoryError(f'checkpoint directory {path} is a file')
+  path.mkdir(parents=True, exist_ok=True)
+  return ocp.CheckpointManager(
+    path,
+    # Named here so that a new process can read the saved shapes as well.
+    item_handlers={
+      'state': ocp.StandardCheckpointHandler(),
+      'data': grain.checkpoint.CheckpointHandler(),
+      'config': ocp.JsonCheckpointHandler(),
+    },
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=max_to_keep,
+      keep_period=keep_every,
+      cleanup_tmp_directories=True,
+      # Called between the last write and the rename that commits.
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=lambda: _list_files(path)
+      ),
+    ),
+  )
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  step: int,
+  state: Any,
+  data_iterator: grain.DatasetIterator,
+  config: Mapping[str, Any],
+) -> None:
+  """Saves everything that the run needs to go on, under the given step.
+
+  The state is copied off the devices before this returns, so it may be donated
+  to the next step. A step that is already saved is left as it is.
+
+  Args:
+    manager: from `make_manager`.
+    step: completed iterations.
+    state: pytree of arrays.
+    data_iterator: a grain iterator, as it stands.
+    config: JSON-like dict (`ConfigDict.to_dict()`).
+  """
+  if step in manager.all_steps():
+    return
+  manager.save(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      data=grain.checkpoint.CheckpointSave(data_iterator),
+      config=ocp.args.JsonSave(_jsonable(config)),
+    ),
+    # Without it orbax drops a step below the newest one, silently.
+    force=True,
+  )
+
+
+def restore(
+  manager: ocp.CheckpointManager,
+  step: int,
+  abstract_state: Any,
+  data_iterator: grain.DatasetIterator | None = None,
+) -> tuple[Any, grain.DatasetIterator | None, dict[str, Any]]:
+  """Reads a checkpoint back, onto the shardings of `abstract_state`.
+
+  Args:
+    manager: from `make_manager`.
+    step: a saved one, such as `latest_step(manager)`.
+    abstract_state: pytree of jax.ShapeDtypeStruct (see `abstract`) in the
+      structure of the saved state. Arrays will do, they are only looked at.
+    data_iterator: is moved to where the run was; None leaves it out.
+
+  Returns:
+    The state, the data iterator, the config.
+
+  Raises:
+    FileNotFoundError: if the step was never saved, or a file of it is gone.
+    ValueError: if the checkpoint is damaged or has another structure.
+  """
+  folder = _checked_folder(manager, step)
+  abstract_state = abstract(abstract_state)
+  saved = manager.item_metadata(step).state
+  _check_structure(folder, _shapes(saved), _shapes(abstract_state))
+  items = {
+    'state': ocp.args.StandardRestore(abstract_state),
+    'config': ocp.args.JsonRestore(),
+  }
+  if data_iterator is not None:
+    items['data'] = grain.checkpoint.CheckpointRestore(data_iterator)
+  restored = manager.restore(step, args=ocp.args.Composite(**items))
+  return restored.state, data_iterator, restored.config
+
+
+def restore_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """Reads the config alone, for building the state that `restore` fills.
+
+  Raises:
+    FileNotFoundError, ValueError: as `restore`.
+  """
+  _checked_folder(manager, step)
+  return manager.restore(
+    step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+  ).config
+
+
+def latest_step(manager: ocp.CheckpointManager) -> int | None:
+  """The newest whole checkpoint's step, None if there is none."""
+  return manager.latest_step()
+
+
+def abstract(state: Any) -> Any:
+  """Replaces arrays by their ShapeDtypeStructs, shardings included."""
+
+  def leaf(x):
+    if isinstance(x, jax.ShapeDtypeStruct | int | float):
+      return x
+    sharding = x.sharding if isinstance(x, jax.Array) else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(leaf, state)
+
+
+def config_differences(
+  saved: Mapping[str, Any],
+  current: Mapping[str, Any],
+  *,
+  ignore: Sequence[str] = (),
+) -> list[str]:
+  """Lists what changed between two configs.
+
+  Args:
+    saved: a restored config.
+    current: this run's config as a dict.
+    ignore: keys that may change from run to run; 'log' stands for everything
+      below it, 'train.num_iterations' for one value.
+
+  Returns:
+    One 'train.learning_rate: 0.001 -> 0.002' a change, sorted by key.
+  """
+  absent = 'absent'
+  before, after = (_flatten_config(_jsonable(c)) for c in (saved, current))
+  changes = []
+  for key in sorted(before.keys() | after.keys()):
+    if any(key == i or key.startswith(f'{i}.') for i in ignore):
+      continue
+    old, new = before.get(key, absent), after.get(key, absent)
+    if type(old) is not type(new) or old != new:
+      changes.append(f'{key}: {old} -> {new}')
+  return changes
+
+
+def save_weights(
+  path: str | pathlib.Path,
+  params: Any,
+  *,
+  dtype: jax.typing.DTypeLike | None = None,
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes parameters as one safetensors file, for shipping.
+
+  Args:
+    path: the file; replaced in one move.
+    params: nested dict of arrays; keys become 'layer/attention/q'.
+    dtype: of the stored floating-point arrays, such as bfloat16; None keeps
+      each array's own.
+    metadata: text stored in the file's header (config, provenance).
+
+  Raises:
+    ValueError: if a key has a '/' in it.
+  """
+  arrays = {}
+  for name, value in _flatten_params(params).items():
+    array = np.asarray(value)
+    if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
+      array = array.astype(dtype)
+    arrays[name] = np.ascontiguousarray(array)
+  path = pathlib.Path(path)
+  partial = path.with_name(path.name + '.part')
+  safetensors.numpy.save_file(arrays, partial, metadata=dict(metadata or {}))
+  partial.replace(path)
+
+
+def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
+  """Reads a safetensors file into the structure of `abstract_params`.
+
+  Args:
+    path: written by `save_weights`.
+    abstract_params: nested dict of arrays or ShapeDtypeStructs; values are
+      cast to its dtypes.
+
+  Returns:
+    Nested dict of NumPy arrays.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if the file is damaged, or, all together, for every missing,
+      unknown or misshapen array.
+  """
+  wanted = _flatten_params(abstract_params)
+  try:
+    stored = safetensors.numpy.load_file(path)
+  except FileNotFoundError:
+    raise FileNotFoundError(f'no weights at {path}') from None
+  except safetensors.SafetensorError as error:
+    raise ValueError(f'weights {path} are damaged ({error})') from error
+  _check_structure(path, _shapes(stored), _shapes(wanted))
+  return _unflatten(
+    {name: stored[name].astype(wanted[name].dtype) for name in wanted}
+  )
+
+
+def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
+  """The text that `save_weights` put into the file's header.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if the file is damaged.
+  """
+  try:
+    with safetensors.safe_open(path, framework='numpy') as weights:
+      return weights.metadata() or {}
+  except FileNotFoundError:
+    raise FileNotFoundError(f'no weights at {path}') from None
+  except safetensors.SafetensorError as error:
+    raise ValueError(f'weights {path} are damaged ({error})') from error
+
+
+def _list_files(directory: pathlib.Path) -> None:
+  """Adds the file list to the checkpoint that is about to be committed."""
+  if jax.process_index() != 0:
+    return
+  for folder in directory.glob('*.orbax-checkpoint-tmp*'):
+    files = {
+      # The items' own files; orbax rewrites those beside them later.
+      str(file.relative_to(folder)): _fingerprint(file)
+      for file in sorted(folder.glob('*/**/*'))
+      if file.is_file()
+    }
+    (folder / _FILE_LIST).write_text(json.dumps(files, indent=1))
+
+
+def _fingerprint(path: pathlib.Path) -> list[int]:
+  """[bytes, CRC-32], or [bytes] alone for a large file."""
+  size = path.stat().st_size
+  if size > _CHECKSUM_BYTES:
+    return [size]
+  return [size, zlib.crc32(path.read_bytes())]
+
+
+def _checked_folder(manager: ocp.CheckpointManager, step: int) -> pathlib.Path:
+  """The step's folder, once every file in it is as it was written."""
+  directory = pathlib.Path(manager.directory)
+  if step not in manager.all_steps():
+    raise FileNotFoundError(
+      f'no checkpoint of step {step} in {directory}; '
+      f'saved steps are {sorted(manager.all_steps())}'
+    )
+  folder = directory / str(step)
+  listing = folder / _FILE_LIST
+  if not listing.exists():
+    raise FileNotFoundError(f'checkpoint {folder} is incomplete: no {listing}')
+  try:
+    files = json.loads(listing.read_bytes())
+  except ValueError as error:
+    raise ValueError(
+      f'checkpoint {folder} is damaged: {listing} is not JSON'
+    ) from error
+  for name, fingerprint in files.items():
+    file = folder / name
+    if not file.exists():
+      raise FileNotFoundError(f'checkpoint {folder} is incomplete: no {file}')
+    if _fingerprint(file) != fingerprint:
+      raise ValueError(
+        f'checkpoint {folder} is damaged: {file} is not what was written'
+      )
+  return folder
+
+
+def _check_structure(
+  path: pathlib.Path | str,
+  stored: Mapping[str, tuple[int, ...]],
+  wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+  problems = [f'{k} is missing' for k in sorted(wanted.keys() - stored.keys())]
+  problems += [f'{k} is unknown' for k in sorted(stored.keys() - wanted.keys())]
+  problems += [
+    f'{k} has shape {stored[k]}, not {wanted[k]}'
+    for k in sorted(wanted.keys() & stored.keys())
+    if stored[k] != wanted[k]
+  ]
+  if problems:
+    raise ValueError(f'{path} does not fit the model: {"; ".join(problems)}')
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes by path; a struct's field and a dict's key are the same here."""
+
+  def entry_name(entry) -> str:
+    for attribute in ('key', 'idx', 'name'):
+      if hasattr(entry, attribute):
+        return str(getattr(entry, attribute))
+    raise TypeError(f'unknown pytree entry {entry!r}')
+
+  def stored_shape(leaf) -> tuple[int, ...]:
+    if not hasattr(leaf, 'shape'):  # A Python number.
+      return ()
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return tuple(leaf.shape)
+
+  return {
+    '/'.join(map(entry_name, path)): stored_shape(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _flatten_params(tree: Mapping[str, Any], prefix: str = '') -> dict:
+  flat = {}
+  for key, value in tree.items():
+    if '/' in key:
+      raise ValueError(f"parameter name {key!r} has a '/' in it")
+    if isinstance(value, Mapping):
+      flat |= _flatten_params(value, f'{prefix}{key}/')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  tree = {}
+  for name, value in flat.items():
+    *parents, last = name.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = value
+  return tree
+
+
+def _flatten_config(config: Any, prefix: str = '') -> dict[str, Any]:
+  if not isinstance(config, Mapping) or (prefix and not config):
+    return {prefix: config}
+  flat = {}
+  for key, value in config.items():
+    flat |= _flatten_config(value, f'{prefix}.{key}' if prefix else key)
+  return flat
+
+
+def _jsonable(config: Any) -> Any:
+  """What JSON makes of it: tuples become lists, keys become text."""
+
+  def other(value):
+    if dataclasses.is_dataclass(value):
+      return dataclasses.asdict(value)
+    if isinstance(value, np.generic):
+      return value.item()
+    if isinstance(value, Mapping):
+      return dict(value)
+    return str(value)
+
+  return json.loads(json.dumps(config, default=other))
