@@ -1,0 +1,366 @@
+"""Videos as files: mp4 out and in, contact sheets, a tag for notebooks.
+
+The ffmpeg binary comes inside the imageio-ffmpeg wheel, so that Python alone is
+enough to write H.264. Frames are handed over block by block as they are made:
+the length of a video costs no memory.
+"""
+
+import base64
+import contextlib
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Self
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# F frames, H height, W width; pixels are uint8 RGB, [F, H, W, 3].
+
+_FILTERS = {'nearest': 'neighbor', 'lanczos': 'lanczos'}
+
+
+class VideoWriter:
+  """Streams frames into an H.264 mp4 that a browser plays.
+
+  Use it as a context manager. The file appears under its name when the writer
+  closes without an error; until then, and after an error, whatever had that
+  name before is untouched. The header is moved to the front of the closed file,
+  so a browser starts before it has all of it. (A fragmented file would play
+  when cut short, but many players cannot seek in one; and what was written
+  before an interruption is never under the final name anyway.)
+  """
+
+  def __init__(
+    self,
+    path: str | pathlib.Path,
+    *,
+    fps: float,
+    scale: int = 1,
+    resampling: str = 'nearest',
+    crf: int = 14,
+  ):
+    """Checks the arguments; ffmpeg starts with the first frames.
+
+    Args:
+      path: ends in .mp4.
+      fps: frames a second, > 0.
+      scale: whole factor of enlargement, >= 1.
+      resampling: of the enlargement: 'nearest' shows the pixels as they are,
+        'lanczos' smooths.
+      crf: x264's quality, 0 (lossless) to 51; 14 shows no loss.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+      OSError: if the file cannot be written.
+    """
+    if not fps > 0:
+      raise ValueError(f'fps={fps} is not positive')
+    if scale < 1:
+      raise ValueError(f'scale={scale} is not a whole number >= 1')
+    if resampling not in _FILTERS:
+      raise ValueError(
+        f'resampling={resampling!r} is not one of {sorted(_FILTERS)}'
+      )
+    self.path = pathlib.Path(path)
+    if self.path.suffix != '.mp4':
+      raise ValueError(f'video file {self.path} does not end in .mp4')
+    check_writable(self.path)
+    self.num_frames = 0
+    self._fps = fps
+    self._scale = scale
+    self._resampling = resampling
+    self._crf = crf
+    self._size: tuple[int, int] | None = None
+    self._partial = self.path.with_name(f'.{self.path.name}.{os.getpid()}.part')
+    self._process: subprocess.Popen | None = None
+    self._messages = None
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, error_type, error, traceback) -> None:
+    if error_type is None:
+      self.close()
+    else:
+      self.discard()
+
+  def append(self, frames: np.ndarray) -> None:
+    """Adds a block of frames.
+
+    Args:
+      frames: uint8 [F, H, W, 3]; H and W as in the first block.
+
+    Raises:
+      ValueError: on another type or shape.
+      OSError: if ffmpeg stops, for example on a full disk.
+    """
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+      raise ValueError(
+        'frames must be uint8 [F, H, W, 3], not '
+        f'{frames.dtype} {list(frames.shape)}'
+      )
+    if not len(frames):
+      return
+    if self._process is None:
+      self._start(*frames.shape[1:3])
+    if frames.shape[1:3] != self._size:
+      raise ValueError(
+        f'frames are {frames.shape[1:3]}, the video is {self._size}'
+      )
+    try:
+      self._process.stdin.write(np.ascontiguousarray(frames).data)
+    except BrokenPipeError:
+      self._fail()
+    self.num_frames += len(frames)
+
+  def close(self) -> None:
+    """Finishes the file and gives it its name.
+
+    Raises:
+      ValueError: if no frame was appended.
+      OSError: if ffmpeg fails.
+    """
+    if self._process is None:
+      raise ValueError(f'no frames were written to {self.path}')
+    # A dead ffmpeg is reported below, with its own words.
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
+    if self._process.wait():
+      self._fail()
+    self._messages.close()
+    self._partial.replace(self.path)
+
+  def discard(self) -> None:
+    """Stops and leaves no file behind."""
+    if self._process is not None:
+      self._process.kill()
+      with contextlib.suppress(BrokenPipeError):
+        self._process.stdin.close()
+      self._process.wait()
+      self._messages.close()
+    self._partial.unlink(missing_ok=True)
+
+  def _start(self, height: int, width: int) -> None:
+    self._size = (height, width)
+    filters = (
+      f'scale={width * self._scale}:{height * self._scale}'
+      f':flags={_FILTERS[self._resampling]}+accurate_rnd+full_chroma_int'
+      ':out_color_matrix=bt709:out_range=tv,'
+      # yuv420p halves the colour planes, so sizes must be even.
+      'pad=ceil(iw/2)*2:ceil(ih/2)*2,'
+      'setparams=color_primaries=bt709:color_trc=bt709'
+    )
+    command = [
+      *(imageio_ffmpeg.get_ffmpeg_exe(), '-nostdin', '-v', 'error', '-y'),
+      *('-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{width}x{height}'),
+      *('-r', f'{self._fps:g}', '-i', 'pipe:0', '-vf', filters, '-an'),
+      *('-c:v', 'libx264', '-preset', 'medium', '-crf', str(self._crf)),
+      *('-pix_fmt', 'yuv420p', '-movflags', '+faststart', '-f', 'mp4'),
+      str(self._partial.absolute()),
+    ]
+    # A file, not a pipe: nobody reads while frames are written.
+    self._messages = tempfile.TemporaryFile()
+    self._process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stderr=self._messages
+    )
+
+  def _fail(self) -> None:
+    self._process.wait()
+    self._messages.seek(0)
+    message = self._messages.read().decode(errors='replace').strip()
+    self.discard()
+    raise OSError(f'ffmpeg could not write {self.path}: {message}')
+
+
+def write_video(
+  path: str | pathlib.Path, frames: np.ndarray, *, fps: float, scale: int = 1
+) -> None:
+  """Writes uint8 frames [F, H, W, 3] as one mp4; errors as `VideoWriter`."""
+  with VideoWriter(path, fps=fps, scale=scale) as writer:
+    writer.append(frames)
+
+
+def read_video(path: str | pathlib.Path) -> tuple[np.ndarray, float]:
+  """Reads a video file.
+
+  Returns:
+    uint8 frames [F, H, W, 3] and the frames per second.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if ffmpeg finds no video in it.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f'no video at {path}')
+  source = (imageio_ffmpeg.get_ffmpeg_exe(), '-nostdin', '-i', str(path))
+  # Without an output ffmpeg describes the streams and returns an error.
+  described = subprocess.run(source, capture_output=True, check=False)
+  description = described.stderr.decode(errors='replace')
+  size = re.search(r'Video: .*?, (\d+)x(\d+)', description)
+  rate = re.search(r'([\d.]+) fps', description)
+  if not size or not rate:
+    raise ValueError(f'{path} has no video that ffmpeg can read')
+  width, height = int(size[1]), int(size[2])
+  decoded = subprocess.run(
+    [*source, '-v', 'error', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-'],
+    capture_output=True,
+    check=False,
+  )
+  if decoded.returncode or not decoded.stdout:
+    raise ValueError(f'ffmpeg could not decode {path}')
+  pixels = np.frombuffer(decoded.stdout, np.uint8)
+  return pixels.reshape(-1, height, width, 3), float(rate[1])
+
+
+def check_writable(path: str | pathlib.Path) -> None:
+  """Raises before long work if a file could not be written after it.
+
+  Args:
+    path: of a file to come; its folder must exist.
+
+  Raises:
+    OSError: FileNotFoundError, NotADirectoryError, IsADirectoryError or
+      PermissionError, in one sentence.
+  """
+  path = pathlib.Path(path)
+  folder = path.parent
+  if not folder.exists():
+    raise FileNotFoundError(f'cannot write {path}: no folder {folder}')
+  if not folder.is_dir():
+    raise NotADirectoryError(f'cannot write {path}: {folder} is not a folder')
+  if path.is_dir():
+    raise IsADirectoryError(f'cannot write {path}: it is a folder')
+  # Only an attempt tells about read-only file systems and quotas.
+  try:
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise PermissionError(
+      f'cannot write {path}: {error.strerror or error}'
+    ) from error
+
+
+def contact_sheet(
+  path: str | pathlib.Path,
+  videos: np.ndarray | Sequence[np.ndarray],
+  *,
+  captions: str | Sequence[str] = (),
+  columns: int = 7,
+  scale: int = 2,
+) -> None:
+  """Saves evenly spaced, numbered frames of each video as one PNG.
+
+  Args:
+    path: of the PNG.
+    videos: uint8 [F, H, W, 3], or a list of them, or [B, F, H, W, 3]; a video
+      fills up to four rows, fewer if it has fewer frames.
+    captions: a line above each video.
+    columns: frames in a row, >= 1.
+    scale: whole factor of enlargement of a frame.
+
+  Raises:
+    ValueError: if nothing is given, or captions and videos differ in number.
+    OSError: if the file cannot be written.
+  """
+  if isinstance(videos, np.ndarray) and videos.ndim == 4:
+    videos = [videos]
+  captions = [captions] if isinstance(captions, str) else list(captions)
+  if not len(videos) or any(not len(video) for video in videos):
+    raise ValueError('a contact sheet needs at least one frame')
+  if captions and len(captions) != len(videos):
+    raise ValueError(f'{len(captions)} captions for {len(videos)} videos')
+  check_writable(path)
+  strips = [
+    _strip(np.asarray(video), caption, columns, scale)
+    for video, caption in zip(videos, captions or [''] * len(videos))
+  ]
+  width = max(strip.width for strip in strips)
+  height = sum(strip.height for strip in strips)
+  sheet = Image.new('RGB', (width, height), 'white')
+  top = 0
+  for strip in strips:
+    sheet.paste(strip, (0, top))
+    top += strip.height
+  path = pathlib.Path(path)
+  partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  sheet.save(partial, format='PNG', optimize=True)
+  partial.replace(path)
+
+
+def to_html(
+  video: np.ndarray, *, fps: float, scale: int = 4, caption: str = ''
+) -> str:
+  """A <video> tag with the mp4 inside, for a notebook.
+
+  Args:
+    video: uint8 [F, H, W, 3].
+    fps: frames a second.
+    scale: whole factor of enlargement.
+    caption: shown under the video.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'video.mp4'
+    write_video(path, video, fps=fps, scale=scale)
+    data = base64.b64encode(path.read_bytes()).decode()
+  escaped = (
+    caption.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+  )
+  return (
+    '<figure><video controls autoplay loop muted playsinline '
+    f'src="data:video/mp4;base64,{data}"></video>'
+    f'<figcaption>{escaped}</figcaption></figure>'
+  )
+
+
+def _strip(
+  video: np.ndarray, caption: str, columns: int, scale: int
+) -> Image.Image:
+  """One video's rows of frames, its caption above."""
+  num_frames, height, width = video.shape[:3]
+  shown = min(num_frames, 4 * columns)
+  columns = min(columns, shown)
+  picked = np.linspace(0, num_frames - 1, shown).round().astype(int)
+  gap, label = 4, 14
+  title = _wrap(caption, columns * (width * scale + gap))
+  head = 18 * len(title)
+  rows = -(-shown // columns)
+  cell = (width * scale + gap, height * scale + label + gap)
+  strip = Image.new(
+    'RGB', (columns * cell[0] + gap, head + rows * cell[1] + gap), 'white'
+  )
+  draw = ImageDraw.Draw(strip)
+  for line, text in enumerate(title):
+    draw.text((gap, 2 + 18 * line), text, 'black', ImageFont.load_default(14))
+  for place, frame in enumerate(picked):
+    left = gap + place % columns * cell[0]
+    top = gap + head + place // columns * cell[1]
+    image = Image.fromarray(video[frame]).resize(
+      (width * scale, height * scale), Image.Resampling.NEAREST
+    )
+    strip.paste(image, (left, top))
+    draw.text(
+      (left, top + height * scale + 1),
+      str(frame),
+      'gray',
+      ImageFont.load_default(10),
+    )
+  return strip
+
+
+def _wrap(text: str, width: int) -> list[str]:
+  """Words in lines that fit `width` pixels."""
+  font = ImageFont.load_default(14)
+  lines: list[str] = []
+  for word in text.split():
+    if lines and font.getlength(f'{lines[-1]} {word}') <= width:
+      lines[-1] += f' {word}'
+    else:
+      lines.append(word)
+  return lines
