@@ -1,0 +1,116 @@
+"""Numbers on the host survive a restart and read the same everywhere."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from hiar_jax import metrics
+
+
+class _Clock:
+  """A clock that the test sets."""
+
+  seconds = 0.0
+
+  def __call__(self) -> float:
+    return self.seconds
+
+
+def test_resuming_drops_lines_beyond_the_restored_step(tmp_path):
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  with metrics.MetricsFile(path) as file:
+    for step in (10, 20, 30):
+      file.write(step, {'loss': step / 10})
+  with metrics.MetricsFile(path, restored_step=20) as file:
+    file.write(30, {'loss': 7.0})
+  assert [(r['step'], r['loss']) for r in metrics.read_metrics(path)] == [
+    (10, 1.0),
+    (20, 2.0),
+    (30, 7.0),
+  ]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
+  with metrics.MetricsFile(path, restored_step=30) as file:
+    file.write(30, {'loss': 3.0})
+  assert [r['step'] for r in metrics.read_metrics(path)] == [10, 30]
+
+
+def test_a_file_that_is_no_metrics_file_is_left_alone(tmp_path):
+  path = tmp_path / 'notes.txt'
+  path.write_text('dear diary\nend\n')
+  with pytest.raises(ValueError, match='line 1 of .* is not JSON'):
+    metrics.MetricsFile(path)
+  assert path.read_text() == 'dear diary\nend\n'
+
+
+def test_every_line_is_strict_json(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.MetricsFile(path) as file:
+    file.write(
+      jnp.int32(1),
+      {'nan': float('nan'), 'array': jnp.array([1.0, jnp.inf]), 'text': 'x'},
+    )
+
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  assert json.loads(path.read_text(), parse_constant=refuse) == {
+    'step': 1,
+    'nan': None,
+    'array': [1.0, None],
+    'text': 'x',
+  }
+
+
+def test_means_are_over_the_iterations_that_had_the_key():
+  means = metrics.RunningMeans()
+  means.add({'loss': jnp.float32(1.0), 'critic': jnp.float32(4.0)})
+  means.add({'loss': jnp.float32(3.0)})
+  assert means.pop() == {'loss': 2.0, 'critic': 4.0}
+  assert means.pop() == {}
+
+
+def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left():
+  clock, stream = _Clock(), io.StringIO()
+  progress = metrics.Progress(
+    100,
+    start=20,
+    label='teacher',
+    seconds_between_lines=10,
+    stream=stream,
+    clock=clock,
+  )
+  for step in range(21, 61):
+    clock.seconds += 0.5
+    progress.update(step, {'loss': 1 / step})
+  assert stream.getvalue().splitlines() == [
+    'teacher 40/100  2.00 it/s  0:30 left  loss 0.025',
+    'teacher 60/100  2.00 it/s  0:20 left  loss 0.01667',
+  ]
+
+
+def test_a_terminal_gets_one_bar():
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  stream = Terminal()
+  with metrics.Progress(4, unit='block', stream=stream) as progress:
+    for step in range(1, 5):
+      progress.update(step, {'loss': 0.5})
+  assert '4/4' in stream.getvalue()
+  assert 'loss 0.5' in stream.getvalue()
+  assert stream.getvalue().count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [(41, '0:41'), (725, '12:05'), (12000, '3:20:00'), (float('inf'), '?')],
+)
+def test_durations_read_like_a_clock(seconds, text):
+  assert metrics._duration(seconds) == text
