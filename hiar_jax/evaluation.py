@@ -2,8 +2,8 @@
 
 Because a scene is a shape of one colour over a flat background, a generated
 video can be measured without a learned judge. Every frame is read on its own
-(background, object, place), the four shapes are fitted to what was found, and
-the prompt says which of them, in which colours, it should have been.
+(background, object, place), the four shapes are compared with what was found,
+and the prompt says which of them, in which colours, it should have been.
 
 Colour errors are Euclidean RGB distances, 0 = equal, 1 = black against white.
 Quarters are those of the video's length; drift = last minus first quarter.
@@ -28,8 +28,8 @@ _MIN_CONTRAST = 0.12
 _TOLERANCE = 1.5
 # No frame is scored higher, so that one lucky frame does not lift a mean.
 _MAX_DB = 60.0
-_COARSE_STEPS = (1.0, 0.5, 0.25)
-_FINE_STEPS = (0.12, 0.06)
+# Of the fit, in px. The measured place and area are within half a pixel.
+_STEPS = (0.5, 0.25, 0.12, 0.06)
 # Frames measured at once: bounds the memory, whatever the video's length.
 _CHUNK = 64
 _MIN_FRAMES = 8
@@ -145,14 +145,20 @@ def evaluate_video(
   _check_video(video_FHWC, cfg)
   asked = worlds.parse_prompt(prompt)
   frames = measure_frames(video_FHWC, cfg)
-  fits, errors_SF = _fit_shapes(video_FHWC, frames, cfg)
-  best_F = np.argmin(errors_SF, axis=0)
+  best_F = np.argmin(_shape_errors(video_FHWC, frames, cfg), axis=0)
   votes = np.bincount(
     best_F, weights=frames.visible_F, minlength=len(worlds.SHAPES)
   )
   seen = worlds.SHAPES[int(np.argmax(votes))]
 
-  db_F = _ideal_db(video_FHWC, asked, frames, seen, fits, cfg)
+  db_F = _ideal_db(
+    video_FHWC,
+    frames,
+    asked.shape or seen,
+    worlds.PALETTE.get(asked.colour),
+    worlds.BACKGROUNDS.get(asked.background),
+    cfg,
+  )
   if asked.shape is None:
     shape_correct_F = np.full(len(video_FHWC), np.nan)
   else:
@@ -248,83 +254,108 @@ def measure_frames(
   )
 
 
-def _fit_shapes(video_FHWC, frames, cfg):
-  """Fits every shape: {shape: (y, x, radius) [F, 3]}, errors [S, F]."""
-  fits, errors = {}, []
-  usual = (cfg.small_radius[0] + cfg.large_radius[1]) / 2
-  for shape in worlds.SHAPES:
-    radius_F = np.sqrt(frames.area_F / _unit_area(shape))
-    radius_F = np.where(frames.visible_F, radius_F, usual)
-    guess = np.concatenate([frames.centre_F2, radius_F[:, None]], axis=1)
-    fits[shape], error_F = _fit(
-      video_FHWC, frames, shape, guess, _COARSE_STEPS, cfg
-    )
-    errors.append(error_F)
-  return fits, np.stack(errors)
+def _shape_errors(video_FHWC, frames, cfg):
+  """How badly each shape, where the object is, covers what it covers: [S, F].
+
+  No search: a shape of the measured area at the measured place is off by a
+  fraction of a pixel, the wrong shape by several.
+  """
+  return np.stack(
+    [
+      _by_chunk(
+        lambda video, part, shape=shape: _coverage_error(
+          _measured_coverage(video, part),
+          shape,
+          _first_guess(shape, part, cfg),
+          cfg,
+        ),
+        video_FHWC,
+        frames,
+      )
+      for shape in worlds.SHAPES
+    ]
+  )
 
 
-def _fit(video_FHWC, frames, shape, guess_F3, steps, cfg):
-  """Moves and scales a shape to fit what each frame covers, coordinatewise.
+def _ideal_db(video_FHWC, frames, shape, rgb, background_rgb, cfg):
+  """PSNR of every frame against the ideal object, fitted to it: [F]."""
+
+  def chunk_db(video, part):
+    fit_F3 = _fit(video, part, shape, cfg)
+    behind = _asked_or_seen(background_rgb, part.background_F3)
+    front = _asked_or_seen(rgb, part.colour_F3)
+    cover = _draw(shape, fit_F3, cfg)[..., None]
+    ideal = behind + cover * (front - behind)
+    mse_F = np.mean((video - ideal) ** 2, axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(mse_F, 1e-9))
+
+  return np.minimum(_by_chunk(chunk_db, video_FHWC, frames), _MAX_DB)
+
+
+def _fit(video_FHWC, frames, shape, cfg):
+  """Moves and scales a shape, one coordinate at a time: (y, x, radius) [F, 3].
 
   A frame without an object keeps its guess: fitted to nothing, the shape would
   shrink, and a missing object would cost next to nothing.
   """
-  low = cfg.small_radius[0] / _TOLERANCE
-  high = cfg.large_radius[1] * _TOLERANCE
-  fit_F3 = guess_F3.copy()
-  fit_F3[:, 2] = np.clip(fit_F3[:, 2], low, high)
-  error_F = np.empty(len(video_FHWC))
+  cover_FHW = _measured_coverage(video_FHWC, frames)
+  fit_F3 = _first_guess(shape, frames, cfg)
+  least_F = _coverage_error(cover_FHW, shape, fit_F3, cfg)
+  for step in _STEPS:
+    for move in (*np.eye(3), *-np.eye(3)):
+      candidate_F3 = _within_bounds(fit_F3 + step * move, cfg)
+      error_F = _coverage_error(cover_FHW, shape, candidate_F3, cfg)
+      better = (error_F < least_F) & frames.visible_F
+      fit_F3 = np.where(better[:, None], candidate_F3, fit_F3)
+      least_F = np.where(better, error_F, least_F)
+  return fit_F3
+
+
+def _first_guess(shape, frames, cfg):
+  """A shape of the measured area at the measured place: [F, 3]."""
+  usual = (cfg.small_radius[0] + cfg.large_radius[1]) / 2
+  radius_F = np.sqrt(frames.area_F / _unit_area(shape))
+  radius_F = np.where(frames.visible_F, radius_F, usual)
+  guess_F3 = np.concatenate([frames.centre_F2, radius_F[:, None]], axis=1)
+  return _within_bounds(guess_F3, cfg)
+
+
+def _within_bounds(fit_F3, cfg):
+  radius = np.clip(
+    fit_F3[:, 2:],
+    cfg.small_radius[0] / _TOLERANCE,
+    cfg.large_radius[1] * _TOLERANCE,
+  )
+  return np.concatenate([fit_F3[:, :2], radius], axis=1)
+
+
+def _coverage_error(cover_FHW, shape, fit_F3, cfg):
+  return np.mean((_draw(shape, fit_F3, cfg) - cover_FHW) ** 2, axis=(1, 2))
+
+
+def _by_chunk(function, video_FHWC, frames):
+  """Applies function(video, measures) to a few frames at a time: [F]."""
+  results = []
   for begin in range(0, len(video_FHWC), _CHUNK):
     part = slice(begin, begin + _CHUNK)
-    cover_FHW = _measured_coverage(
-      video_FHWC[part], frames.background_F3[part], frames.colour_F3[part]
+    measures = FrameMeasures(
+      **{
+        field.name: getattr(frames, field.name)[part]
+        for field in dataclasses.fields(frames)
+      }
     )
-    visible_F = frames.visible_F[part]
-
-    def loss(candidate_F3, cover_FHW=cover_FHW):
-      drawn_FHW = _draw(shape, candidate_F3, cfg)
-      return np.mean((drawn_FHW - cover_FHW) ** 2, axis=(1, 2))
-
-    best_F3, least_F = fit_F3[part], loss(fit_F3[part])
-    for step in steps:
-      for move in (*np.eye(3)[::-1], *-np.eye(3)[::-1]):
-        candidate_F3 = best_F3 + step * move
-        candidate_F3[:, 2] = np.clip(candidate_F3[:, 2], low, high)
-        value_F = loss(candidate_F3)
-        better = (value_F < least_F) & visible_F
-        best_F3 = np.where(better[:, None], candidate_F3, best_F3)
-        least_F = np.where(better, value_F, least_F)
-    fit_F3[part], error_F[part] = best_F3, least_F
-  return fit_F3, error_F
+    results.append(function(video_FHWC[part], measures))
+  return np.concatenate(results)
 
 
-def _ideal_db(video_FHWC, asked, frames, seen, fits, cfg):
-  """PSNR of every frame against the prompt's own object, fitted: [F]."""
-  shape = asked.shape or seen
-  fit_F3, _ = _fit(video_FHWC, frames, shape, fits[shape], _FINE_STEPS, cfg)
-  db = []
-  for begin in range(0, len(video_FHWC), _CHUNK):
-    part = slice(begin, begin + _CHUNK)
-    behind = _asked_or_seen(
-      worlds.BACKGROUNDS.get(asked.background), frames.background_F3[part]
-    )
-    front = _asked_or_seen(
-      worlds.PALETTE.get(asked.colour), frames.colour_F3[part]
-    )
-    cover = _draw(shape, fit_F3[part], cfg)[..., None]
-    ideal = behind + cover * (front - behind)
-    mse_F = np.mean((video_FHWC[part] - ideal) ** 2, axis=(1, 2, 3))
-    db.append(10 * np.log10(255**2 / np.maximum(mse_F, 1e-9)))
-  return np.minimum(np.concatenate(db), _MAX_DB)
-
-
-def _measured_coverage(video_FHWC, background_F3, colour_F3):
+def _measured_coverage(video_FHWC, frames):
   """Share of the object's colour in each pixel: [F, H, W] in [0, 1]."""
-  axis_F3 = (colour_F3 - background_F3).astype(np.float32)
+  axis_F3 = (frames.colour_F3 - frames.background_F3).astype(np.float32)
   # Where nothing is seen the axis is zero, and so is the share.
   axis_F3 /= np.maximum(np.sum(axis_F3**2, axis=-1, keepdims=True), 1.0)
-  offset = video_FHWC - background_F3[:, None, None].astype(np.float32)
-  return np.clip(np.einsum('fhwc,fc->fhw', offset, axis_F3), 0, 1)
+  behind = frames.background_F3[:, None, None].astype(np.float32)
+  share_FHW = np.einsum('fhwc,fc->fhw', video_FHWC - behind, axis_F3)
+  return np.clip(share_FHW, 0, 1)
 
 
 def _draw(shape, fit_F3, cfg):

@@ -167,6 +167,24 @@ def test_noise_and_emptiness_have_no_object():
     assert np.isnan(score.motion)
 
 
+def test_a_missing_object_costs_what_an_object_is_worth():
+  cover = worlds.coverage(
+    'disc', np.array([[32.0, 32.0]] * 8), 11.75, height=64, width=64
+  )
+  video = worlds.composite(cover, worlds.PALETTE['red'], (0, 0, 0))
+  empty = np.zeros_like(video)
+  mse = np.mean((video.astype(float) - empty) ** 2)
+  score = evaluation.evaluate_video(empty, PROMPT)
+  np.testing.assert_allclose(
+    score.ideal_db, 10 * np.log10(255**2 / mse), atol=0.05
+  )
+
+
+def test_a_ghost_is_not_an_object():
+  ghost = np.uint8(0.1 * make_video())
+  assert evaluation.evaluate_video(ghost, PROMPT).visible == 0.0
+
+
 def test_a_speck_elsewhere_does_not_move_the_object():
   video = make_video()
   video[:, 58:61, 3:6] = worlds.PALETTE['red']
