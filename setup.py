@@ -40,6 +40,7 @@ setuptools.setup(
     'orbax-checkpoint>=0.12,<1.0',
     'pillow>=10.1',
     'safetensors>=0.5',
+    'scipy>=1.11',
     'tqdm>=4.60',
   ],
   extras_require={
