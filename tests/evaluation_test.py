@@ -181,7 +181,7 @@ def test_a_missing_object_costs_what_an_object_is_worth():
 
 
 def test_a_ghost_is_not_an_object():
-  ghost = np.uint8(0.1 * make_video())
+  ghost = np.uint8(0.2 * make_video())
   assert evaluation.evaluate_video(ghost, PROMPT).visible == 0.0
 
 
@@ -220,12 +220,12 @@ def test_what_the_prompt_leaves_open_is_not_judged():
 
 
 def test_long_videos_are_measured_as_short_ones():
-  # More frames than are measured at once.
+  # More frames than are measured at once, and not a multiple of them.
   short = make_video(num_frames=16)
-  long = np.concatenate([short, short[::-1]] * 5)
+  long = np.concatenate([short, short[-2::-1]] * 5)
   one = evaluation.evaluate_video(short, PROMPT)
   many = evaluation.evaluate_video(long, PROMPT)
-  np.testing.assert_allclose(many.ideal_db, one.ideal_db, atol=1e-6)
+  np.testing.assert_allclose(many.ideal_db, one.ideal_db, atol=0.5)
   np.testing.assert_allclose(many.motion, one.motion, atol=0.02)
 
 
