@@ -1,0 +1,126 @@
+"""The one place that calls the network: levels in, flows and x0 out."""
+
+# B batch, F frames, h w latent rows and columns, C channels, L text tokens
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax import noise_schedule
+from hiar_jax.models.config import WanConfig
+from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.transformer import TextKV, WanTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """A network size as pure functions of its parameters.
+
+  Student, teacher, critic and EMA are parameter trees under these functions.
+  """
+
+  config: WanConfig
+
+  @property
+  def _module(self) -> WanTransformer:
+    return WanTransformer(self.config)
+
+  def init(self, key: jax.Array) -> dict:
+    """Random float32 parameters; the head is zero, so the flow is too."""
+    states = jnp.zeros((1, self.config.text_len, self.config.text_dim))
+    variables = self._module.init(key, states, method='initialise')
+    return variables['params']
+
+  def project_text(self, params: dict, states_BLD: jax.Array) -> TextKV:
+    """Text encoder states [B, L, text_dim] to cross-attention K/V, once."""
+    return self._module.apply(
+      {'params': params}, states_BLD, method='project_text'
+    )
+
+  def flow(
+    self,
+    params: dict,
+    x_BFhwC: jax.Array,
+    sigma: jax.Array,
+    text: TextKV,
+    *,
+    positions_F: jax.Array | None = None,
+    past: KV | KVCache | None = None,
+    frame_mask: np.ndarray | None = None,
+    straight_through: bool = False,
+  ) -> tuple[jax.Array, KV]:
+    """Predicted flow v = eps - x0 and the K/V of the frames.
+
+    Args:
+      params: of the network.
+      x_BFhwC: noisy latents.
+      sigma: level, scalar, [B or 1] or [B or 1, F or 1].
+      text: K/V of the prompts.
+      positions_F: absolute frame indices; default: those that follow `past`,
+        or 0..F-1.
+      past: see WanTransformer.
+      frame_mask: see WanTransformer.
+      straight_through: see WanTransformer.
+    """
+    sigma = jnp.asarray(sigma, jnp.float32)
+    sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
+    if positions_F is None:
+      first = past.frames if isinstance(past, KVCache) else 0
+      positions_F = first + jnp.arange(x_BFhwC.shape[1], dtype=jnp.int32)
+    return self._module.apply(
+      {'params': params},
+      x_BFhwC,
+      noise_schedule.TIMESTEPS * sigma,
+      text,
+      positions_F,
+      past,
+      frame_mask,
+      straight_through,
+    )
+
+  def x0(self, params, x_BFhwC, sigma, text, **kwargs) -> jax.Array:
+    """Predicted clean latents; arguments as in `flow`."""
+    flow, _ = self.flow(params, x_BFhwC, sigma, text, **kwargs)
+    return noise_schedule.flow_to_x0(x_BFhwC, flow, sigma)
+
+  def guided_flow(
+    self,
+    params: dict,
+    x_BFhwC: jax.Array,
+    sigma: jax.Array,
+    text: TextKV,
+    null_text: TextKV,
+    scale: float,
+  ) -> jax.Array:
+    """Classifier-free guidance, uncond + scale (cond - uncond).
+
+    Both halves run as one batch. `scale` is the usual convention: 1 is no
+    guidance; the DMD papers' "cond + 3 (cond - uncond)" is scale 4.
+
+    Source: Ho & Salimans 2022 (arXiv:2207.12598).
+    """
+    sigma = jnp.broadcast_to(
+      jnp.asarray(sigma, jnp.float32).reshape(-1, 1), (x_BFhwC.shape[0], 1)
+    )
+    both = jax.tree.map(
+      lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape)], 1),
+      text,
+      null_text,
+    )
+    flow, _ = self.flow(
+      params,
+      jnp.concatenate([x_BFhwC, x_BFhwC]),
+      jnp.concatenate([sigma, sigma]),
+      both,
+    )
+    cond, uncond = jnp.split(flow, 2)
+    return uncond + scale * (cond - uncond)
+
+  def guided_x0(
+    self, params, x_BFhwC, sigma, text, null_text, scale
+  ) -> jax.Array:
+    """Clean latents under guidance; see `guided_flow`."""
+    flow = self.guided_flow(params, x_BFhwC, sigma, text, null_text, scale)
+    return noise_schedule.flow_to_x0(x_BFhwC, flow, sigma)

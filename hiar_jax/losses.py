@@ -1,0 +1,146 @@
+"""Losses, each with its equation. All run in float32 and are means.
+
+x0, eps, flow: [B, F, h, w, C]; sigma: [B or 1, F or 1].
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax import noise_schedule
+
+FORWARD_KL_TARGETS = ('velocity', 'chord_x0', 'final_x0', 'euler')
+
+
+def flow_matching(
+  flow: jax.Array, x0: jax.Array, eps: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
+  """mean w || v - (eps - x0) ||^2.
+
+  The teacher's loss on videos, and the critic's on rollouts (the "fake score"
+  denoising loss, DMD2, arXiv:2405.14867). `weight` is [B or 1, F or 1].
+  """
+  error = jnp.square(flow.astype(jnp.float32) - (eps - x0))
+  if weight is not None:
+    error = noise_schedule.expand(weight, error) * error
+  return jnp.mean(error)
+
+
+def reverse_kl(
+  x0: jax.Array,
+  fake_x0: jax.Array,
+  real_x0: jax.Array,
+  mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """DMD generator loss: d loss / d x0 = (fake - real) / mean |x0 - real| / n.
+
+  Args:
+    x0: the student's output.
+    fake_x0: the critic's clean estimate of the re-noised output.
+    real_x0: the teacher's (guided) clean estimate of the same.
+    mask: bool [B or 1, F]; only True frames carry loss. The normaliser is
+      over all frames.
+
+  Returns:
+    Loss, and the mean absolute gradient direction (a health metric).
+
+  Source: eqs. 7-8 of DMD (arXiv:2311.18828), with the normaliser of its
+  public code; a normaliser of 0 gives gradient 0.
+  """
+  x0, fake_x0, real_x0 = (
+    x.astype(jnp.float32) for x in (x0, fake_x0, real_x0)
+  )
+  axes = tuple(range(1, x0.ndim))
+  scale = jnp.mean(jnp.abs(x0 - real_x0), axis=axes, keepdims=True)
+  direction = jnp.nan_to_num((fake_x0 - real_x0) / scale)
+  target = jax.lax.stop_gradient(x0 - direction)
+  error = jnp.square(x0 - target)
+  if mask is None:
+    loss = 0.5 * jnp.mean(error)
+  else:
+    mask = jnp.broadcast_to(noise_schedule.expand(mask, error), error.shape)
+    loss = 0.5 * jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+  return loss, jax.lax.stop_gradient(jnp.mean(jnp.abs(direction)))
+
+
+def forward_kl_pair(
+  trajectory: Sequence[jax.Array] | jax.Array,
+  point_sigmas: Sequence[float],
+  student_sigmas: Sequence[float],
+  step: int,
+  target: str,
+) -> tuple[jax.Array, float, jax.Array]:
+  """What the student gets and must answer at one step of a trajectory.
+
+  Args:
+    trajectory: S + 1 latents of a teacher ODE trajectory, noise first.
+    point_sigmas: the S + 1 levels at which those points lie.
+    student_sigmas: the S + 1 levels given to the student. Equal to
+      `point_sigmas` unless the public code's mixed form is wanted (spec 9).
+    step: i, the step that the student must make.
+    target: 'velocity' (eq. 10): the chord (x_{i+1} - x_i) / (s_{i+1} - s_i);
+      'chord_x0': x_i - s_i * chord at the points' levels; 'final_x0': the
+      trajectory's end; 'euler': x_{i+1}, as the student's Euler end point.
+
+  Returns:
+    (input x_i, its level, target).
+
+  Raises:
+    ValueError: for an unknown target or a step outside the trajectory.
+  """
+  num_steps = len(point_sigmas) - 1
+  if target not in FORWARD_KL_TARGETS:
+    raise ValueError(
+      f'forward_kl target {target!r} is not one of {FORWARD_KL_TARGETS}'
+    )
+  if not 0 <= step < num_steps:
+    raise ValueError(f'step {step} is outside of 0..{num_steps - 1}')
+  x, x_next = trajectory[step], trajectory[step + 1]
+  if target == 'velocity':
+    width = student_sigmas[step + 1] - student_sigmas[step]
+    answer = (x_next - x) / width
+  elif target == 'chord_x0':
+    chord = (x_next - x) / (point_sigmas[step + 1] - point_sigmas[step])
+    answer = x - point_sigmas[step] * chord
+  elif target == 'final_x0':
+    answer = trajectory[num_steps]
+  else:
+    answer = x_next
+  return x, student_sigmas[step], answer
+
+
+def forward_kl(
+  flow: jax.Array,
+  x: jax.Array,
+  sigma: float,
+  sigma_next: float,
+  answer: jax.Array,
+  target: str,
+) -> jax.Array:
+  """mean || answer of the student - answer of the teacher ||^2 (eq. 10).
+
+  Args:
+    flow: the student's flow at (x, sigma), all frames at once.
+    x: the trajectory's point.
+    sigma: the student's level there.
+    sigma_next: the student's next level.
+    answer: from `forward_kl_pair`.
+    target: as there; it decides in which space the two are compared.
+
+  Source: HiAR (arXiv:2603.08703), eq. 10 for 'velocity'; the other targets are
+  those of its public code.
+  """
+  flow = flow.astype(jnp.float32)
+  if target == 'velocity':
+    predicted = flow
+  elif target == 'euler':
+    predicted = noise_schedule.euler_step(x, flow, sigma, sigma_next)
+  else:
+    predicted = noise_schedule.flow_to_x0(x, flow, sigma)
+  return jnp.mean(jnp.square(predicted - answer))
+
+
+def regression(x0_hat: jax.Array, x0: jax.Array) -> jax.Array:
+  """mean || x0_hat - x0 ||^2: the ODE regression of the student's start."""
+  return jnp.mean(jnp.square(x0_hat.astype(jnp.float32) - x0))

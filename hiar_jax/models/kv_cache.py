@@ -1,0 +1,115 @@
+"""The past: keys and values of earlier blocks, as a ring of frame slots.
+
+Attention does not care about the order of its keys (they carry their position
+from RoPE), so nothing is ever moved: the first `sink` frames keep their slots
+for ever, all others share the rest as a ring. A block of frames is written
+once, by the rollout; the network only reads.
+"""
+
+# N layers, B batch, S past tokens, T new tokens, H heads, K head width
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hiar_jax.models.config import WanConfig
+
+
+@flax.struct.dataclass
+class KV:
+  """Keys (after RoPE) and values of some tokens, all layers: [N, B, T, H, K]."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+@flax.struct.dataclass
+class KVCache:
+  """A window of past frames.
+
+  Attributes:
+    k: keys after RoPE, [N, B, S, H, K] with S = slots * tokens_per_frame.
+    v: values, same shape.
+    frames: int32 scalar, frames written since the start; the position of the
+      next frame.
+    sink: slots that keep the first frames.
+    tokens_per_frame: tokens in a slot.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  frames: jax.Array
+  sink: int = flax.struct.field(pytree_node=False)
+  tokens_per_frame: int = flax.struct.field(pytree_node=False)
+
+  @property
+  def slots(self) -> int:
+    return self.k.shape[2] // self.tokens_per_frame
+
+  @property
+  def length(self) -> jax.Array:
+    """Number of valid tokens; they are a prefix of the slots."""
+    return jnp.minimum(self.frames, self.slots) * self.tokens_per_frame
+
+  def write(self, new: KV) -> 'KVCache':
+    """Returns the cache with the K/V of the next frames written.
+
+    Args:
+      new: K/V of a whole number of frames that follow those written before.
+        With more frames than the ring holds, the last ones stay.
+    """
+    num_frames, rest = divmod(new.k.shape[2], self.tokens_per_frame)
+    assert not rest, 'K/V of a part of a frame'
+    k, v = self.k, self.v
+    if self.slots:
+      for i in range(num_frames):
+        k = self._write_frame(k, new.k, i)
+        v = self._write_frame(v, new.v, i)
+    return self.replace(k=k, v=v, frames=self.frames + num_frames)
+
+  def _write_frame(self, buffer, new, i):
+    size = self.tokens_per_frame
+    frame = jax.lax.slice_in_dim(new, i * size, (i + 1) * size, axis=2)
+    frame = frame.astype(buffer.dtype)
+    position = self.frames + i
+    ring = self.slots - self.sink
+    if ring:
+      in_ring = self.sink + (position - self.sink) % ring
+      slot = jnp.where(position < self.sink, position, in_ring)
+    else:
+      slot = jnp.minimum(position, self.sink - 1)
+      old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis=2)
+      frame = jnp.where(position < self.sink, frame, old)
+    return jax.lax.dynamic_update_slice_in_dim(
+      buffer, frame, slot * size, axis=2
+    )
+
+
+def init_cache(
+  config: WanConfig, batch: int, slots: int, sink: int = 0
+) -> KVCache:
+  """An empty cache of `slots` frames, `sink` of them kept for ever.
+
+  Raises:
+    ValueError: if the sink is larger than the cache.
+  """
+  if not 0 <= sink <= slots:
+    raise ValueError(
+      f'sink={sink} frames do not fit into a past of {slots} frames '
+      '(window minus one block)'
+    )
+  shape = (
+    config.num_layers,
+    batch,
+    slots * config.tokens_per_frame,
+    config.num_heads,
+    config.head_dim,
+  )
+  # Two buffers: jit refuses to donate one buffer twice.
+  return KVCache(
+    k=jnp.zeros(shape, config.dtype),
+    v=jnp.zeros(shape, config.dtype),
+    frames=jnp.zeros((), jnp.int32),
+    sink=sink,
+    tokens_per_frame=config.tokens_per_frame,
+  )

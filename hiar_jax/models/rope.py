@@ -1,0 +1,93 @@
+"""Rotary position embedding over (frame, row, column), Wan2.1's split.
+
+A head of width d holds d/2 complex pairs of adjacent elements; c = d/2 pairs
+split as (c - 2(c//3), c//3, c//3) for frame, row and column, each with the
+frequencies 10000^(-2i/n) over its own width n.
+
+Frame positions may be any integer up to 2^30. float32 angles would lose their
+fraction long before that, so the angle of frame p = a + 1024 b + 1024^2 c is
+composed, as a rotation, from three tables that are exact in float64. Frame
+100,000 is then as good as frame 10.
+"""
+
+# F frames, T tokens, H heads, K head width, P pairs
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BASE = 1024
+_THETA = 10000.0
+
+
+def pair_split(head_dim: int) -> tuple[int, int, int]:
+  """Number of complex pairs that carry frame, row and column."""
+  pairs = head_dim // 2
+  return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+
+
+def frequencies(num_pairs: int) -> np.ndarray:
+  """Radians per position of each pair, float64 [num_pairs]."""
+  return _THETA ** (-np.arange(num_pairs) / num_pairs)
+
+
+def _frame_rotation(positions_F: jax.Array, num_pairs: int):
+  """cos and sin of position * frequency, float32 [F, P] each."""
+  freqs = frequencies(num_pairs)
+  rest = positions_F.astype(jnp.int32)
+  cos, sin = None, None
+  for digit in range(3):
+    # Angles up to 1e9 keep 1e-7 in float64.
+    angles = np.arange(_BASE)[:, None] * float(_BASE**digit) * freqs
+    index = rest % _BASE
+    rest = rest // _BASE
+    c = jnp.asarray(np.cos(angles), jnp.float32)[index]
+    s = jnp.asarray(np.sin(angles), jnp.float32)[index]
+    if cos is None:
+      cos, sin = c, s
+    else:
+      cos, sin = cos * c - sin * s, sin * c + cos * s
+  return cos, sin
+
+
+def rotations(
+  positions_F: jax.Array, grid: tuple[int, int], head_dim: int
+) -> tuple[jax.Array, jax.Array]:
+  """Rotations of all tokens of some frames.
+
+  Args:
+    positions_F: absolute frame index of each frame, integers in [0, 2^30).
+    grid: token rows and columns of a frame.
+    head_dim: width of a head.
+
+  Returns:
+    cos and sin, float32 [T, K/2] each, tokens in (frame, row, column) order.
+  """
+  rows, columns = grid
+  frame_pairs, row_pairs, column_pairs = pair_split(head_dim)
+  cos_f, sin_f = _frame_rotation(positions_F, frame_pairs)
+  row_angles = np.arange(rows)[:, None] * frequencies(row_pairs)
+  column_angles = np.arange(columns)[:, None] * frequencies(column_pairs)
+  num_frames = positions_F.shape[0]
+
+  def assemble(frame, function):
+    row = jnp.asarray(function(row_angles), jnp.float32)
+    column = jnp.asarray(function(column_angles), jnp.float32)
+    shape = (num_frames, rows, columns)
+    parts = (
+      jnp.broadcast_to(frame[:, None, None], (*shape, frame_pairs)),
+      jnp.broadcast_to(row[None, :, None], (*shape, row_pairs)),
+      jnp.broadcast_to(column[None, None], (*shape, column_pairs)),
+    )
+    return jnp.concatenate(parts, -1).reshape(-1, head_dim // 2)
+
+  return assemble(cos_f, np.cos), assemble(sin_f, np.sin)
+
+
+def rotate(x_BTHK: jax.Array, rotation) -> jax.Array:
+  """Rotates adjacent pairs in float32; result in the dtype of x."""
+  cos, sin = (r[None, :, None] for r in rotation)
+  x = x_BTHK.astype(jnp.float32)
+  even, odd = x[..., 0::2], x[..., 1::2]
+  out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+  return out.reshape(x.shape).astype(x_BTHK.dtype)

@@ -1,0 +1,370 @@
+"""The Wan2.1 video transformer, one network with three uses.
+
+* bidirectional: no past, no mask (teacher, critic, forward KL);
+* block-causal over a full sequence: no past, a frame mask;
+* cached: the past comes in, the new tokens' K/V go out.
+
+Architecture: Wan2.1 (arXiv:2503.20314) with per-frame timesteps, as in
+CausVid and Self-Forcing. Layers are scanned and their parameters stacked on a
+leading axis N. The network reads the past and never writes it; the rollout
+writes the K/V that come out.
+"""
+
+# B batch, F frames, P tokens per frame, T = F*P tokens, D width, H heads,
+# K head width, N layers, L text tokens, S past tokens, h w rows and columns
+
+from collections.abc import Callable
+
+from flax import linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax.models import attention
+from hiar_jax.models import rope
+from hiar_jax.models.config import WanConfig
+from hiar_jax.models.kv_cache import KV, KVCache
+
+_DENSE_INIT = nn.initializers.xavier_uniform()
+_EMBED_INIT = nn.initializers.normal(0.02)
+
+
+@flax.struct.dataclass
+class TextKV:
+  """Cross-attention K/V of a prompt, all layers: [N, B, L, H, K] each."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
+  """[cos | sin] of t * 10000^(-i / (width/2)), float32 [..., width].
+
+  The whole part of t is looked up in a table made in float64 and the fraction
+  added as a rotation: a float32 angle near 1000 rad would be off by 6e-5.
+
+  Args:
+    timestep: 1000 sigma in [0, 1000], any shape.
+    width: even.
+  """
+  half = width // 2
+  freqs = 10000.0 ** (-np.arange(half) / half)
+  table = np.arange(1001)[:, None] * freqs
+  timestep = timestep.astype(jnp.float32)
+  whole = jnp.floor(timestep)
+  fraction = (timestep - whole)[..., None] * jnp.asarray(
+    freqs.reshape((1,) * timestep.ndim + (half,)), jnp.float32
+  )
+  index = whole.astype(jnp.int32)
+  cos_w = jnp.asarray(np.cos(table), jnp.float32)[index]
+  sin_w = jnp.asarray(np.sin(table), jnp.float32)[index]
+  cos_f, sin_f = jnp.cos(fraction), jnp.sin(fraction)
+  return jnp.concatenate(
+    [cos_w * cos_f - sin_w * sin_f, sin_w * cos_f + cos_w * sin_f], -1
+  )
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+  """LayerNorm over the last axis without affine, float32 in and out."""
+  x = x.astype(jnp.float32)
+  mean = jnp.mean(x, -1, keepdims=True)
+  var = jnp.mean(jnp.square(x - mean), -1, keepdims=True)
+  return (x - mean) * jax.lax.rsqrt(var + eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """RMS norm over the last axis in float32, result in the dtype of x."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+  return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def _dense(config: WanConfig, features: int, name: str, init=_DENSE_INIT):
+  return nn.Dense(
+    features, dtype=jnp.dtype(config.dtype), kernel_init=init, name=name
+  )
+
+
+def _by_frame(function: Callable, x_BTD: jax.Array, num_frames: int):
+  """Applies function to x as [B, F, P, D], back to [B, T, D]."""
+  batch, _, dim = x_BTD.shape
+  x = function(x_BTD.reshape(batch, num_frames, -1, dim))
+  return x.reshape(x_BTD.shape)
+
+
+class SelfAttention(nn.Module):
+  """Attention of the new tokens over themselves and the past."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(
+    self, x_BTD, past, rotation, length, mask_TS, straight_through: bool
+  ):
+    cfg = self.config
+    heads = (*x_BTD.shape[:2], cfg.num_heads, cfg.head_dim)
+    ones = nn.initializers.ones
+    norm_q = self.param('norm_q', ones, (cfg.dim,))
+    norm_k = self.param('norm_k', ones, (cfg.dim,))
+    q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BTD), norm_q, cfg.eps)
+    k = rms_norm(_dense(cfg, cfg.dim, 'k')(x_BTD), norm_k, cfg.eps)
+    v = _dense(cfg, cfg.dim, 'v')(x_BTD).reshape(heads)
+    q = rope.rotate(q.reshape(heads), rotation)
+    k = rope.rotate(k.reshape(heads), rotation)
+    keys, values = k, v
+    if past is not None:
+      past_k, past_v = past.k, past.v
+      if straight_through:
+        past_k = _carry_gradient(past_k, k)
+        past_v = _carry_gradient(past_v, v)
+      # Own tokens first: the valid keys are then a prefix.
+      keys = jnp.concatenate([k, past_k.astype(k.dtype)], 1)
+      values = jnp.concatenate([v, past_v.astype(v.dtype)], 1)
+    if length is not None:
+      length = length + k.shape[1]
+    out = attention.attend(q, keys, values, length=length, mask_TS=mask_TS)
+    out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BTD.shape))
+    return out, KV(k=k, v=v)
+
+
+def _carry_gradient(past, own):
+  """Values of `past`; gradient of its last tokens goes to `own` (spec 9)."""
+  tail = past[:, -own.shape[1] :] + (own - jax.lax.stop_gradient(own))
+  return jnp.concatenate([past[:, : -own.shape[1]], tail], 1)
+
+
+class CrossAttention(nn.Module):
+  """Attention over the text, whose K/V were projected once per prompt."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, text: TextKV):
+    cfg = self.config
+    norm_q = self.param('norm_q', nn.initializers.ones, (cfg.dim,))
+    q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BTD), norm_q, cfg.eps)
+    q = q.reshape(*x_BTD.shape[:2], cfg.num_heads, cfg.head_dim)
+    out = attention.attend(q, text.k, text.v)
+    return _dense(cfg, cfg.dim, 'o')(out.reshape(x_BTD.shape))
+
+
+class Layer(nn.Module):
+  """One transformer layer; the carry of the scan is the token stream."""
+
+  config: WanConfig
+  straight_through: bool
+
+  @nn.compact
+  def __call__(self, x_BTD, scanned, rotation, modulation_BF6D, length, mask):
+    cfg = self.config
+    past, text = scanned
+    num_frames = rotation[0].shape[0] // cfg.tokens_per_frame
+    own = self.param(
+      'modulation',
+      nn.initializers.normal(cfg.dim**-0.5),
+      (6, cfg.dim),
+      jnp.float32,
+    )
+    parts = jnp.split(own[None, None] + modulation_BF6D, 6, axis=2)
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts
+
+    def modulate(x, shift, scale):
+      y = _by_frame(
+        lambda x: layer_norm(x, cfg.eps) * (1 + scale) + shift, x, num_frames
+      )
+      return y.astype(cfg.dtype)
+
+    def gated(y, gate):
+      y = _by_frame(lambda y: y.astype(jnp.float32) * gate, y, num_frames)
+      return y.astype(cfg.dtype)
+
+    y, new_kv = SelfAttention(cfg, name='self_attention')(
+      modulate(x_BTD, shift1, scale1),
+      past,
+      rotation,
+      length,
+      mask,
+      self.straight_through,
+    )
+    x_BTD = x_BTD + gated(y, gate1)
+    y = nn.LayerNorm(epsilon=cfg.eps, dtype=jnp.float32, name='cross_norm')(
+      x_BTD
+    ).astype(cfg.dtype)
+    x_BTD = x_BTD + CrossAttention(cfg, name='cross_attention')(y, text)
+    y = modulate(x_BTD, shift2, scale2)
+    y = nn.gelu(_dense(cfg, cfg.ffn_dim, 'ffn_in')(y), approximate=True)
+    y = _dense(cfg, cfg.dim, 'ffn_out')(y)
+    return x_BTD + gated(y, gate2), new_kv
+
+
+_REMAT = {
+  'full': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class WanTransformer(nn.Module):
+  """Text states -> TextKV (`project_text`); tokens -> flow (`__call__`)."""
+
+  config: WanConfig
+
+  @nn.compact
+  def project_text(self, states_BLD: jax.Array) -> TextKV:
+    """Projects text encoder states to the K/V of every layer's cross-attention.
+
+    Args:
+      states_BLD: [B, text_len, text_dim]; padding rows are zeros and are
+        attended to, as in Wan2.1.
+    """
+    cfg = self.config
+    x = _dense(cfg, cfg.dim, 'text_in', _EMBED_INIT)(states_BLD)
+    x = nn.gelu(x, approximate=True)
+    x = _dense(cfg, cfg.dim, 'text_out', _EMBED_INIT)(x)
+    return StackedTextKV(cfg, name='text_kv')(x)
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BFhwC: jax.Array,
+    timestep_BF: jax.Array,
+    text: TextKV,
+    positions_F: jax.Array,
+    past: KV | KVCache | None = None,
+    frame_mask: np.ndarray | None = None,
+    straight_through: bool = False,
+  ) -> tuple[jax.Array, KV]:
+    """Predicts the flow of some frames.
+
+    Args:
+      x_BFhwC: noisy latents.
+      timestep_BF: 1000 sigma, [B or 1, F or 1].
+      text: see `project_text`.
+      positions_F: absolute frame indices, int32.
+      past: a KVCache, whose valid prefix is seen by all frames, or a KV of
+        whole frames in any order, which needs a `frame_mask`.
+      frame_mask: bool [F, F + past frames], True where the row's frame sees
+        the column's; own frames first.
+      straight_through: the past's last tokens are these tokens at another
+        level: let its gradient reach them (spec 9). Changes no value.
+
+    Returns:
+      Flow, float32, shape of x, and the K/V of these frames.
+    """
+    cfg = self.config
+    batch, num_frames, height, width, channels = x_BFhwC.shape
+    if (height, width, channels) != (
+      cfg.latent_height,
+      cfg.latent_width,
+      cfg.channels,
+    ):
+      raise ValueError(
+        f'latents of shape {x_BFhwC.shape} do not end in '
+        f'{(cfg.latent_height, cfg.latent_width, cfg.channels)}'
+      )
+    x = _dense(cfg, cfg.dim, 'patch_embedding')(patchify(x_BFhwC, cfg.patch))
+
+    time = sinusoid(timestep_BF, cfg.freq_dim)
+    float32 = {'dtype': jnp.float32, 'kernel_init': _EMBED_INIT}
+    time = nn.silu(nn.Dense(cfg.dim, name='time_in', **float32)(time))
+    time = nn.Dense(cfg.dim, name='time_out', **float32)(time)
+    modulation = nn.Dense(
+      6 * cfg.dim, name='time_projection', dtype=jnp.float32,
+      kernel_init=_DENSE_INIT,
+    )(nn.silu(time))
+    modulation = modulation.reshape(*time.shape[:2], 6, cfg.dim)
+
+    length, past_kv = None, None
+    if isinstance(past, KVCache):
+      length, past_kv = past.length, KV(past.k, past.v)
+    elif past is not None:
+      past_kv = past
+    mask = None
+    if frame_mask is not None:
+      mask = attention.expand_frame_mask(frame_mask, cfg.tokens_per_frame)
+    layer = Layer
+    if cfg.remat != 'none':
+      layer = nn.remat(Layer, policy=_REMAT[cfg.remat], prevent_cse=False)
+    scan = nn.scan(
+      layer,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=cfg.num_layers,
+    )
+    rotation = rope.rotations(positions_F, cfg.grid, cfg.head_dim)
+    x, new_kv = scan(cfg, straight_through, name='layers')(
+      x, (past_kv, text), rotation, modulation, length, mask
+    )
+
+    head_modulation = self.param(
+      'head_modulation',
+      nn.initializers.normal(cfg.dim**-0.5),
+      (2, cfg.dim),
+      jnp.float32,
+    )
+    shift, scale = jnp.split(
+      head_modulation[None, None] + time[:, :, None], 2, axis=2
+    )
+    x = _by_frame(
+      lambda x: layer_norm(x, cfg.eps) * (1 + scale) + shift, x, num_frames
+    )
+    x = _dense(cfg, cfg.patch_dim, 'head', nn.initializers.zeros)(
+      x.astype(cfg.dtype)
+    )
+    x = x.reshape(batch, num_frames, *cfg.grid, cfg.patch_dim)
+    return unpatchify(x.astype(jnp.float32), cfg.patch), new_kv
+
+  def initialise(self, states_BLD: jax.Array) -> jax.Array:
+    """Touches every parameter; for `init`."""
+    cfg = self.config
+    x = jnp.zeros((1, 1, cfg.latent_height, cfg.latent_width, cfg.channels))
+    text = self.project_text(states_BLD)
+    return self(x, jnp.zeros((1, 1)), text, jnp.zeros((1,), jnp.int32))[0]
+
+
+class StackedTextKV(nn.Module):
+  """The k and v projections of all cross-attentions as stacked products."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array) -> TextKV:
+    cfg = self.config
+    init = nn.initializers.variance_scaling(
+      1.0, 'fan_avg', 'uniform', batch_axis=(0,)
+    )
+    shape = (cfg.num_layers, cfg.dim, cfg.dim)
+
+    def project(name):
+      kernel = self.param(f'{name}_kernel', init, shape)
+      bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[:2])
+      kernel, bias = kernel.astype(cfg.dtype), bias.astype(cfg.dtype)
+      out = jnp.einsum('BLD,NDE->NBLE', x_BLD, kernel)
+      return out + bias[:, None, None]
+
+    norm_k = self.param('norm_k', nn.initializers.ones, shape[:2])
+    k = jax.vmap(rms_norm, (0, 0, None))(project('k'), norm_k, cfg.eps)
+    v = project('v')
+    heads = (*k.shape[:-1], cfg.num_heads, cfg.head_dim)
+    return TextKV(k=k.reshape(heads), v=v.reshape(heads))
+
+
+def patchify(x_BFhwC: jax.Array, patch: tuple[int, int]) -> jax.Array:
+  """Latents to tokens in (frame, row, column) order, [B, T, ph*pw*C]."""
+  batch, frames, height, width, channels = x_BFhwC.shape
+  ph, pw = patch
+  x = x_BFhwC.reshape(
+    batch, frames, height // ph, ph, width // pw, pw, channels
+  )
+  x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+  return x.reshape(batch, -1, ph * pw * channels)
+
+
+def unpatchify(x_BFhwp: jax.Array, patch: tuple[int, int]) -> jax.Array:
+  """Inverse of the token order: [B, F, h, w, ph*pw*C] to [B, F, h*ph, w*pw, C]."""
+  batch, frames, rows, columns, _ = x_BFhwp.shape
+  ph, pw = patch
+  x = x_BFhwp.reshape(batch, frames, rows, columns, ph, pw, -1)
+  x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+  return x.reshape(batch, frames, rows * ph, columns * pw, -1)

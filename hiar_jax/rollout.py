@@ -1,0 +1,460 @@
+"""Making a video block by block: denoise, advance, commit, and their orders.
+
+The grid of (block b, step j) is swept by three verbs:
+
+  D(b, j)  `denoise`  the network sees block b at level t_j and the past;
+  advance             its x0 is taken to level t_{j+1} (fresh noise or Euler);
+  C(b, j)  `commit`   the network sees block b at the context's level, and its
+                      K/V are written to the past that D(b+1, j) reads.
+
+One loop, `sweep`, runs some steps of every block and commits each block once:
+block-first is one sweep of all steps, step-first (HiAR, arXiv:2603.08703) is
+one sweep per step, the hybrids are in between. `shared_context` (our own, see
+its docstring) has one past per step.
+
+Noise has a name, (level, block), so two orders draw the same numbers and the
+video does not depend on the order or placement of the work.
+"""
+
+# B batch, F frames, f frames per block, N network layers, S denoising steps,
+# b block, j step, h w latent rows and columns, C channels
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax import noise_schedule
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import kv_cache
+from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.transformer import TextKV
+
+STEPPINGS = ('sde', 'ode')
+CONTEXTS = ('matched', 'shared', 'clean')
+ORDERS = ('step_first', 'block_first', 'hybrid')
+
+# (level j, block b) -> standard normal [B, f, h, w, C]; level 0 is the initial
+# noise, level j >= 1 the noise that takes x0 to t_j. Both may be traced.
+Noise = Callable[[jax.Array | int, jax.Array | int], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """How blocks are denoised.
+
+  Attributes:
+    levels: S + 1 falling sigmas, from `noise_schedule.warped_levels`; the last
+      is 0.
+    frames_per_block: latent frames of a block.
+    window: latent frames that attention sees, own block and sink included.
+    sink: first frames that stay visible for ever.
+    stepping: 'sde' re-noises x0 with fresh noise (what the public weights were
+      trained with), 'ode' makes the deterministic Euler step.
+    context: level of the past in step-first orders. 'matched' (HiAR): t_{j+1};
+      'clean' (ablation): x0 at level 0; 'shared': the K/V of D(b, j+1) serve as
+      the context of step j.
+    context_level: level that the network is told for clean context; no noise
+      is added. 0 unless the weights were trained otherwise.
+
+  Raises:
+    ValueError: naming the value that does not fit.
+  """
+
+  levels: tuple[float, ...]
+  frames_per_block: int = 3
+  window: int = 21
+  sink: int = 0
+  stepping: str = 'sde'
+  context: str = 'matched'
+  context_level: float = 0.0
+
+  def __post_init__(self):
+    if self.levels[-1] != 0 or len(self.levels) < 2:
+      raise ValueError(f'levels={self.levels} do not end with 0 (clean)')
+    if self.frames_per_block < 1:
+      raise ValueError(f'frames_per_block={self.frames_per_block} is below 1')
+    if self.window < 1 or self.window % self.frames_per_block:
+      raise ValueError(
+        f'window={self.window} is not a positive multiple of '
+        f'frames_per_block={self.frames_per_block}'
+      )
+    if not 0 <= self.sink <= self.past_frames:
+      raise ValueError(
+        f'sink={self.sink} is not within 0..{self.past_frames}, the frames '
+        f'that window={self.window} leaves beside one block'
+      )
+    if self.stepping not in STEPPINGS:
+      raise ValueError(f'stepping={self.stepping!r} is not one of {STEPPINGS}')
+    if self.context not in CONTEXTS:
+      raise ValueError(f'context={self.context!r} is not one of {CONTEXTS}')
+
+  @property
+  def num_steps(self) -> int:
+    return len(self.levels) - 1
+
+  @property
+  def past_frames(self) -> int:
+    """Frame slots of the cache."""
+    return self.window - self.frames_per_block
+
+
+def named_noise(
+  keys_B: jax.Array, block_shape: tuple[int, int, int, int]
+) -> Noise:
+  """Noise that depends on (sample key, level, block) and nothing else.
+
+  Args:
+    keys_B: one typed PRNG key per sample.
+    block_shape: (f, h, w, C).
+  """
+
+  def noise(level, block):
+    def one(key):
+      key = jax.random.fold_in(jax.random.fold_in(key, level), block)
+      return jax.random.normal(key, block_shape)
+
+    return jax.vmap(one)(keys_B)
+
+  return noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """The three verbs of one network, prompt and config.
+
+  Attributes:
+    denoiser: network.
+    params: its parameters.
+    text: projected prompts, [N, B, ...].
+    config: how blocks are denoised.
+  """
+
+  denoiser: Denoiser
+  params: dict
+  text: TextKV
+  config: RolloutConfig
+
+  @property
+  def batch(self) -> int:
+    return self.text.k.shape[1]
+
+  @property
+  def levels(self) -> jax.Array:
+    return jnp.asarray(self.config.levels, jnp.float32)
+
+  def empty_past(self) -> KVCache:
+    return kv_cache.init_cache(
+      self.denoiser.config,
+      self.batch,
+      self.config.past_frames,
+      self.config.sink,
+    )
+
+  def denoise(self, x: jax.Array, past: KVCache, step) -> tuple[jax.Array, KV]:
+    """D: flow of a block at level t_step, and the block's K/V."""
+    return self.denoiser.flow(
+      self.params, x, self.levels[step], self.text, past=past
+    )
+
+  def advance(
+    self, x: jax.Array, flow: jax.Array, noise: Noise, step, block
+  ) -> tuple[jax.Array, jax.Array]:
+    """Takes a block from level t_step to t_{step+1}.
+
+    Returns:
+      (x at the next level, x0 estimate); equal after the last step.
+    """
+    sigma, sigma_next = self.levels[step], self.levels[step + 1]
+    x0 = noise_schedule.flow_to_x0(x, flow, sigma)
+    if self.config.stepping == 'ode':
+      x_next = noise_schedule.euler_step(x, flow, sigma, sigma_next)
+    else:
+      eps = noise(step + 1, block)
+      x_next = noise_schedule.add_noise(x0, eps, sigma_next)
+    return x_next, x0
+
+  def commit_kv(self, x: jax.Array, past: KVCache, level) -> KV:
+    """C: K/V of a block that the network is told to be at `level`."""
+    # Level 0 is replaced by the level that clean context is told to have.
+    level = jnp.where(level == 0, self.config.context_level, level)
+    _, kv = self.denoiser.flow(self.params, x, level, self.text, past=past)
+    return kv
+
+  def commit(self, x: jax.Array, past: KVCache, level) -> KVCache:
+    """C: the past with the block's K/V written."""
+    return past.write(self.commit_kv(x, past, level))
+
+  def anchor(self, past: KVCache, frames: jax.Array) -> KVCache:
+    """Commits given clean latents, block by block.
+
+    Args:
+      past: what came before.
+      frames: [B, F, h, w, C]; a first block shorter than the others (a single
+        image) comes first.
+    """
+    size = self.config.frames_per_block
+    first = frames.shape[1] % size
+    starts = ([0] if first else []) + list(range(first, frames.shape[1], size))
+    for start, end in zip(starts, starts[1:] + [frames.shape[1]], strict=True):
+      past = self.commit(frames[:, start:end], past, jnp.zeros(()))
+    return past
+
+
+def initial_blocks(noise: Noise, blocks: jax.Array) -> jax.Array:
+  """Pure noise of the named blocks, [b, B, f, h, w, C]."""
+  return jax.vmap(functools.partial(noise, 0))(blocks)
+
+
+def join_blocks(x_bBfhwC: jax.Array) -> jax.Array:
+  """[b, B, f, ...] to [B, b * f, ...]."""
+  x = jnp.moveaxis(x_bBfhwC, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def sweep(
+  sampler: Sampler,
+  noise: Noise,
+  x_bBfhwC: jax.Array,
+  blocks: jax.Array,
+  past: KVCache,
+  *,
+  first_step,
+  num_steps: int,
+) -> tuple[jax.Array, KVCache]:
+  """Runs `num_steps` steps of every block in causal order, one commit each.
+
+  Args:
+    sampler: the verbs.
+    noise: by name.
+    x_bBfhwC: blocks at level t_first_step.
+    blocks: their names, int32 [b].
+    past: committed K/V of what came before.
+    first_step: may be traced.
+    num_steps: static.
+
+  Returns:
+    Blocks at level t_{first_step + num_steps}, and the past after them.
+  """
+
+  def one_block(past, xs):
+    x, block = xs
+
+    def one_step(x, step):
+      flow, _ = sampler.denoise(x, past, step)
+      return sampler.advance(x, flow, noise, step, block)
+
+    steps = first_step + jnp.arange(num_steps)
+    x_next, x0s = jax.lax.scan(one_step, x, steps)
+    context, level = _context(
+      sampler, x_next, x0s[-1], first_step + num_steps
+    )
+    return sampler.commit(context, past, level), x_next
+
+  past, x_bBfhwC = jax.lax.scan(one_block, past, (x_bBfhwC, blocks))
+  return x_bBfhwC, past
+
+
+def _context(sampler, x_next, x0, step_next):
+  """What C sees after a sweep that ends at level t_{step_next}."""
+  if sampler.config.context == 'clean':
+    return x0, jnp.zeros(())
+  return x_next, sampler.levels[step_next]
+
+
+def block_first(
+  sampler: Sampler,
+  noise: Noise,
+  num_blocks: int,
+  initial: jax.Array | None = None,
+) -> jax.Array:
+  """Each block through all steps, context clean: Self-Forcing's order.
+
+  S + 1 passes a block. Source: Self-Forcing (arXiv:2506.08009).
+
+  Args:
+    sampler: the verbs.
+    noise: by name; blocks are counted from 0, given frames excluded.
+    num_blocks: blocks to make.
+    initial: clean latents that come first (extension, image-to-video).
+
+  Returns:
+    [B, F, h, w, C], given frames included.
+  """
+  past = _anchored(sampler, initial)
+  blocks = jnp.arange(num_blocks)
+  x, _ = sweep(
+    sampler,
+    noise,
+    initial_blocks(noise, blocks),
+    blocks,
+    past,
+    first_step=0,
+    num_steps=sampler.config.num_steps,
+  )
+  return _with_initial(initial, join_blocks(x))
+
+
+def step_first(
+  sampler: Sampler,
+  noise: Noise,
+  num_blocks: int,
+  initial: jax.Array | None = None,
+) -> jax.Array:
+  """All blocks through each step: hierarchical denoising (HiAR, section 2).
+
+  2S passes a block, one cache that is reset for every step. Arguments and
+  result as in `block_first`.
+  """
+  if sampler.config.context == 'shared':
+    return shared_context(sampler, noise, num_blocks, initial)
+  blocks = jnp.arange(num_blocks)
+  x = _step_first_from(
+    sampler, noise, initial_blocks(noise, blocks), blocks, initial, 0
+  )
+  return _with_initial(initial, join_blocks(x))
+
+
+def _step_first_from(sampler, noise, x, blocks, initial, first_step):
+  """One sweep for each of the steps from `first_step` on."""
+  # Anchors are clean in every step's cache, so their K/V are the same in all.
+  anchored = _anchored(sampler, initial)
+
+  def one_step(x, step):
+    x, _ = sweep(
+      sampler, noise, x, blocks, anchored, first_step=step, num_steps=1
+    )
+    return x, None
+
+  steps = jnp.arange(first_step, sampler.config.num_steps)
+  return jax.lax.scan(one_step, x, steps)[0]
+
+
+def hybrid(
+  sampler: Sampler,
+  noise: Noise,
+  num_blocks: int,
+  initial: jax.Array | None = None,
+  *,
+  anchor_blocks: int = 0,
+  block_first_steps: int = 0,
+) -> jax.Array:
+  """Block-first for the first blocks, or for the first steps; then step-first.
+
+  Args:
+    sampler: the verbs; context 'matched' or 'clean'.
+    noise: by name.
+    num_blocks: blocks to make.
+    initial: clean latents that come first.
+    anchor_blocks: these first blocks are finished block-first and then stand,
+      clean, in the cache of every step.
+    block_first_steps: every block runs these first steps before the next one
+      starts (context at the level they reach); the rest is step-first.
+
+  Raises:
+    ValueError: if both or neither are asked for, or they leave nothing.
+  """
+  num_steps = sampler.config.num_steps
+  if bool(anchor_blocks) == bool(block_first_steps):
+    raise ValueError(
+      'the hybrid order needs one of anchor_blocks and block_first_steps, '
+      f'not {anchor_blocks} and {block_first_steps}'
+    )
+  if not 0 <= anchor_blocks <= num_blocks:
+    raise ValueError(f'anchor_blocks={anchor_blocks} not in 0..{num_blocks}')
+  if not 0 <= block_first_steps <= num_steps:
+    raise ValueError(
+      f'block_first_steps={block_first_steps} not in 0..{num_steps}'
+    )
+  if sampler.config.context == 'shared':
+    raise ValueError("the hybrid order has no context 'shared'")
+  blocks = jnp.arange(anchor_blocks, num_blocks)
+  if anchor_blocks:
+    initial = block_first(sampler, noise, anchor_blocks, initial)
+  x = initial_blocks(noise, blocks)
+  if block_first_steps:
+    x, _ = sweep(
+      sampler,
+      noise,
+      x,
+      blocks,
+      _anchored(sampler, initial),
+      first_step=0,
+      num_steps=block_first_steps,
+    )
+  if block_first_steps < num_steps and anchor_blocks < num_blocks:
+    x = _step_first_from(
+      sampler, noise, x, blocks, initial, block_first_steps
+    )
+  return _with_initial(initial, join_blocks(x))
+
+
+def shared_context(
+  sampler: Sampler,
+  noise: Noise,
+  num_blocks: int,
+  initial: jax.Array | None = None,
+) -> jax.Array:
+  """Hierarchical denoising in S + 1 passes a block instead of 2S.
+
+  x_{j+1} of a block passes the network twice at level t_{j+1}: in C(b, j) and
+  in D(b, j+1). Here the K/V of D(b, j+1) are the committed context of step j,
+  and only step S - 1 has a commit of its own, at level 0. One past per step;
+  arguments and result as in `block_first`.
+  """
+  pasts = stacked_pasts(sampler, initial)
+  blocks = jnp.arange(num_blocks)
+
+  def one_block(pasts, block):
+    x, pasts, _ = shared_block(sampler, noise, pasts, block)
+    return pasts, x
+
+  _, x = jax.lax.scan(one_block, pasts, blocks)
+  return _with_initial(initial, join_blocks(x))
+
+
+def stacked_pasts(sampler: Sampler, initial: jax.Array | None) -> KVCache:
+  """One anchored past per step, stacked on a leading axis S."""
+  anchored = _anchored(sampler, initial)
+  size = sampler.config.num_steps
+  return jax.tree.map(
+    lambda a: jnp.broadcast_to(a[None], (size, *a.shape)), anchored
+  )
+
+
+def shared_block(
+  sampler: Sampler, noise: Noise, pasts: KVCache, block
+) -> tuple[jax.Array, KVCache, tuple[jax.Array, jax.Array, KV]]:
+  """One block of `shared_context`.
+
+  Returns:
+    The finished block; the pasts with its context; and, stacked over steps:
+    inputs of the D passes, their x0, and the K/V committed for each step.
+  """
+
+  def one_step(x, xs):
+    step, past = xs
+    flow, kv = sampler.denoise(x, past, step)
+    x_next, x0 = sampler.advance(x, flow, noise, step, block)
+    return x_next, (x, x0, kv)
+
+  steps = jnp.arange(sampler.config.num_steps)
+  x, (inputs, x0s, kvs) = jax.lax.scan(one_step, noise(0, block), (steps, pasts))
+  last = jax.tree.map(lambda a: a[-1], pasts)
+  clean = sampler.commit_kv(x, last, jnp.zeros(()))
+  context = jax.tree.map(
+    lambda kv, c: jnp.concatenate([kv[1:], c[None]]), kvs, clean
+  )
+  pasts = jax.vmap(lambda past, kv: past.write(kv))(pasts, context)
+  return x, pasts, (inputs, x0s, context)
+
+
+def _anchored(sampler: Sampler, initial: jax.Array | None) -> KVCache:
+  past = sampler.empty_past()
+  return past if initial is None else sampler.anchor(past, initial)
+
+
+def _with_initial(initial, x):
+  return x if initial is None else jnp.concatenate([initial, x], 1)

@@ -1,0 +1,152 @@
+"""Training state as pytrees, and the optimisers."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+OPTIMISERS = ('adamw', 'muon')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+  """AdamW, or Muon for the matrices and AdamW for the rest.
+
+  Attributes:
+    name: 'adamw' or 'muon' (optax.contrib.muon; momentum 0.95, updates scaled
+      to the RMS of AdamW's, so that one learning rate serves both).
+    learning_rate: peak.
+    b1: of AdamW; 0.0 in DMD training.
+    b2: of AdamW.
+    weight_decay: decoupled.
+    clip_norm: global gradient norm bound.
+    warmup: iterations of linear warm-up from 0.
+    decay_to: share of the peak that a cosine reaches at the last iteration; 1
+      keeps the learning rate constant.
+  """
+
+  name: str = 'adamw'
+  learning_rate: float = 2e-6
+  b1: float = 0.0
+  b2: float = 0.999
+  weight_decay: float = 0.01
+  clip_norm: float = 10.0
+  warmup: int = 0
+  decay_to: float = 1.0
+
+  def __post_init__(self):
+    if self.name not in OPTIMISERS:
+      raise ValueError(f'optimiser {self.name!r} is not one of {OPTIMISERS}')
+    if self.learning_rate <= 0:
+      raise ValueError(f'learning_rate={self.learning_rate} is not positive')
+
+
+# Matrices that live at the edges of the network and are better left to AdamW.
+_EDGES = ('patch_embedding', 'head', 'text_in', 'time_in')
+
+
+def _muon_dimensions(params):
+  """Which axes of each parameter are a matrix; None leaves it to AdamW."""
+
+  def dimensions(path, leaf):
+    names = [key.key for key in path]
+    if not names[-1].endswith('kernel') or names[0] in _EDGES:
+      return None
+    # Stacked layers: the leading axis is a batch of matrices.
+    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+  return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def make_optimiser(
+  config: OptimiserConfig, iterations: int
+) -> optax.GradientTransformation:
+  """The optimiser of one network over `iterations` of its updates."""
+  rate = config.learning_rate
+  if config.warmup or config.decay_to != 1.0:
+    rate = optax.warmup_cosine_decay_schedule(
+      0.0 if config.warmup else rate,
+      rate,
+      config.warmup,
+      max(iterations, config.warmup + 1),
+      rate * config.decay_to,
+    )
+  if config.name == 'muon':
+    update = optax.contrib.muon(
+      rate,
+      weight_decay=config.weight_decay,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      adam_weight_decay=config.weight_decay,
+      muon_weight_dimension_numbers=_muon_dimensions,
+      consistent_rms=0.2,
+    )
+  else:
+    update = optax.adamw(
+      rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+    )
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+@flax.struct.dataclass
+class NetState:
+  """A trained network: float32 parameters and the optimiser's state."""
+
+  params: Any
+  opt_state: Any
+
+  def update(
+    self, grads: Any, optimiser: optax.GradientTransformation
+  ) -> 'NetState':
+    updates, opt_state = optimiser.update(grads, self.opt_state, self.params)
+    return NetState(optax.apply_updates(self.params, updates), opt_state)
+
+
+@flax.struct.dataclass
+class RegressionState:
+  """State of the phases with one network: teacher, student start.
+
+  Attributes:
+    iteration: int32, iterations done.
+    net: the network.
+    ema: exponential moving average of its parameters.
+  """
+
+  iteration: jax.Array
+  net: NetState
+  ema: Any
+
+
+@flax.struct.dataclass
+class DistillState:
+  """State of the distillation.
+
+  Attributes:
+    iteration: int32, critic updates done.
+    student: generator.
+    critic: fake score.
+    ema: exponential moving average of the student.
+  """
+
+  iteration: jax.Array
+  student: NetState
+  critic: NetState
+  ema: Any
+
+
+def init_net(params: Any, optimiser: optax.GradientTransformation) -> NetState:
+  """A network at the start of its training."""
+  return NetState(params, optimiser.init(params))
+
+
+def copy(tree: Any) -> Any:
+  """Fresh buffers: jit refuses to donate one buffer twice."""
+  return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def ema_update(ema: Any, params: Any, decay: jax.Array) -> Any:
+  """decay * ema + (1 - decay) * params."""
+  return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
