@@ -1,0 +1,97 @@
+"""What a user's mistake looks like: one line on stderr, exit status 2."""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import jax
+from absl import app, flags
+
+# Modules whose ValueErrors are about what they were given. A ValueError from
+# inside jax or NumPy is a bug of ours and keeps its traceback.
+_OWN = re.compile(r'__main__$|hiar_jax(\.|$)|configs?(\W|_|$)')
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
+  """Runs a launch program; `app.run` for people.
+
+  A wrong flag, config, path or value ends the program with 'error: ...' and
+  exit status 2, Ctrl-C with status 130; any other error keeps its traceback.
+
+  Args:
+    main: is given the program's name alone; further arguments are refused.
+  """
+  # jax would cut its own frames out, and its errors would look like ours.
+  jax.config.update('jax_traceback_filtering', 'off')
+
+  def guarded(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      _exit(f'unexpected argument {argv[1]!r}')
+    try:
+      main(argv)
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      sys.exit(130)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+      message = users_mistake(error)
+      if message is None:
+        raise
+      _exit(message)
+
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def users_mistake(error: BaseException) -> str | None:
+  """The one line to show for an error that a user can mend, else None."""
+  text = _one_line(error)
+  frames = list(traceback.walk_tb(error.__traceback__))
+  raised_in = frames[-1][0].f_globals.get('__name__', '') if frames else ''
+  if isinstance(error, OSError):
+    missing = re.search(
+      r"config file .*No such file or directory: '(.*?)'", text
+    )
+    return f'no config file {missing[1]!r}' if missing else text
+  if isinstance(error, ValueError) and _OWN.match(raised_in):
+    return text
+  # A frozen dataclass that is built from a config names the misspelt key.
+  if isinstance(error, TypeError) and 'unexpected keyword argument' in text:
+    return text if _OWN.match(raised_in) else None
+  # A locked ConfigDict refuses unknown keys.
+  if isinstance(error, AttributeError) and raised_in.startswith(
+    'ml_collections'
+  ):
+    return f'unknown config key {text}'
+  return None
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _exit(_one_line(error))
+  except (AttributeError, OSError, TypeError, ValueError) as error:
+    # Raised while a config file is loaded or overridden.
+    message = users_mistake(error)
+    if message is None:
+      raise
+    _exit(message)
+
+
+def _one_line(error: BaseException) -> str:
+  # A KeyError inside an error would be quoted twice.
+  while error.args and isinstance(error.args[0], BaseException):
+    error = error.args[0]
+  if isinstance(error, KeyError) and error.args:
+    return ' '.join(str(error.args[0]).split())
+  lines = str(error).strip().split('\n')
+  # ml_collections puts a whole traceback into the message; its end says it.
+  if 'Traceback (most recent call last):' in str(error):
+    return lines[-1].partition(': ')[2]
+  return ' '.join(str(error).split())
+
+
+def _exit(message: str) -> NoReturn:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)

@@ -1,0 +1,97 @@
+"""A user's mistake is one line; a bug of ours keeps its traceback."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from hiar_jax import errors, metrics, video_io
+
+_PROGRAM = """
+from absl import flags
+from ml_collections import config_flags
+from hiar_jax import errors
+CONFIG = config_flags.DEFINE_config_file('config', 'config.py')
+BLOCKS = flags.DEFINE_integer('num_blocks', 7, '', lower_bound=1)
+def main(argv):
+  if CONFIG.value.width % 2:
+    raise ValueError(f'width={CONFIG.value.width} is odd')
+  print([][BLOCKS.value])
+if __name__ == '__main__':
+  errors.run_main(main)
+"""
+
+_CONFIG = """
+import ml_collections
+def get_config(size='small'):
+  if size != 'small':
+    raise ValueError(f'size {size!r} is not small')
+  return ml_collections.ConfigDict({'width': 4})
+"""
+
+
+def _mistake_of(call) -> str | None:
+  try:
+    call()
+  except (AttributeError, OSError, TypeError, ValueError) as error:
+    return errors.users_mistake(error)
+  raise AssertionError('nothing was raised')
+
+
+def test_errors_of_our_own_are_the_users():
+  assert _mistake_of(lambda: metrics.read_metrics('missing'))
+  assert _mistake_of(lambda: video_io.VideoWriter('x.mp4', fps=0)) == (
+    'fps=0 is not positive'
+  )
+
+
+def test_an_unknown_config_key_is_named():
+  config = ml_collections.ConfigDict({'width': 4}).lock()
+
+  def assign():
+    config.widht = 3
+
+  assert 'widht' in _mistake_of(assign)
+
+
+def test_errors_from_inside_a_library_are_bugs():
+  assert _mistake_of(lambda: jnp.zeros((2, 3)) @ jnp.zeros((2, 3))) is None
+  assert _mistake_of(lambda: int('x'.encode('ascii', 'strict').foo)) is None
+  assert _mistake_of(lambda: dataclasses.replace(3)) is None
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ('--config=config.py --config.width=3', 'width=3 is odd'),
+    (
+      '--config=config.py --config.widht=3',
+      'unknown config key \'widht\' Did you mean "width" instead of "widht"?',
+    ),
+    ('--config=config.py:large', "size 'large' is not small"),
+    ('--config=missing.py', "no config file 'missing.py'"),
+    ('--num_blocks=0', 'flag --num_blocks=0: 0 is not a positive integer'),
+    ('--config=config.py', None),
+  ],
+)
+def test_a_program_ends_with_one_line_and_status_2(
+  tmp_path, arguments, message
+):
+  (tmp_path / 'program.py').write_text(_PROGRAM)
+  (tmp_path / 'config.py').write_text(_CONFIG)
+  done = subprocess.run(
+    [sys.executable, 'program.py', *arguments.split()],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if message is None:
+    assert done.returncode == 1
+    assert 'Traceback' in done.stderr and 'IndexError' in done.stderr
+  else:
+    assert done.stderr == f'error: {message}\n'
+    assert done.returncode == 2
