@@ -13,13 +13,14 @@ from hiar_jax import errors, metrics, video_io
 _PROGRAM = """
 from absl import flags
 from ml_collections import config_flags
+import jax.numpy as jnp
 from hiar_jax import errors
 CONFIG = config_flags.DEFINE_config_file('config', 'config.py')
 BLOCKS = flags.DEFINE_integer('num_blocks', 7, '', lower_bound=1)
 def main(argv):
   if CONFIG.value.width % 2:
     raise ValueError(f'width={CONFIG.value.width} is odd')
-  print([][BLOCKS.value])
+  jnp.concatenate([])
 if __name__ == '__main__':
   errors.run_main(main)
 """
@@ -59,7 +60,6 @@ def test_an_unknown_config_key_is_named():
 
 def test_errors_from_inside_a_library_are_bugs():
   assert _mistake_of(lambda: jnp.zeros((2, 3)) @ jnp.zeros((2, 3))) is None
-  assert _mistake_of(lambda: int('x'.encode('ascii', 'strict').foo)) is None
   assert _mistake_of(lambda: dataclasses.replace(3)) is None
 
 
@@ -91,7 +91,7 @@ def test_a_program_ends_with_one_line_and_status_2(
   )
   if message is None:
     assert done.returncode == 1
-    assert 'Traceback' in done.stderr and 'IndexError' in done.stderr
+    assert 'Traceback' in done.stderr and 'ValueError' in done.stderr
   else:
     assert done.stderr == f'error: {message}\n'
     assert done.returncode == 2
