@@ -28,6 +28,7 @@ setuptools.setup(
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',
+    'array-record>=0.8',
     'flax>=0.12',
     'grain>=0.2.18',
     # A wheel with its own ffmpeg binary: H.264 without a system package.

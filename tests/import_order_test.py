@@ -19,11 +19,11 @@ _LAYERS = (
   ('models',),  # hiar_jax/models/__init__.py
   ('text', 'codecs'),
   ('data', 'denoiser'),
-  ('rollout',),
-  ('losses', 'trajectories', 'training_rollout', 'evaluation'),
+  ('rollout', 'trajectory_files'),
+  ('losses', 'trajectories', 'training_rollout', 'evaluation', 'sampling'),
   ('pipeline', 'train_state'),
   ('train_step',),
-  ('generate',),
+  ('phases', 'generate'),
   ('train',),
   ('',),  # hiar_jax/__init__.py
 )
@@ -33,6 +33,7 @@ _LAYER = {name: row for row, names in enumerate(_LAYERS) for name in names}
 _DISTRIBUTION = {
   'PIL': 'pillow',
   'absl': 'absl-py',
+  'array_record': 'array-record',
   'imageio_ffmpeg': 'imageio-ffmpeg',
   'ml_collections': 'ml-collections',
   'orbax': 'orbax-checkpoint',
