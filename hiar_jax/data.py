@@ -138,7 +138,7 @@ def video_batches(
   Raises:
     ValueError: if the shard, the batch size or the seed is out of range.
   """
-  return _batches(
+  return batches(
     source,
     batch_size=batch_size,
     seed=seed,
@@ -158,7 +158,7 @@ def prompt_batches(
   num_threads: int = 1,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches of prompts; arguments as for `video_batches`."""
-  return _batches(
+  return batches(
     source,
     batch_size=batch_size,
     seed=seed,
@@ -168,15 +168,16 @@ def prompt_batches(
   )
 
 
-def _batches(
-  source: BouncingVideos | BouncingPrompts,
+def batches(
+  source: grain.sources.RandomAccessDataSource,
   *,
   batch_size: int,
   seed: int,
-  shard_index: int,
-  num_shards: int,
-  num_threads: int,
+  shard_index: int = 0,
+  num_shards: int = 1,
+  num_threads: int = 1,
 ) -> grain.DatasetIterator:
+  """Endless shuffled batches of any source; see `video_batches`."""
   if not 0 <= shard_index < num_shards:
     raise ValueError(
       f'shard_index={shard_index} must be in [0, num_shards={num_shards})'
@@ -191,9 +192,9 @@ def _batches(
   # Sharded before the shuffle: hosts stay disjoint in every epoch. Repeated
   # before the batch: no batch is short, an epoch's end runs into the next.
   elements = grain.MapDataset.source(source)[shard_index::num_shards]
-  batches = elements.seed(seed).shuffle().repeat().batch(batch_size)
+  in_order = elements.seed(seed).shuffle().repeat().batch(batch_size)
   # The buffer holds whole batches; a few are enough to hide the rendering.
   reading = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=4 * num_threads
   )
-  return iter(batches.to_iter_dataset(reading))
+  return iter(in_order.to_iter_dataset(reading))

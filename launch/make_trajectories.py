@@ -1,0 +1,129 @@
+"""Samples the teacher's trajectories that the student is trained on.
+
+  python launch/make_trajectories.py --config=configs/bouncing.py
+
+Kill it and start it again: it goes on with the files that are missing. Several
+processes share the files with --shard_index=0 --num_shards=4 and so on, and
+--verify re-reads every trajectory.
+"""
+
+import pathlib
+
+import jax
+import ml_collections
+import tqdm
+from absl import flags
+from ml_collections import config_flags
+
+from hiar_jax import (
+  checkpoint,
+  data,
+  errors,
+  noise_schedule,
+  text,
+  trajectories,
+  trajectory_files,
+  worlds,
+)
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_WEIGHTS = flags.DEFINE_string(
+  'weights', None, "The teacher's weights; default: teacher_weights."
+)
+_OUT = flags.DEFINE_string(
+  'out', None, 'Folder of the trajectories; default: trajectories.dir.'
+)
+_NUM = flags.DEFINE_integer(
+  'num', None, 'How many; default: trajectories.num. A set may grow later.'
+)
+_SHARD_INDEX = flags.DEFINE_integer(
+  'shard_index', 0, 'This process, from 0.', lower_bound=0
+)
+_NUM_SHARDS = flags.DEFINE_integer(
+  'num_shards', 1, 'Number of processes.', lower_bound=1
+)
+_VERIFY = flags.DEFINE_bool('verify', False, 'Re-read everything instead.')
+
+
+def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
+  settings = config.trajectories
+  denoiser = Denoiser(WanConfig(**config.model))
+  params = checkpoint.load_weights(
+    config.teacher_weights if _WEIGHTS.value is None else _WEIGHTS.value,
+    jax.eval_shape(denoiser.init, jax.random.key(0)),
+  )
+  prompts = data.BouncingPrompts(
+    worlds.WorldConfig(**config.world),
+    text.WordHashEncoder(**config.text),
+    seed=config.world_seed,
+  )
+  manifest = trajectories.make_manifest(
+    trajectories.TrajectoryConfig(
+      num_steps=settings.num_steps,
+      shift=settings.shift,
+      guidance=settings.guidance,
+      points=settings.points,
+    ),
+    noise_schedule.warped_levels(
+      config.schedule.indices, config.schedule.shift
+    ),
+    denoiser,
+    params,
+    prompts,
+    num=settings.num if _NUM.value is None else _NUM.value,
+    shard_size=settings.shard_size,
+    seed=settings.seed,
+    num_frames=config.world.num_frames,
+  )
+  mine = dict(shard_index=_SHARD_INDEX.value, num_shards=_NUM_SHARDS.value)
+  missing = trajectory_files.missing_shards(out, manifest, **mine)
+  total = sum(len(manifest.indices(shard)) for shard in missing)
+  print(
+    f'{out}: {total} of {manifest.num} trajectories to sample, '
+    f'{len(manifest.levels) - 1} steps each'
+  )
+  with tqdm.tqdm(
+    total=total, unit='trajectory', dynamic_ncols=True, smoothing=0.05
+  ) as bar:
+    trajectories.make(
+      out,
+      manifest,
+      denoiser,
+      jax.device_put(params),
+      prompts,
+      batch_size=settings.batch_size,
+      progress=bar.update,
+      **mine,
+    )
+
+
+def _verify(out: pathlib.Path) -> None:
+  problems = trajectory_files.verify(out)
+  if problems:
+    print('\n'.join(problems))
+    raise ValueError(
+      f'{out} has {len(problems)} problems; delete the files named above and '
+      'sample again'
+    )
+  print(f'{out}: {trajectory_files.read_manifest(out).num} trajectories, whole')
+
+
+def main(argv):
+  del argv
+  config = _CONFIG.value
+  if 'trajectories' not in config:
+    raise ValueError(f'the {config.phase} config has no trajectories')
+  out = pathlib.Path(
+    config.trajectories.dir if _OUT.value is None else _OUT.value
+  )
+  if _VERIFY.value:
+    _verify(out)
+  else:
+    _sample(config, out)
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  errors.run_main(main)
