@@ -14,7 +14,10 @@ FORWARD_KL_TARGETS = ('velocity', 'chord_x0', 'final_x0', 'euler')
 
 
 def flow_matching(
-  flow: jax.Array, x0: jax.Array, eps: jax.Array, weight: jax.Array | None = None
+  flow: jax.Array,
+  x0: jax.Array,
+  eps: jax.Array,
+  weight: jax.Array | None = None,
 ) -> jax.Array:
   """mean w || v - (eps - x0) ||^2.
 
@@ -48,9 +51,7 @@ def reverse_kl(
   Source: eqs. 7-8 of DMD (arXiv:2311.18828), with the normaliser of its
   public code; a normaliser of 0 gives gradient 0.
   """
-  x0, fake_x0, real_x0 = (
-    x.astype(jnp.float32) for x in (x0, fake_x0, real_x0)
-  )
+  x0, fake_x0, real_x0 = (x.astype(jnp.float32) for x in (x0, fake_x0, real_x0))
   axes = tuple(range(1, x0.ndim))
   scale = jnp.mean(jnp.abs(x0 - real_x0), axis=axes, keepdims=True)
   direction = jnp.nan_to_num((fake_x0 - real_x0) / scale)

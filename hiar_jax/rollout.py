@@ -19,9 +19,9 @@ video does not depend on the order or placement of the work.
 # B batch, F frames, f frames per block, N network layers, S denoising steps,
 # b block, j step, h w latent rows and columns, C channels
 
-from collections.abc import Callable
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -187,20 +187,28 @@ class Sampler:
     """C: the past with the block's K/V written."""
     return past.write(self.commit_kv(x, past, level))
 
-  def anchor(self, past: KVCache, frames: jax.Array) -> KVCache:
+  def anchor(
+    self, past: KVCache, frames: jax.Array
+  ) -> tuple[KVCache, list[KV]]:
     """Commits given clean latents, block by block.
 
     Args:
       past: what came before.
       frames: [B, F, h, w, C]; a first block shorter than the others (a single
         image) comes first.
+
+    Returns:
+      The past after them, and each block's K/V.
     """
     size = self.config.frames_per_block
-    first = frames.shape[1] % size
-    starts = ([0] if first else []) + list(range(first, frames.shape[1], size))
-    for start, end in zip(starts, starts[1:] + [frames.shape[1]], strict=True):
-      past = self.commit(frames[:, start:end], past, jnp.zeros(()))
-    return past
+    num_frames = frames.shape[1]
+    starts = range(num_frames % size, num_frames, size)
+    bounds = [*([0] if num_frames % size else []), *starts, num_frames]
+    kvs = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+      kvs.append(self.commit_kv(frames[:, start:end], past, jnp.zeros(())))
+      past = past.write(kvs[-1])
+    return past, kvs
 
 
 def initial_blocks(noise: Noise, blocks: jax.Array) -> jax.Array:
@@ -248,7 +256,7 @@ def sweep(
 
     steps = first_step + jnp.arange(num_steps)
     x_next, x0s = jax.lax.scan(one_step, x, steps)
-    context, level = _context(
+    context, level = context_of(
       sampler, x_next, x0s[-1], first_step + num_steps
     )
     return sampler.commit(context, past, level), x_next
@@ -257,8 +265,10 @@ def sweep(
   return x_bBfhwC, past
 
 
-def _context(sampler, x_next, x0, step_next):
-  """What C sees after a sweep that ends at level t_{step_next}."""
+def context_of(
+  sampler: Sampler, x_next: jax.Array, x0: jax.Array, step_next
+) -> tuple[jax.Array, jax.Array]:
+  """What C sees, and its level, after a sweep that ends at t_{step_next}."""
   if sampler.config.context == 'clean':
     return x0, jnp.zeros(())
   return x_next, sampler.levels[step_next]
@@ -385,9 +395,7 @@ def hybrid(
       num_steps=block_first_steps,
     )
   if block_first_steps < num_steps and anchor_blocks < num_blocks:
-    x = _step_first_from(
-      sampler, noise, x, blocks, initial, block_first_steps
-    )
+    x = _step_first_from(sampler, noise, x, blocks, initial, block_first_steps)
   return _with_initial(initial, join_blocks(x))
 
 
@@ -441,7 +449,9 @@ def shared_block(
     return x_next, (x, x0, kv)
 
   steps = jnp.arange(sampler.config.num_steps)
-  x, (inputs, x0s, kvs) = jax.lax.scan(one_step, noise(0, block), (steps, pasts))
+  x, (inputs, x0s, kvs) = jax.lax.scan(
+    one_step, noise(0, block), (steps, pasts)
+  )
   last = jax.tree.map(lambda a: a[-1], pasts)
   clean = sampler.commit_kv(x, last, jnp.zeros(()))
   context = jax.tree.map(
@@ -453,7 +463,7 @@ def shared_block(
 
 def _anchored(sampler: Sampler, initial: jax.Array | None) -> KVCache:
   past = sampler.empty_past()
-  return past if initial is None else sampler.anchor(past, initial)
+  return past if initial is None else sampler.anchor(past, initial)[0]
 
 
 def _with_initial(initial, x):

@@ -6,6 +6,7 @@ from (seed, iteration) by the host loop; nothing random lives in the state.
 
 # B batch, F frames, h w latent rows and columns, C channels
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hiar_jax import losses
-from hiar_jax import noise_schedule
-from hiar_jax import train_state
+from hiar_jax import (
+  losses,
+  noise_schedule,
+  rollout,
+  train_state,
+  training_rollout,
+)
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import attention
+from hiar_jax.models.transformer import TextKV
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[Any, dict, jax.Array], tuple[Any, Metrics]]
@@ -67,3 +74,298 @@ def teacher_step(
     return _regress(state, loss_fn, optimiser, ema_decay)
 
   return step
+
+
+def student_start_step(
+  denoiser: Denoiser,
+  optimiser: optax.GradientTransformation,
+  config: rollout.RolloutConfig,
+  *,
+  ema_decay: float,
+) -> Step:
+  """ODE regression: trajectory points to the trajectory's end, causally.
+
+  Every block is put at its own random step and the block-causal network must
+  name the final x0. Level 0 is drawn too: there the answer is the input and
+  the loss is 0, but later blocks learn to read clean context.
+
+  The batch's `trajectory` is [B, S + 1, F, h, w, C] at the student's levels.
+
+  Source: CausVid (arXiv:2412.07772, section 4.2), with the clean level added.
+  """
+
+  def step(state, batch, key):
+    trajectory = batch['trajectory']
+    size, num_points, num_frames = trajectory.shape[:3]
+    num_blocks = num_frames // config.frames_per_block
+    point = jax.random.randint(key, (size, num_blocks), 0, num_points)
+    point_BF = jnp.repeat(point, config.frames_per_block, axis=1)
+    index = point_BF[:, None, :, None, None, None]
+    x = jnp.take_along_axis(trajectory, index, axis=1)[:, 0]
+    sigma = jnp.asarray(config.levels, jnp.float32)[point_BF]
+    mask = attention.block_causal_mask(
+      num_frames,
+      config.frames_per_block,
+      window=config.window,
+      sink=config.sink,
+    )
+
+    def loss_fn(params):
+      text = denoiser.project_text(params, batch['text'])
+      x0 = denoiser.x0(params, x, sigma, text, frame_mask=mask)
+      return losses.regression(x0, trajectory[:, -1])
+
+    return _regress(state, loss_fn, optimiser, ema_decay)
+
+  return step
+
+
+FORWARD_KL_ATTENTION = ('bidirectional', 'block_causal', 'cached')
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  """The distillation's numbers; defaults are the paper's.
+
+  Attributes:
+    order: of the training rollout, 'step_first' (HiAR) or 'block_first'
+      (Self-Forcing).
+    past_gradient: see `training_rollout`.
+    loss_blocks: the losses see the last blocks of a rollout, and if it is
+      longer their first block carries none.
+    guidance: of the teacher, usual convention (4 = "cond + 3 (cond - uncond)").
+    timestep_shift: warps the uniform timestep of both score losses.
+    min_level: lower clamp of that level.
+    max_level: upper clamp.
+    forward_kl_weight: of the forward KL; 0 leaves it out.
+    forward_kl_steps: K, it is applied to the first K steps.
+    forward_kl_target: see losses.FORWARD_KL_TARGETS.
+    forward_kl_attention: 'bidirectional' (the paper), 'block_causal' (its
+      code) or 'cached'.
+    generator_every: critic updates per generator update.
+    ema_decay: of the student's average.
+    ema_start: critic updates before it starts.
+  """
+
+  order: str = 'step_first'
+  past_gradient: str = 'detached'
+  loss_blocks: int = 7
+  guidance: float = 4.0
+  timestep_shift: float = 5.0
+  min_level: float = 0.02
+  max_level: float = 0.98
+  forward_kl_weight: float = 0.1
+  forward_kl_steps: int = 1
+  forward_kl_target: str = 'velocity'
+  forward_kl_attention: str = 'bidirectional'
+  generator_every: int = 5
+  ema_decay: float = 0.99
+  ema_start: int = 200
+
+  def __post_init__(self):
+    for name, allowed in (
+      ('order', training_rollout.TRAINING_ORDERS),
+      ('past_gradient', training_rollout.PAST_GRADIENTS),
+      ('forward_kl_target', losses.FORWARD_KL_TARGETS),
+      ('forward_kl_attention', FORWARD_KL_ATTENTION),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r} is not one of {allowed}'
+        )
+    if self.generator_every < 1:
+      raise ValueError(f'generator_every={self.generator_every} is below 1')
+    if not 0 <= self.min_level < self.max_level <= 1:
+      raise ValueError(
+        f'min_level={self.min_level}, max_level={self.max_level} are not '
+        'rising within 0..1'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """The two steps of HiAR training, as pure functions.
+
+  Attributes:
+    student: network of the generator.
+    critic: network of the fake score.
+    teacher: network of the real score, frozen.
+    student_optimiser: of the generator.
+    critic_optimiser: of the critic.
+    rollout: how the student's blocks are denoised.
+    config: the numbers.
+  """
+
+  student: Denoiser
+  critic: Denoiser
+  teacher: Denoiser
+  student_optimiser: optax.GradientTransformation
+  critic_optimiser: optax.GradientTransformation
+  rollout: rollout.RolloutConfig
+  config: DistillConfig
+
+  def generator_step(
+    self,
+    state: train_state.DistillState,
+    teacher_params: Any,
+    batch: dict,
+    key: jax.Array,
+    *,
+    num_blocks: int,
+    forward_kl_step: int = 0,
+  ) -> tuple[train_state.DistillState, Metrics]:
+    """One update of the student: reverse KL + weight * forward KL.
+
+    Args:
+      state: of the run.
+      teacher_params: frozen.
+      batch: `text` [B, L, text_dim]; with a forward KL also `trajectory`
+        [b, S + 1, F, h, w, C] and `trajectory_text` [b, L, text_dim].
+      key: of this iteration.
+      num_blocks: of the rollout, static.
+      forward_kl_step: which of the first K steps, static.
+    """
+    keys = jax.random.split(key, 3)
+
+    def loss_fn(params):
+      x0, exit_step = self._rollout(params, batch['text'], keys[0], num_blocks)
+      loss, size = self._reverse_kl(state, teacher_params, batch, x0, keys[1:])
+      metrics = {
+        'reverse_kl': loss,
+        'dmd_gradient': size,
+        'exit_step': exit_step,
+      }
+      if self.config.forward_kl_weight:
+        forward = self._forward_kl(params, batch, forward_kl_step)
+        metrics['forward_kl'] = forward
+        loss = loss + self.config.forward_kl_weight * forward
+      return loss, metrics
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.student.params)
+    metrics['student_grad_norm'] = optax.global_norm(grads)
+    student = state.student.update(grads, self.student_optimiser)
+    decay = jnp.where(
+      state.iteration < self.config.ema_start, 0.0, self.config.ema_decay
+    )
+    ema = train_state.ema_update(state.ema, student.params, decay)
+    return state.replace(student=student, ema=ema), metrics
+
+  def critic_step(
+    self,
+    state: train_state.DistillState,
+    batch: dict,
+    key: jax.Array,
+    *,
+    num_blocks: int,
+  ) -> tuple[train_state.DistillState, Metrics]:
+    """One update of the critic: flow matching on a fresh rollout."""
+    rollout_key, level_key, noise_key = jax.random.split(key, 3)
+    x0, _ = self._rollout(
+      state.student.params, batch['text'], rollout_key, num_blocks
+    )
+    x0 = jax.lax.stop_gradient(self._last_blocks(x0))
+    sigma = self._level(level_key, x0.shape[0])
+    eps = jax.random.normal(noise_key, x0.shape)
+    x = noise_schedule.add_noise(x0, eps, sigma)
+
+    def loss_fn(params):
+      text = self.critic.project_text(params, batch['text'])
+      flow, _ = self.critic.flow(params, x, sigma, text)
+      return losses.flow_matching(flow, x0, eps)
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.critic.params)
+    critic = state.critic.update(grads, self.critic_optimiser)
+    state = state.replace(critic=critic, iteration=state.iteration + 1)
+    metrics = {'critic': loss, 'critic_grad_norm': optax.global_norm(grads)}
+    return state, metrics
+
+  def _sampler(self, params, text: TextKV) -> rollout.Sampler:
+    return rollout.Sampler(self.student, params, text, self.rollout)
+
+  def _rollout(self, params, states, key, num_blocks):
+    """Self-rollout to one exit step, the same for all samples and blocks."""
+    exit_key, noise_key = jax.random.split(key)
+    exit_step = jax.random.randint(exit_key, (), 0, self.rollout.num_steps)
+    size = self.student.config
+    noise = rollout.named_noise(
+      jax.random.split(noise_key, states.shape[0]),
+      (
+        self.rollout.frames_per_block,
+        size.latent_height,
+        size.latent_width,
+        size.channels,
+      ),
+    )
+    x0 = training_rollout.training_rollout(
+      self._sampler(params, self.student.project_text(params, states)),
+      noise,
+      num_blocks,
+      exit_step,
+      order=self.config.order,
+      past_gradient=self.config.past_gradient,
+      grad_blocks=min(num_blocks, self.config.loss_blocks),
+    )
+    return x0, exit_step
+
+  def _last_blocks(self, x0):
+    return x0[:, -self.config.loss_blocks * self.rollout.frames_per_block :]
+
+  def _level(self, key, batch):
+    """Uniform u, warped, clamped; one level per sample."""
+    sigma = noise_schedule.warp_timestep(
+      jax.random.uniform(key, (batch,)), self.config.timestep_shift
+    )
+    return jnp.clip(sigma, self.config.min_level, self.config.max_level)
+
+  def _reverse_kl(self, state, teacher_params, batch, x0, keys):
+    longer = x0.shape[1] > self.config.loss_blocks * (
+      self.rollout.frames_per_block
+    )
+    x0 = self._last_blocks(x0)
+    sigma = self._level(keys[0], x0.shape[0])
+    eps = jax.random.normal(keys[1], x0.shape)
+    fixed = jax.lax.stop_gradient(x0)
+    x = noise_schedule.add_noise(fixed, eps, sigma)
+    critic = state.critic.params
+    fake_x0 = self.critic.x0(
+      critic, x, sigma, self.critic.project_text(critic, batch['text'])
+    )
+    text = self.teacher.project_text(teacher_params, batch['text'])
+    null = self.teacher.project_text(
+      teacher_params, jnp.zeros_like(batch['text'][:1])
+    )
+    real_x0 = self.teacher.guided_x0(
+      teacher_params, x, sigma, text, null, self.config.guidance
+    )
+    mask = None
+    if longer:
+      # The first frames of a cut have no past to be judged with.
+      mask = jnp.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
+    return losses.reverse_kl(x0, fake_x0, real_x0, mask)
+
+  def _forward_kl(self, params, batch, step):
+    levels = self.rollout.levels
+    x, sigma, answer = losses.forward_kl_pair(
+      jnp.moveaxis(batch['trajectory'], 1, 0),
+      levels,
+      levels,
+      step,
+      self.config.forward_kl_target,
+    )
+    text = self.student.project_text(params, batch['trajectory_text'])
+    mode = self.config.forward_kl_attention
+    if mode == 'cached':
+      flow = training_rollout.cached_flow(self._sampler(params, text), x, step)
+    else:
+      mask = None
+      if mode == 'block_causal':
+        mask = attention.block_causal_mask(
+          x.shape[1],
+          self.rollout.frames_per_block,
+          window=self.rollout.window,
+          sink=self.rollout.sink,
+        )
+      flow, _ = self.student.flow(params, x, sigma, text, frame_mask=mask)
+    return losses.forward_kl(
+      flow, x, sigma, levels[step + 1], answer, self.config.forward_kl_target
+    )

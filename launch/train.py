@@ -1,19 +1,19 @@
-"""Trains one phase: python launch/train.py --config=configs/bouncing.py:teacher"""
+"""Trains one phase, from its last checkpoint if there is one.
 
-from absl import app
-from absl import logging
+python launch/train.py --config=configs/bouncing.py:teacher
+"""
+
 from ml_collections import config_flags
 
-from hiar_jax import train
+from hiar_jax import errors, train
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 
 
 def main(argv):
   del argv
-  logging.set_verbosity(logging.INFO)
   train.train(_CONFIG.value)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  errors.run_main(main)

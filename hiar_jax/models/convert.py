@@ -5,8 +5,8 @@ the path (with its groups) is ours, the transform names a change of layout. A
 path with '[i]' at its end is entry i of an array stacked on axis 0.
 """
 
-from collections.abc import Mapping, Sequence
 import re
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np

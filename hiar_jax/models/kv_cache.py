@@ -17,7 +17,7 @@ from hiar_jax.models.config import WanConfig
 
 @flax.struct.dataclass
 class KV:
-  """Keys (after RoPE) and values of some tokens, all layers: [N, B, T, H, K]."""
+  """Keys (after RoPE) and values of some tokens, [N, B, T, H, K] each."""
 
   k: jax.Array
   v: jax.Array

@@ -15,14 +15,13 @@ writes the K/V that come out.
 
 from collections.abc import Callable
 
-from flax import linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
-from hiar_jax.models import attention
-from hiar_jax.models import rope
+from hiar_jax.models import attention, rope
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache
 
@@ -269,7 +268,9 @@ class WanTransformer(nn.Module):
     time = nn.silu(nn.Dense(cfg.dim, name='time_in', **float32)(time))
     time = nn.Dense(cfg.dim, name='time_out', **float32)(time)
     modulation = nn.Dense(
-      6 * cfg.dim, name='time_projection', dtype=jnp.float32,
+      6 * cfg.dim,
+      name='time_projection',
+      dtype=jnp.float32,
       kernel_init=_DENSE_INIT,
     )(nn.silu(time))
     modulation = modulation.reshape(*time.shape[:2], 6, cfg.dim)
@@ -362,7 +363,7 @@ def patchify(x_BFhwC: jax.Array, patch: tuple[int, int]) -> jax.Array:
 
 
 def unpatchify(x_BFhwp: jax.Array, patch: tuple[int, int]) -> jax.Array:
-  """Inverse of the token order: [B, F, h, w, ph*pw*C] to [B, F, h*ph, w*pw, C]."""
+  """Tokens [B, F, h, w, ph*pw*C] to latents [B, F, h*ph, w*pw, C]."""
   batch, frames, rows, columns, _ = x_BFhwp.shape
   ph, pw = patch
   x = x_BFhwp.reshape(batch, frames, rows, columns, ph, pw, -1)

@@ -1,0 +1,283 @@
+"""What each training phase is made of: first state, step, data.
+
+Here configs become frozen dataclasses; a misspelt key fails with its name, and
+missing inputs of a phase fail before anything is compiled.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from hiar_jax import (
+  checkpoint,
+  codecs,
+  data,
+  noise_schedule,
+  rollout,
+  text,
+  train_state,
+  train_step,
+  trajectories,
+  worlds,
+)
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+Config = ml_collections.ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """What the loop runs.
+
+  Attributes:
+    state: first state.
+    step: (state, batch, iteration) -> (state, metrics).
+    batches: endless checkpointable iterator.
+    weights: picks the tree to export from the last state.
+  """
+
+  state: Any
+  step: Callable[[Any, dict, int], tuple[Any, dict]]
+  batches: grain.DatasetIterator
+  weights: Callable[[Any], Any]
+
+
+def build(config: Config) -> Phase:
+  """The phase named by `config.phase`.
+
+  Raises:
+    ValueError: if the phase is unknown or a value does not fit.
+    FileNotFoundError: if something that an earlier phase makes is missing.
+  """
+  if config.phase not in _PHASES:
+    raise ValueError(f'phase {config.phase!r} is not one of {sorted(_PHASES)}')
+  for name in ('iterations', 'batch_size', 'log_every', 'checkpoint_every'):
+    if config[name] < 1:
+      raise ValueError(f'{name}={config[name]} is not at least 1')
+  return _PHASES[config.phase](config)
+
+
+def world_codec(config: Config) -> codecs.LinearCodec:
+  """The small world's codec: read if it was fitted before, else fitted."""
+  path = pathlib.Path(config.codec.path)
+  if not path.exists():
+    codec = codecs.fit_linear_codec(
+      worlds.WorldConfig(**config.world),
+      num_videos=config.codec.num_videos,
+      channels=config.codec.channels,
+      seed=config.codec.seed,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codecs.save_linear_codec(codec, path)
+  return codecs.load_linear_codec(path)
+
+
+def rollout_config(config: Config) -> rollout.RolloutConfig:
+  """How the student's blocks are denoised."""
+  levels = noise_schedule.warped_levels(
+    config.schedule.indices, config.schedule.shift
+  )
+  return rollout.RolloutConfig(levels=levels, **config.rollout)
+
+
+def prompts(config: Config) -> data.BouncingPrompts:
+  """The captions of the training scenes."""
+  return data.BouncingPrompts(
+    worlds.WorldConfig(**config.world),
+    text.WordHashEncoder(**config.text),
+    seed=config.world_seed,
+  )
+
+
+def trajectory_source(config: Config) -> trajectories.TrajectorySource:
+  """The teacher's trajectories, held to the student's own levels."""
+  return trajectories.TrajectorySource(
+    config.trajectories.dir,
+    trajectories.point_levels(
+      trajectory_config(config), rollout_config(config).levels
+    ),
+  )
+
+
+def trajectory_config(config: Config) -> trajectories.TrajectoryConfig:
+  """How the teacher's trajectories are sampled."""
+  c = config.trajectories
+  return trajectories.TrajectoryConfig(
+    num_steps=c.num_steps, shift=c.shift, guidance=c.guidance, points=c.points
+  )
+
+
+def load_params(path: str, denoiser: Denoiser) -> Any:
+  """Exported weights of an earlier phase."""
+  abstract = jax.eval_shape(denoiser.init, jax.random.key(0))
+  return checkpoint.load_weights(path, abstract)
+
+
+def _optimiser(config: Config, iterations: int):
+  return train_state.make_optimiser(
+    train_state.OptimiserConfig(**config), iterations
+  )
+
+
+def _regression(config, params, optimiser, step, batches) -> Phase:
+  return Phase(
+    state=train_state.RegressionState(
+      iteration=jnp.zeros((), jnp.int32),
+      net=train_state.init_net(params, optimiser),
+      ema=train_state.copy(params),
+    ),
+    step=jax.jit(step, donate_argnums=0),
+    batches=batches,
+    weights=lambda state: state.ema,
+  )
+
+
+def _teacher(config: Config) -> Phase:
+  """Flow matching on videos of the world."""
+  denoiser = Denoiser(WanConfig(**config.model))
+  optimiser = _optimiser(config.optimiser, config.iterations)
+  codec = world_codec(config)
+  update = train_step.teacher_step(
+    denoiser,
+    optimiser,
+    timestep_shift=config.timestep_shift,
+    ema_decay=config.ema_decay,
+  )
+  key = jax.random.key(config.seed)
+
+  def step(state, batch, iteration):
+    latents = codec.encode(codecs.pixels_to_float(batch['video']))
+    batch = {'latents': latents, 'text': batch['text']}
+    return update(state, batch, jax.random.fold_in(key, iteration))
+
+  source = data.BouncingVideos(
+    worlds.WorldConfig(**config.world),
+    text.WordHashEncoder(**config.text),
+    seed=config.world_seed,
+    caption_dropout=config.caption_dropout,
+  )
+  batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
+  return _regression(config, denoiser.init(key), optimiser, step, batches)
+
+
+def _student_start(config: Config) -> Phase:
+  """ODE regression from the teacher's weights."""
+  denoiser = Denoiser(WanConfig(**config.model))
+  optimiser = _optimiser(config.optimiser, config.iterations)
+  update = train_step.student_start_step(
+    denoiser, optimiser, rollout_config(config), ema_decay=config.ema_decay
+  )
+  key = jax.random.key(config.seed)
+
+  def step(state, batch, iteration):
+    batch = {'trajectory': batch['latents'], 'text': batch['text']}
+    return update(state, batch, jax.random.fold_in(key, iteration))
+
+  params = load_params(config.teacher_weights, denoiser)
+  batches = data.batches(
+    trajectory_source(config), batch_size=config.batch_size, seed=config.seed
+  )
+  return _regression(config, params, optimiser, step, batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsAndTrajectories:
+  """Element i of the prompts beside a trajectory, for the forward KL."""
+
+  prompts: data.BouncingPrompts
+  trajectories: trajectories.TrajectorySource
+
+  def __len__(self) -> int:
+    return len(self.prompts)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    trajectory = self.trajectories[index % len(self.trajectories)]
+    return {
+      'text': self.prompts[index]['text'],
+      'trajectory': trajectory['latents'],
+      'trajectory_text': trajectory['text'],
+    }
+
+
+def _distill(config: Config) -> Phase:
+  """HiAR distillation, or Self-Forcing with order 'block_first'."""
+  student = Denoiser(WanConfig(**config.model))
+  numbers = train_step.DistillConfig(**config.distill)
+  updates = -(-config.iterations // numbers.generator_every)
+  steps = train_step.Distillation(
+    student=student,
+    critic=student,
+    teacher=student,
+    student_optimiser=_optimiser(config.optimiser, updates),
+    critic_optimiser=_optimiser(config.critic_optimiser, config.iterations),
+    rollout=rollout_config(config),
+    config=numbers,
+  )
+  low, high = config.rollout_blocks
+  if not 1 <= low <= high:
+    raise ValueError(f'rollout_blocks={(low, high)} do not rise from 1')
+  source = prompts(config)
+  if numbers.forward_kl_weight:
+    source = PromptsAndTrajectories(source, trajectory_source(config))
+  teacher_params = load_params(config.teacher_weights, student)
+  params = load_params(config.student_weights, student)
+  generator = jax.jit(
+    steps.generator_step,
+    static_argnames=('num_blocks', 'forward_kl_step'),
+    donate_argnums=0,
+  )
+  critic = jax.jit(
+    steps.critic_step, static_argnames=('num_blocks',), donate_argnums=0
+  )
+  key = jax.random.key(config.seed)
+
+  def step(state, batch, iteration):
+    # Host numbers that choose a compiled program; by name, like all noise.
+    draw = np.random.default_rng((config.seed, iteration))
+    num_blocks = int(draw.integers(low, high + 1))
+    keys = jax.random.split(jax.random.fold_in(key, iteration))
+    metrics = {}
+    if iteration % numbers.generator_every == 0:
+      state, metrics = generator(
+        state,
+        teacher_params,
+        batch,
+        keys[0],
+        num_blocks=num_blocks,
+        forward_kl_step=int(draw.integers(numbers.forward_kl_steps)),
+      )
+    state, critic_metrics = critic(
+      state, {'text': batch['text']}, keys[1], num_blocks=num_blocks
+    )
+    return state, metrics | critic_metrics
+
+  return Phase(
+    state=train_state.DistillState(
+      iteration=jnp.zeros((), jnp.int32),
+      student=train_state.init_net(params, steps.student_optimiser),
+      critic=train_state.init_net(
+        train_state.copy(teacher_params), steps.critic_optimiser
+      ),
+      ema=train_state.copy(params),
+    ),
+    step=step,
+    batches=data.batches(
+      source, batch_size=config.batch_size, seed=config.seed
+    ),
+    weights=lambda state: state.ema,
+  )
+
+
+_PHASES = {
+  'teacher': _teacher,
+  'student_start': _student_start,
+  'distill': _distill,
+}
