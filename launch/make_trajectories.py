@@ -104,7 +104,7 @@ def _verify(out: pathlib.Path) -> None:
   if problems:
     print('\n'.join(problems))
     raise ValueError(
-      f'{out} has {len(problems)} problems; delete the files named above and '
+      f'{out} has {len(problems)} problems; delete the damaged files and '
       'sample again'
     )
   print(f'{out}: {trajectory_files.read_manifest(out).num} trajectories, whole')
