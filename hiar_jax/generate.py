@@ -1,0 +1,441 @@
+"""Text to video: load a pipeline, call it with a prompt, look at the result.
+
+  pipe = generate.load('bouncing')
+  video = pipe('a large red disc drifting fast over dark blue', num_blocks=28)
+  video.save('video.mp4')
+
+A pipeline is a folder of three files: a config, weights and a codec.
+"""
+
+# B batch, F frames, H W height and width, h w latent rows and columns,
+# C channels, P prompts, L text tokens, D width
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from hiar_jax import (
+  checkpoint,
+  codecs,
+  metrics,
+  noise_schedule,
+  rollout,
+  sampling,
+  text,
+  video_io,
+)
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+ASSETS = pathlib.Path(__file__).parent / 'assets'
+CONFIG_FILE = 'config.json'
+WEIGHTS_FILE = 'student.safetensors'
+CODEC_FILE = 'codec.npz'
+
+# What a pipeline takes from a training config; the rest is about training.
+SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
+
+# Videos that are sampled together. More of them need memory in proportion and
+# are no faster once the machine is busy.
+MAX_BATCH = 8
+
+_WATCHABLE_HEIGHT = 512  # px; smaller frames are enlarged to at least this.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Video:
+  """A finished video.
+
+  Attributes:
+    frames: uint8 [F, H, W, 3].
+    fps: frames a second.
+    prompt: that it was made for.
+    latents: float32 [F, h, w, C] that the frames were decoded from, or None.
+  """
+
+  frames: np.ndarray
+  fps: float
+  prompt: str = ''
+  latents: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    """Number of frames."""
+    return len(self.frames)
+
+  def __repr__(self) -> str:
+    return f'Video({self.prompt!r}, {list(self.shape)}, fps={self.fps:g})'
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    """(F, H, W, 3)."""
+    return self.frames.shape
+
+  @property
+  def scale(self) -> int:
+    """Whole factor that makes small frames at least 512 px high."""
+    return max(1, -(-_WATCHABLE_HEIGHT // self.shape[1]))
+
+  def save(self, path: str | pathlib.Path, *, scale: int | None = None) -> None:
+    """Writes an mp4 that a browser plays.
+
+    Args:
+      path: ends in .mp4.
+      scale: whole factor of enlargement; None makes it watchable (`scale`).
+
+    Raises:
+      ValueError, OSError: as `video_io.VideoWriter`.
+    """
+    scale = self.scale if scale is None else scale
+    video_io.write_video(path, self.frames, fps=self.fps, scale=scale)
+
+  def contact_sheet(
+    self,
+    path: str | pathlib.Path | None = None,
+    *,
+    columns: int = 7,
+    scale: int = 2,
+  ) -> Image.Image:
+    """Evenly spaced frames in one picture, also written to `path` as PNG."""
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / 'sheet.png' if path is None else path
+      video_io.contact_sheet(
+        path, self.frames, captions=self.prompt, columns=columns, scale=scale
+      )
+      with Image.open(path) as sheet:
+        return sheet.copy()
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows: a player with the video inside."""
+    return video_io.to_html(
+      self.frames, fps=self.fps, scale=self.scale, caption=self.prompt
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VideoPipeline:
+  """Prompts to videos; made by `load` or `from_config`.
+
+  Attributes:
+    name: for people.
+    denoiser: network.
+    params: its parameters.
+    encoder: captions to text states, see `text`.
+    codec: latents to frames, see `codecs`.
+    rollout: how blocks are denoised.
+    order: that the weights were trained for, one of rollout.ORDERS.
+    fps: frames a second of the videos.
+  """
+
+  name: str
+  denoiser: Denoiser
+  params: dict
+  encoder: Any
+  codec: Any
+  rollout: rollout.RolloutConfig
+  order: str
+  fps: float
+
+  def __call__(
+    self,
+    prompt: str | Sequence[str],
+    *,
+    num_blocks: int = 7,
+    num_videos: int = 1,
+    seed: int = 0,
+    order: str | None = None,
+    anchor_blocks: int = 0,
+    block_first_steps: int = 0,
+    context: str | None = None,
+    initial_frames: np.ndarray | None = None,
+    progress: bool = True,
+  ) -> Video | list[Video]:
+    """Makes videos.
+
+    Video v of prompt p has its noise from (seed, p, v, step, block): it does
+    not depend on how many others are made with it, nor on the order.
+
+    Args:
+      prompt: one or several.
+      num_blocks: length; a block is `rollout.frames_per_block` latent frames.
+      num_videos: of each prompt.
+      seed: another seed gives other videos.
+      order: one of rollout.ORDERS; None is the one trained for.
+      anchor_blocks: 'hybrid' only: first blocks that are finished first.
+      block_first_steps: 'hybrid' only: first steps that go block by block.
+      context: one of rollout.CONTEXTS; None is the one trained for.
+      initial_frames: uint8 [F, H, W, 3] that the videos go on from: one image
+        or the end of another video. They come first in the result, as the
+        codec sees them.
+      progress: show a bar of the network passes.
+
+    Returns:
+      A Video for one prompt and num_videos=1, else a list, prompt by prompt.
+
+    Raises:
+      ValueError: naming the value that does not fit.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    request = sampling.Request(
+      num_blocks=num_blocks,
+      num_videos=num_videos,
+      seed=seed,
+      order=self.order if order is None else order,
+      anchor_blocks=anchor_blocks,
+      block_first_steps=block_first_steps,
+    )
+    pipeline = self
+    if context is not None:
+      pipeline = dataclasses.replace(
+        self, rollout=dataclasses.replace(self.rollout, context=context)
+      )
+    latents = pipeline.sample(
+      prompts, request, initial_frames=initial_frames, progress=progress
+    )
+    frames = pipeline.decode(latents)
+    videos = [
+      Video(frames[i], self.fps, prompts[i // num_videos], latents[i])
+      for i in range(len(frames))
+    ]
+    return videos[0] if isinstance(prompt, str) and num_videos == 1 else videos
+
+  def sample(
+    self,
+    prompts: Sequence[str],
+    request: sampling.Request,
+    *,
+    initial_frames: np.ndarray | None = None,
+    progress: bool = True,
+  ) -> np.ndarray:
+    """Makes latents; arguments as in `__call__`.
+
+    Returns:
+      float32 [B, F, h, w, C], B = prompts * num_videos, prompt by prompt;
+      given frames included.
+    """
+    check_prompts(prompts)
+    passes = sampling.num_passes(request, self.rollout)
+    initial = None
+    if initial_frames is not None:
+      initial = self._encode(initial_frames)
+    states_PLD = self.encoder.encode(prompts)
+    size = len(prompts) * request.num_videos
+    batches = _batches(size)
+    latents = []
+    with _progress(len(batches) * passes, progress) as report:
+      for samples in batches:
+        prompt, video = np.divmod(samples, request.num_videos)
+        latents.append(
+          sampling.sample(
+            self.denoiser,
+            self.params,
+            self.rollout,
+            request,
+            sampling.sample_keys(np.uint32(request.seed), prompt, video),
+            states_PLD[prompt],
+            initial,
+            report,
+          )
+        )
+    return np.concatenate(latents)[:size]
+
+  def decode(self, latents_BFhwC: np.ndarray) -> np.ndarray:
+    """Latents to uint8 frames [B, F, H, W, 3], block by block."""
+    num_frames = latents_BFhwC.shape[1]
+    size = self.rollout.frames_per_block
+    # Given frames may be no whole number of blocks; they come first.
+    cuts = [0, *range(num_frames % size or size, num_frames + 1, size)]
+    videos = []
+    for samples in _batches(len(latents_BFhwC)):
+      state = self.codec.init_decode_state(len(samples))
+      pieces = []
+      for start, end in itertools.pairwise(cuts):
+        piece = latents_BFhwC[samples, start:end]
+        frames, state = _decode_block(self.codec, state, piece)
+        pieces.append(np.asarray(frames))
+      videos.append(np.concatenate(pieces, 1))
+    return np.concatenate(videos)[: len(latents_BFhwC)]
+
+  def _encode(self, frames_FHWC: np.ndarray) -> np.ndarray:
+    """Given frames to latents [1, F, h, w, C]."""
+    frames_FHWC = np.asarray(frames_FHWC)
+    config, stride = self.denoiser.config, self.codec.spatial_stride
+    wanted = (config.latent_height * stride, config.latent_width * stride, 3)
+    if (
+      frames_FHWC.dtype != np.uint8
+      or frames_FHWC.ndim != 4
+      or frames_FHWC.shape[1:] != wanted
+      or not len(frames_FHWC)
+    ):
+      raise ValueError(
+        f'initial_frames must be uint8 [F, {wanted[0]}, {wanted[1]}, 3], not '
+        f'{frames_FHWC.dtype} {list(frames_FHWC.shape)}'
+      )
+    return np.asarray(_encode_frames(self.codec, frames_FHWC[None]))
+
+
+def load(name_or_path: str | pathlib.Path) -> VideoPipeline:
+  """Reads a pipeline with its trained weights.
+
+  Args:
+    name_or_path: a name of `known_names()`, or a folder written by `export`.
+
+  Raises:
+    ValueError: if there is no such pipeline, or a file of it is damaged.
+    FileNotFoundError: if a file is missing from the folder.
+  """
+  folder = ASSETS / name_or_path
+  if not (folder / CONFIG_FILE).exists():
+    folder = pathlib.Path(name_or_path)
+  if not folder.is_dir():
+    raise ValueError(
+      f'no pipeline {str(name_or_path)!r}: it is neither a folder nor one of '
+      f'{known_names()}'
+    )
+  path = folder / CONFIG_FILE
+  if not path.exists():
+    raise FileNotFoundError(f'no pipeline in {folder}: it has no {CONFIG_FILE}')
+  try:
+    config = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from error
+  return from_config(
+    config, weights=folder / WEIGHTS_FILE, codec=folder / CODEC_FILE
+  )
+
+
+def known_names() -> list[str]:
+  """Pipelines that come with the package."""
+  return sorted(path.parent.name for path in ASSETS.glob(f'*/{CONFIG_FILE}'))
+
+
+def from_config(
+  config: Mapping[str, Any],
+  *,
+  weights: str | pathlib.Path,
+  codec: str | pathlib.Path,
+) -> VideoPipeline:
+  """Builds a pipeline from a config and two files.
+
+  Args:
+    config: has SECTIONS, such as `configs/bouncing.py`; others are ignored.
+    weights: of `checkpoint.save_weights`.
+    codec: of `codecs.save_linear_codec`.
+
+  Raises:
+    ValueError: if a section is missing, a value is out of range, or a file is
+      damaged or of another model.
+    TypeError: naming a key that is unknown.
+    FileNotFoundError: if a file is missing.
+  """
+  missing = [name for name in SECTIONS if name not in config]
+  if missing:
+    raise ValueError(f'the config has no {missing}; generation needs them')
+  denoiser = Denoiser(WanConfig(**config['model']))
+  encoder = text.WordHashEncoder(**config['text'])
+  levels = noise_schedule.warped_levels(**config['schedule'])
+  rollout_config = rollout.RolloutConfig(levels=levels, **config['rollout'])
+  # The shapes alone: random weights would take longer than reading real ones.
+  abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
+  return VideoPipeline(
+    name=config['name'],
+    denoiser=denoiser,
+    params=jax.device_put(checkpoint.load_weights(weights, abstract)),
+    encoder=encoder,
+    codec=_load_codec(codec),
+    rollout=rollout_config,
+    **config['generate'],
+  )
+
+
+def export(
+  folder: str | pathlib.Path,
+  *,
+  config: Mapping[str, Any],
+  params: Mapping[str, Any],
+  codec: codecs.LinearCodec,
+) -> None:
+  """Writes what `load` reads.
+
+  Args:
+    folder: is made if it does not exist.
+    config: of the training; its SECTIONS are written, the rest is left out.
+    params: of the student, averaged.
+    codec: that its latents are of.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  sections = {name: config[name] for name in SECTIONS}
+  (folder / CONFIG_FILE).write_text(
+    json.dumps(sections, indent=2, default=dict) + '\n'
+  )
+  codecs.save_linear_codec(codec, folder / CODEC_FILE)
+  checkpoint.save_weights(folder / WEIGHTS_FILE, params)
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+  """Raises ValueError unless there are prompts and none of them is empty."""
+  if not len(prompts):
+    raise ValueError('there is no prompt')
+  for prompt in prompts:
+    if not isinstance(prompt, str) or not prompt.strip():
+      raise ValueError(f'prompt {prompt!r} is not a text')
+
+
+@contextlib.contextmanager
+def _progress(total: int, visible: bool) -> Iterator[Callable[[int], None]]:
+  """Shows what is reported to it as a bar, or does nothing."""
+  if not visible:
+    yield lambda passes: None
+    return
+  done = 0
+  with metrics.Progress(total, label='sampling', unit='pass') as bar:
+
+    def report(passes):
+      nonlocal done
+      done += passes
+      bar.update(done)
+
+    yield report
+
+
+def _batches(size: int) -> list[np.ndarray]:
+  """Splits 0..size-1 into equal batches, so that one program serves them all.
+
+  The last sample is repeated where they do not come out even.
+  """
+  count = -(-size // MAX_BATCH)
+  padded = np.minimum(np.arange(-(-size // count) * count), size - 1)
+  return np.split(padded.astype(np.int32), count)
+
+
+@jax.jit
+def _encode_frames(codec, frames_BFHWC):
+  return codec.encode(codecs.pixels_to_float(frames_BFHWC))
+
+
+@jax.jit
+def _decode_block(codec, state, latents_BFhwC):
+  video, state = codec.decode_stream(state, latents_BFhwC)
+  return codecs.float_to_pixels(video), state
+
+
+def _load_codec(path: str | pathlib.Path) -> codecs.LinearCodec:
+  if not pathlib.Path(path).exists():
+    raise FileNotFoundError(f'no codec at {path}')
+  # Asked first: np.load leaves a file open that turns out not to be an archive.
+  if not zipfile.is_zipfile(path):
+    raise ValueError(f'codec {path} is damaged')
+  try:
+    return codecs.load_linear_codec(path)
+  except (KeyError, ValueError, zipfile.BadZipFile) as error:
+    raise ValueError(f'codec {path} is damaged ({error})') from error

@@ -1,0 +1,264 @@
+"""A rollout cut into one jitted program a block, called by the host.
+
+The orders are those of `rollout`, and so are the numbers; but the length of a
+video changes no program, and a progress bar can tell the truth.
+"""
+
+# B batch, F frames, f frames per block, b block, h w latent rows and columns,
+# C channels, L text tokens, D width
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax import rollout
+from hiar_jax.denoiser import Denoiser
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to make, prompts aside.
+
+  Attributes:
+    num_blocks: blocks to make, given frames not counted.
+    num_videos: of each prompt.
+    seed: names the noise, in [0, 2**32).
+    order: one of rollout.ORDERS.
+    anchor_blocks: 'hybrid' only, see `rollout.hybrid`.
+    block_first_steps: 'hybrid' only, see `rollout.hybrid`.
+
+  Raises:
+    ValueError: naming the value that does not fit.
+  """
+
+  num_blocks: int
+  num_videos: int = 1
+  seed: int = 0
+  order: str = 'step_first'
+  anchor_blocks: int = 0
+  block_first_steps: int = 0
+
+  def __post_init__(self):
+    for name in ('num_blocks', 'num_videos'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} is not at least 1')
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f'seed={self.seed} is not in 0..{2**32 - 1}')
+    if self.order not in rollout.ORDERS:
+      raise ValueError(f'order={self.order!r} is not one of {rollout.ORDERS}')
+    hybrid = bool(self.anchor_blocks) + bool(self.block_first_steps)
+    if hybrid != (self.order == 'hybrid'):
+      raise ValueError(
+        "order 'hybrid', and no other, takes one of anchor_blocks and "
+        f'block_first_steps; they are {self.anchor_blocks} and '
+        f'{self.block_first_steps} with order {self.order!r}'
+      )
+    if not 0 <= self.anchor_blocks <= self.num_blocks:
+      raise ValueError(
+        f'anchor_blocks={self.anchor_blocks} is not in 0..{self.num_blocks}, '
+        'the number of blocks'
+      )
+
+
+@jax.jit
+def sample_keys(seed, prompt_B, video_B):
+  """One key a sample: (seed, number of the prompt, number of its video)."""
+  key = jax.random.key(seed)
+
+  def one(prompt, video):
+    return jax.random.fold_in(jax.random.fold_in(key, prompt), video)
+
+  return jax.vmap(one)(prompt_B, video_B)
+
+
+def num_passes(request: Request, config: rollout.RolloutConfig) -> int:
+  """Network passes that `sample` makes for one batch.
+
+  Raises:
+    ValueError: if the request and the config do not go together.
+  """
+  return sum(sweep.passes for sweep in _plan(request, config))
+
+
+def sample(
+  denoiser: Denoiser,
+  params: dict,
+  config: rollout.RolloutConfig,
+  request: Request,
+  keys_B: jax.Array,
+  states_BLD: np.ndarray,
+  initial: np.ndarray | None,
+  report: Callable[[int], None],
+) -> np.ndarray:
+  """Samples one batch.
+
+  Args:
+    denoiser: network.
+    params: its parameters.
+    config: how blocks are denoised.
+    request: what to make.
+    keys_B: from `sample_keys`.
+    states_BLD: text states.
+    initial: latents [1, F, h, w, C] that come first.
+    report: is told, after each block, how many network passes it took.
+
+  Returns:
+    float32 [B, F, h, w, C], the given frames included.
+
+  Raises:
+    ValueError: if the request and the config do not go together.
+  """
+  static = {'denoiser': denoiser, 'config': config}
+  sweeps, shared = _plan(request, config), _is_shared(request, config)
+  begin = _begin_shared if shared else _begin
+  text, anchored = begin(params, states_BLD, initial, **static)
+  x = [
+    _first_noise(keys_B, np.int32(block), **static)
+    for block in range(request.num_blocks)
+  ]
+  for sweep in sweeps:
+    # The working past is donated, block after block; the anchored one stays.
+    past = _copy(anchored)
+    for block in sweep.blocks:
+      if shared:
+        x[block], past = _shared_block(
+          params, text, past, keys_B, np.int32(block), **static
+        )
+      else:
+        x[block], past = _sweep_block(
+          *(params, text, past, x[block], keys_B),
+          *(np.int32(sweep.first_step), np.int32(block)),
+          num_steps=sweep.num_steps,
+          **static,
+        )
+      # Or the report would run ahead of the device.
+      x[block].block_until_ready()
+      report(sweep.num_steps + 1)
+    if sweep.anchors:
+      anchored = past
+  given = [] if initial is None else [initial.repeat(len(keys_B), 0)]
+  # Joined by NumPy: a device would compile a program for every length.
+  return np.concatenate([*given, *map(np.asarray, x)], 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+  """One `rollout.sweep`, or all of `rollout.shared_context`, as a plan.
+
+  Attributes:
+    blocks: their names.
+    first_step: of the sweep.
+    num_steps: of the sweep.
+    anchors: the blocks come out clean and stand in the past of later sweeps.
+  """
+
+  blocks: range
+  first_step: int
+  num_steps: int
+  anchors: bool = False
+
+  @property
+  def passes(self) -> int:
+    """Network passes: the steps and a commit of each block."""
+    return len(self.blocks) * (self.num_steps + 1)
+
+
+def _is_shared(request: Request, config: rollout.RolloutConfig) -> bool:
+  return request.order == 'step_first' and config.context == 'shared'
+
+
+def _plan(request: Request, config: rollout.RolloutConfig) -> list[_Sweep]:
+  """The sweeps of an order; the rollout's functions say what they mean."""
+  num_steps, blocks = config.num_steps, range(request.num_blocks)
+  if request.order == 'block_first' or _is_shared(request, config):
+    return [_Sweep(blocks, 0, num_steps)]
+  if config.context == 'shared':
+    raise ValueError(f"order {request.order!r} has no context 'shared'")
+  first = request.block_first_steps
+  if not 0 <= first <= num_steps:
+    raise ValueError(
+      f'block_first_steps={first} is not in 0..{num_steps}, the number of steps'
+    )
+  sweeps = []
+  if request.anchor_blocks:
+    anchors = blocks[: request.anchor_blocks]
+    sweeps.append(_Sweep(anchors, 0, num_steps, anchors=True))
+    blocks = blocks[request.anchor_blocks :]
+  if first:
+    sweeps.append(_Sweep(blocks, 0, first))
+  sweeps += [_Sweep(blocks, step, 1) for step in range(first, num_steps)]
+  return sweeps
+
+
+def _noise(keys_B, denoiser, config) -> rollout.Noise:
+  sizes = denoiser.config
+  shape = (sizes.latent_height, sizes.latent_width, sizes.channels)
+  return rollout.named_noise(keys_B, (config.frames_per_block, *shape))
+
+
+@functools.partial(jax.jit, static_argnames=('denoiser', 'config'))
+def _first_noise(keys_B, block, *, denoiser, config):
+  return _noise(keys_B, denoiser, config)(0, block)
+
+
+@functools.partial(jax.jit, static_argnames=('denoiser', 'config'))
+def _begin(params, states_BLD, initial, *, denoiser, config):
+  """The projected prompts, and the past with the given frames."""
+  text = denoiser.project_text(params, states_BLD)
+  sampler = rollout.Sampler(denoiser, params, text, config)
+  past = sampler.empty_past()
+  if initial is not None:
+    initial = jnp.repeat(initial, len(states_BLD), 0)
+    past, _ = sampler.anchor(past, initial)
+  return text, past
+
+
+@functools.partial(jax.jit, static_argnames=('denoiser', 'config'))
+def _begin_shared(params, states_BLD, initial, *, denoiser, config):
+  """As `_begin`, with one past a step."""
+  text = denoiser.project_text(params, states_BLD)
+  sampler = rollout.Sampler(denoiser, params, text, config)
+  if initial is not None:
+    initial = jnp.repeat(initial, len(states_BLD), 0)
+  return text, rollout.stacked_pasts(sampler, initial)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('num_steps', 'denoiser', 'config'),
+  donate_argnames=('past', 'x'),
+)
+def _sweep_block(
+  params, text, past, x, keys_B, step, block, *, num_steps, denoiser, config
+):
+  x, past = rollout.sweep(
+    rollout.Sampler(denoiser, params, text, config),
+    _noise(keys_B, denoiser, config),
+    x[None],
+    block[None],
+    past,
+    first_step=step,
+    num_steps=num_steps,
+  )
+  return x[0], past
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('denoiser', 'config'),
+  donate_argnames='past',
+)
+def _shared_block(params, text, past, keys_B, block, *, denoiser, config):
+  sampler = rollout.Sampler(denoiser, params, text, config)
+  noise = _noise(keys_B, denoiser, config)
+  x, past, _ = rollout.shared_block(sampler, noise, past, block)
+  return x, past
+
+
+@jax.jit
+def _copy(tree):
+  return jax.tree.map(jnp.copy, tree)

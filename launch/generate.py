@@ -1,0 +1,198 @@
+"""Makes videos from text, with a contact sheet beside each.
+
+  python launch/generate.py --config=configs/bouncing.py \
+    --prompt "a large red disc drifting fast over dark blue" \
+    --num_blocks 28 --out video.mp4
+
+Several videos are written as video-0.mp4, video-1.mp4, ...
+"""
+# ruff: noqa: E402
+
+import time
+
+# Before the imports: they are a good part of the time that is accounted for.
+_STARTED = time.monotonic()
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from hiar_jax import errors, generate, rollout, sampling, video_io, worlds
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+flags.mark_flag_as_required('config')
+_PROMPT = flags.DEFINE_string('prompt', None, 'what the video shows')
+_PROMPTS_FILE = flags.DEFINE_string(
+  'prompts_file', None, 'instead of --prompt: a text file, one prompt a line'
+)
+_OUT = flags.DEFINE_string('out', 'video.mp4', 'the file to write')
+_NUM_BLOCKS = flags.DEFINE_integer(
+  'num_blocks', 28, 'length of the video', lower_bound=1
+)
+_NUM_VIDEOS = flags.DEFINE_integer(
+  'num_videos', 1, 'videos of each prompt', lower_bound=1
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'names the noise', lower_bound=0)
+_ORDER = flags.DEFINE_enum(
+  'order', None, rollout.ORDERS, "of denoising; default: the config's"
+)
+_ANCHOR_BLOCKS = flags.DEFINE_integer(
+  'anchor_blocks', 0, 'order hybrid: first blocks that are finished first'
+)
+_BLOCK_FIRST_STEPS = flags.DEFINE_integer(
+  'block_first_steps', 0, 'order hybrid: first steps that go block by block'
+)
+_CONTEXT = flags.DEFINE_enum(
+  'context', None, rollout.CONTEXTS, "of step-first; default: the config's"
+)
+_WEIGHTS = flags.DEFINE_string(
+  'weights',
+  None,
+  'a .safetensors file, or a folder that holds '
+  f'{generate.WEIGHTS_FILE}; default: those that come with the package',
+)
+_FPS = flags.DEFINE_float('fps', None, "frames a second; default: the config's")
+_SCALE = flags.DEFINE_integer(
+  'scale', None, 'factor of enlargement; default: up to 512 px', lower_bound=1
+)
+
+
+class _Stopwatch:
+  """Where the time went: seconds by name, compilation apart from the rest."""
+
+  def __init__(self):
+    self.seconds = {'import': time.monotonic() - _STARTED}
+    self._compiling = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+  @contextlib.contextmanager
+  def __call__(self, name: str) -> Iterator[None]:
+    started, compiled = time.monotonic(), self._compiling
+    yield
+    elapsed = time.monotonic() - started
+    compiled = self._compiling - compiled
+    self._add('compile', compiled)
+    self._add(name, elapsed - compiled)
+
+  def __str__(self) -> str:
+    total = time.monotonic() - _STARTED
+    parts = ', '.join(f'{k} {v:.1f}' for k, v in self.seconds.items())
+    return f'{total:.1f} s: {parts}'
+
+  def _add(self, name: str, seconds: float) -> None:
+    self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+  def _on_event(self, event: str, seconds: float, **unused) -> None:
+    # Tracing, lowering, compiling.
+    if event.startswith('/jax/core/compile/'):
+      self._compiling += seconds
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  watch = _Stopwatch()
+  config = _CONFIG.value
+  prompts = _prompts()
+  request = sampling.Request(
+    num_blocks=_NUM_BLOCKS.value,
+    num_videos=_NUM_VIDEOS.value,
+    seed=_SEED.value,
+    order=_ORDER.value or config.generate.order,
+    anchor_blocks=_ANCHOR_BLOCKS.value,
+    block_first_steps=_BLOCK_FIRST_STEPS.value,
+  )
+  if _CONTEXT.value:
+    config.rollout.context = _CONTEXT.value
+  fps = config.generate.fps if _FPS.value is None else _FPS.value
+  paths = _paths(len(prompts) * request.num_videos, fps)
+  with watch('load'):
+    weights, codec = _weights(config)
+    pipeline = generate.from_config(
+      config.to_dict(), weights=weights, codec=codec
+    )
+  with watch('sample'):
+    latents = pipeline.sample(prompts, request)
+  with watch('decode'):
+    frames = pipeline.decode(latents)
+  with watch('encode'):
+    for i, path in enumerate(paths):
+      prompt = prompts[i // request.num_videos]
+      video = generate.Video(frames[i], fps, prompt)
+      video.save(path, scale=_SCALE.value)
+      video.contact_sheet(path.with_suffix('.png'))
+  for path in paths:
+    print(f'wrote {path} and {path.with_suffix(".png").name}')
+  print(watch)
+
+
+def _prompts() -> list[str]:
+  """The prompts asked for, with a note about what the world does not know."""
+  if (_PROMPT.value is None) == (_PROMPTS_FILE.value is None):
+    raise ValueError('give either --prompt or --prompts_file')
+  if _PROMPT.value is not None:
+    prompts = [_PROMPT.value]
+  else:
+    path = pathlib.Path(_PROMPTS_FILE.value)
+    if not path.is_file():
+      raise FileNotFoundError(f'no prompts file {path}')
+    try:
+      lines = path.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+      raise ValueError(f'prompts file {path} is not UTF-8 text') from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+      raise ValueError(f'prompts file {path} has no prompt in it')
+  generate.check_prompts(prompts)
+  for prompt in prompts:
+    terms = worlds.parse_prompt(prompt)
+    for value, name, known in (
+      (terms.shape, 'shape', worlds.SHAPES),
+      (terms.colour, 'colour', worlds.PALETTE),
+    ):
+      if value is None:
+        print(
+          f'note: {prompt!r} names no {name} that the model was taught: '
+          + ', '.join(known),
+          file=sys.stderr,
+        )
+  return prompts
+
+
+def _paths(count: int, fps: float) -> list[pathlib.Path]:
+  """Where the videos go, once it is sure that they can go there."""
+  out = pathlib.Path(_OUT.value)
+  paths = [out]
+  if count > 1:
+    paths = [out.with_stem(f'{out.stem}-{i}') for i in range(count)]
+  for path in paths:
+    # Starts nothing before the first frame, but checks what it is given.
+    video_io.VideoWriter(path, fps=fps, scale=_SCALE.value or 1)
+    video_io.check_writable(path.with_suffix('.png'))
+  return paths
+
+
+def _weights(config) -> tuple[pathlib.Path, pathlib.Path]:
+  """The files of the weights and of the codec."""
+  if _WEIGHTS.value is None:
+    if config.name not in generate.known_names():
+      raise ValueError(
+        f'no weights of {config.name!r} come with the package, only of '
+        f'{generate.known_names()}; give --weights'
+      )
+    weights = generate.ASSETS / config.name / generate.WEIGHTS_FILE
+  else:
+    weights = pathlib.Path(_WEIGHTS.value)
+    if weights.is_dir():
+      weights /= generate.WEIGHTS_FILE
+  codec = weights.with_name(generate.CODEC_FILE)
+  return weights, codec if codec.exists() else pathlib.Path(config.codec.path)
+
+
+if __name__ == '__main__':
+  errors.run_main(main)

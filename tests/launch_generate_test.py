@@ -1,0 +1,163 @@
+"""The main job at the command line: a video, or one line that says why not."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import bouncing
+from hiar_jax import codecs, generate, video_io, worlds
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_PROGRAM = _ROOT / 'launch' / 'generate.py'
+_CONFIG = f'--config={_ROOT / "configs" / "bouncing.py"}'
+
+# Runs the program once for each list of arguments, in a fork of a process that
+# has made the imports already; prints [exit status, stderr] of each.
+_DRIVER = """
+import json, os, runpy, sys, tempfile, warnings
+import hiar_jax.generate
+import ml_collections.config_flags
+program, *runs = sys.argv[1:]
+# Nothing has been computed yet, so there is no thread that a fork could miss.
+warnings.filterwarnings('ignore', 'os.fork', RuntimeWarning)
+results = []
+for run in runs:
+  with tempfile.TemporaryFile('w+') as stderr:
+    pid = os.fork()
+    if not pid:
+      os.dup2(stderr.fileno(), 2)
+      os.dup2(2, 1)
+      sys.argv = [program, *json.loads(run)]
+      runpy.run_path(program, run_name='__main__')
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    stderr.seek(0)
+    results.append([status, stderr.read()])
+print(json.dumps(results))
+"""
+
+
+def _export(folder):
+  """The small world's pipeline with weights that were never trained."""
+  config = bouncing.get_config().to_dict()
+  denoiser = Denoiser(WanConfig(**config['model']))
+  params = jax.tree.map(
+    lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype),
+    jax.eval_shape(lambda: denoiser.init(jax.random.key(0))),
+  )
+  codec = codecs.fit_linear_codec(
+    worlds.WorldConfig(num_frames=3),
+    num_videos=8,
+    channels=config['model']['channels'],
+    seed=0,
+  )
+  generate.export(folder, config=config, params=params, codec=codec)
+
+
+@pytest.fixture(scope='module')
+def pipeline(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('pipeline')
+  _export(folder)
+  return folder
+
+
+@pytest.mark.slow
+def test_one_command_makes_the_videos_and_their_sheets(pipeline, tmp_path):
+  (tmp_path / 'prompts.txt').write_text('a red disc on grey\n\na cat\n')
+  done = subprocess.run(
+    [
+      *(sys.executable, _PROGRAM, _CONFIG, f'--weights={pipeline}'),
+      *('--prompts_file=prompts.txt', '--out=video.mp4', '--scale=2'),
+      *('--num_blocks=2', '--fps=5', '--order=block_first'),
+    ],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  for i in range(2):
+    frames, fps = video_io.read_video(tmp_path / f'video-{i}.mp4')
+    assert fps == 5 and frames.shape == (6, 128, 128, 3)
+    with Image.open(tmp_path / f'video-{i}.png') as sheet:
+      assert sheet.width > 256
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'prompts.txt',
+    *('video-0.mp4', 'video-0.png', 'video-1.mp4', 'video-1.png'),
+  ]
+  *written, times = done.stdout.splitlines()
+  assert written == [f'wrote video-{i}.mp4 and video-{i}.png' for i in range(2)]
+  for name in ('import', 'load', 'compile', 'sample', 'decode', 'encode'):
+    assert f'{name} ' in times
+  assert "'a cat' names no shape" in done.stderr
+  assert "'a red disc on grey'" not in done.stderr
+
+
+@pytest.mark.slow
+def test_each_mistake_is_one_line(pipeline, tmp_path):
+  for name in ('empty.txt', 'not_text.txt'):
+    (tmp_path / name).write_bytes(b'\xff\xfe' if 'not' in name else b'\n \n')
+  (tmp_path / 'cut').mkdir()
+  for path in pipeline.iterdir():
+    (tmp_path / 'cut' / path.name).write_bytes(path.read_bytes()[:-1000])
+  (tmp_path / 'folder.mp4').mkdir()
+  weights, prompt = f'--weights={pipeline}', '--prompt=a red disc on grey'
+  good = [_CONFIG, weights, prompt]
+  cases = {
+    'give either --prompt or --prompts_file': [_CONFIG, weights],
+    "prompt '' is not a text": [_CONFIG, weights, '--prompt='],
+    'no prompts file missing.txt': [
+      _CONFIG,
+      weights,
+      '--prompts_file=missing.txt',
+    ],
+    'prompts file empty.txt has no prompt in it': [
+      *(_CONFIG, weights, '--prompts_file=empty.txt')
+    ],
+    'prompts file not_text.txt is not UTF-8 text': [
+      *(_CONFIG, weights, '--prompts_file=not_text.txt')
+    ],
+    'flag --num_blocks=0': [*good, '--num_blocks=0'],
+    'flag --order=sideways': [*good, '--order=sideways'],
+    "order 'hybrid', and no other,": [*good, '--anchor_blocks=2'],
+    'cannot write nowhere/video.mp4': [*good, '--out=nowhere/video.mp4'],
+    'cannot write folder.mp4: it is a folder': [*good, '--out=folder.mp4'],
+    'video file video.avi does not end in .mp4': [*good, '--out=video.avi'],
+    'fps=0.0 is not positive': [*good, '--fps=0'],
+    "unknown config key 'rolout'": [*good, '--config.rolout.window=9'],
+    'window=20 is not a positive multiple of frames_per_block=3': [
+      *(*good, '--config.rollout.window=20')
+    ],
+    'does not fit the model': [*good, '--config.model.dim=64'],
+    'no weights at missing': [*good, '--weights=missing'],
+    'weights cut/student.safetensors are damaged': [*good, '--weights=cut'],
+    "no weights of 'bounce' come with the package": [
+      *(_CONFIG, prompt, '--config.name=bounce')
+    ],
+    'Flag --config must have a value': [prompt],
+    "Unknown command line flag 'promt'": [_CONFIG, weights, '--promt=a'],
+    "unexpected argument 'disc'": [*good, 'disc'],
+  }
+  done = subprocess.run(
+    [
+      *(sys.executable, '-c', _DRIVER, _PROGRAM),
+      *(json.dumps(arguments) for arguments in cases.values()),
+    ],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  for message, (status, stderr) in zip(cases, json.loads(done.stdout)):
+    assert status == 2, (message, stderr)
+    assert stderr.startswith('error: '), (message, stderr)
+    assert message in stderr, (message, stderr)
+    assert stderr.count('\n') == 1, (message, stderr)
+  assert not list(tmp_path.glob('*.mp4/*')) + list(tmp_path.glob('video*'))
