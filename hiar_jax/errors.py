@@ -13,6 +13,8 @@ from absl import app, flags
 # inside jax or NumPy is a bug of ours and keeps its traceback.
 _OWN = re.compile(r'__main__$|hiar_jax(\.|$)|configs?(\W|_|$)')
 
+_CAUGHT = (AttributeError, KeyError, OSError, TypeError, ValueError)
+
 
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
   """Runs a launch program; `app.run` for people.
@@ -34,7 +36,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(130)
-    except (AttributeError, OSError, TypeError, ValueError) as error:
+    except _CAUGHT as error:
       message = users_mistake(error)
       if message is None:
         raise
@@ -58,8 +60,8 @@ def users_mistake(error: BaseException) -> str | None:
   # A frozen dataclass that is built from a config names the misspelt key.
   if isinstance(error, TypeError) and 'unexpected keyword argument' in text:
     return text if _OWN.match(raised_in) else None
-  # A locked ConfigDict refuses unknown keys.
-  if isinstance(error, AttributeError) and raised_in.startswith(
+  # A locked ConfigDict refuses unknown keys, a flag those of unknown sections.
+  if isinstance(error, AttributeError | KeyError) and raised_in.startswith(
     'ml_collections'
   ):
     return f'unknown config key {text}'
@@ -71,7 +73,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(argv)
   except flags.Error as error:
     _exit(_one_line(error))
-  except (AttributeError, OSError, TypeError, ValueError) as error:
+  except _CAUGHT as error:
     # Raised while a config file is loaded or overridden.
     message = users_mistake(error)
     if message is None:

@@ -30,7 +30,7 @@ import ml_collections
 def get_config(size='small'):
   if size != 'small':
     raise ValueError(f'size {size!r} is not small')
-  return ml_collections.ConfigDict({'width': 4})
+  return ml_collections.ConfigDict({'width': 4, 'size': {}})
 """
 
 
@@ -70,6 +70,10 @@ def test_errors_from_inside_a_library_are_bugs():
     (
       '--config=config.py --config.widht=3',
       'unknown config key \'widht\' Did you mean "width" instead of "widht"?',
+    ),
+    (
+      '--config=config.py --config.sise.width=3',
+      'unknown config key \'sise\' Did you mean "size" instead of "sise"?',
     ),
     ('--config=config.py:large', "size 'large' is not small"),
     ('--config=missing.py', "no config file 'missing.py'"),
