@@ -1,0 +1,1 @@
+"""Networks: config, RoPE, cache, attention, transformer, VAE, umT5."""

@@ -1,0 +1,181 @@
+"""The pipeline makes what the step-first rollout makes, tick by tick."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from hiar_jax import noise_schedule, pipeline, rollout
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
+DENOISER = Denoiser(
+  WanConfig(
+    dim=32,
+    ffn_dim=64,
+    num_heads=2,
+    num_layers=2,
+    latent_height=4,
+    latent_width=4,
+    channels=4,
+    freq_dim=16,
+    text_dim=8,
+    text_len=4,
+  )
+)
+BLOCK = (3, 4, 4, 4)
+
+
+@functools.cache
+def params():
+  tree = DENOISER.init(jax.random.key(0))
+  leaves, treedef = jax.tree.flatten(tree)
+  # The head starts at zero; a network that answers zero would hide faults.
+  rng = np.random.default_rng(0)
+  return treedef.unflatten(
+    [x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+  )
+
+
+def prompts(batch, seed=1):
+  states = np.random.default_rng(seed).normal(size=(batch, 4, 8))
+  return DENOISER.project_text(params(), states.astype(np.float32))
+
+
+def keys(batch):
+  return jax.random.split(jax.random.key(2), batch)
+
+
+def stage_mesh(devices):
+  return jax.make_mesh(
+    (devices,),
+    ('stage',),
+    axis_types=(AxisType.Auto,),
+    devices=jax.devices()[:devices],
+  )
+
+
+def step_first(config, batch, num_blocks, initial=None):
+  sampler = rollout.Sampler(DENOISER, params(), prompts(batch), config)
+  noise = rollout.named_noise(keys(batch), BLOCK)
+  return jax.jit(
+    lambda: rollout.step_first(sampler, noise, num_blocks, initial)
+  )()
+
+
+def pipelined(config, batch, num_blocks, initial=None, **kwargs):
+  stages = pipeline.Pipeline(DENOISER, config, **kwargs)
+
+  @jax.jit
+  def run(params):
+    return pipeline.pipelined(
+      stages, params, prompts(batch), keys(batch), num_blocks, initial
+    )
+
+  return run(params())
+
+
+@pytest.mark.parametrize(
+  ('batch', 'num_blocks', 'fused', 'kwargs'),
+  [
+    (1, 1, False, {}),
+    (1, 7, False, {}),
+    (1, 7, True, {}),
+    (3, 5, False, {'window': 6, 'stepping': 'ode'}),
+    (1, 5, False, {'window': 6, 'sink': 1}),
+    (1, 5, True, {'window': 6, 'sink': 1}),
+    (1, 4, True, {'window': 6, 'sink': 3, 'context': 'clean'}),
+    (1, 3, False, {'window': 3}),
+  ],
+)
+def test_stages_as_a_batch_equal_the_step_first_rollout(
+  batch, num_blocks, fused, kwargs
+):
+  config = rollout.RolloutConfig(levels=LEVELS, **kwargs)
+  ours = pipelined(config, batch, num_blocks, fused=fused)
+  np.testing.assert_allclose(
+    ours, step_first(config, batch, num_blocks), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ('devices', 'fused'), [(1, False), (2, False), (4, False), (2, True)]
+)
+def test_stages_over_devices_equal_the_step_first_rollout(devices, fused):
+  config = rollout.RolloutConfig(levels=LEVELS, window=6)
+  ours = pipelined(config, 1, 4, mesh=stage_mesh(devices), fused=fused)
+  np.testing.assert_allclose(ours, step_first(config, 1, 4), atol=1e-5)
+
+
+def test_given_frames_stand_in_every_stage():
+  config = rollout.RolloutConfig(levels=LEVELS, window=6)
+  initial = np.random.default_rng(3).normal(size=(1, 4, 4, 4, 4))
+  initial = initial.astype(np.float32)
+  ours = pipelined(config, 1, 3, initial)
+  np.testing.assert_allclose(ours, step_first(config, 1, 3, initial), atol=1e-5)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_nan_in_the_bubbles_never_reaches_the_output(fused):
+  config = rollout.RolloutConfig(levels=LEVELS, window=6)
+  stages = pipeline.Pipeline(DENOISER, config, fused=fused)
+  text = prompts(1)
+  bank, slots = pipeline.single_prompt(text, 4)
+  num_ticks = stages.num_ticks(3)
+
+  @jax.jit
+  def run(params):
+    state = stages.init_state(params, text)
+    bubbles = jnp.full_like(state.hold, jnp.nan)
+    state = state.replace(hold=bubbles, inbox=bubbles)
+    return stages.run(params, bank, slots, keys(1), state, num_ticks=num_ticks)[
+      1
+    ]
+
+  sent = run(params())
+  blocks = [stages.finish_tick(b) for b in range(3)]
+  video = rollout.join_blocks(sent[np.array(blocks), -1])
+  # The ticks before the first block are bubbles, so this test sees NaN.
+  assert np.isnan(sent[0]).all()
+  np.testing.assert_allclose(video, step_first(config, 1, 3), atol=1e-5)
+
+
+def test_first_block_leaves_after_s_ticks_and_all_after_2b_plus_s_minus_2():
+  config = rollout.RolloutConfig(levels=LEVELS)
+  stages = pipeline.Pipeline(DENOISER, config)
+  assert stages.finish_tick(0) + 1 == 4
+  assert [stages.num_ticks(b) for b in (1, 7, 30)] == [4, 16, 62]
+  fused = pipeline.Pipeline(DENOISER, config, fused=True)
+  assert [fused.num_ticks(b) for b in (1, 7, 30)] == [4, 10, 33]
+
+
+def test_only_latents_hop_between_devices():
+  config = rollout.RolloutConfig(levels=LEVELS, window=6)
+  stages = pipeline.Pipeline(DENOISER, config, mesh=stage_mesh(4))
+  text = prompts(1)
+  bank, slots = pipeline.single_prompt(text, 4)
+  state = stages.init_state(params(), text)
+  run = jax.jit(functools.partial(stages.run, num_ticks=2))
+  hlo = run.lower(params(), bank, slots, keys(1), state).compile().as_text()
+  hops = re.findall(r'(\S+) collective-permute', hlo)
+  assert hops and all(shape.startswith('f32[1,1,3,4,4,4]') for shape in hops)
+  for collective in ('all-gather', 'all-reduce', 'all-to-all'):
+    assert f' {collective}' not in hlo
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'kwargs', 'message'),
+  [
+    (3, {}, '4 stages do not divide over 3 devices'),
+    (None, {'context': 'shared'}, "context 'shared' has no"),
+  ],
+)
+def test_a_pipeline_that_cannot_run_is_refused(mesh, kwargs, message):
+  config = rollout.RolloutConfig(levels=LEVELS, **kwargs)
+  with pytest.raises(ValueError, match=message):
+    pipeline.Pipeline(DENOISER, config, mesh=mesh and stage_mesh(mesh))
