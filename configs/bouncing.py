@@ -29,12 +29,19 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.world = dict(height=64, width=64, num_frames=21)
   c.world_seed = 1
   c.text = dict(dim=64, length=16)
-  c.codec = dict(path=f'{_RUNS}/codec.npz', channels=16, num_videos=512, seed=0)
+  c.codec = dict(
+    path=f'{_RUNS}/codec.npz',
+    channels=16,
+    whitening=0.5,
+    num_videos=512,
+    seed=0,
+  )
   c.model = dict(
     dim=128,
     ffn_dim=512,
-    num_heads=4,
+    num_heads=2,
     num_layers=4,
+    unroll=4,
     latent_height=8,
     latent_width=8,
     channels=16,
@@ -42,9 +49,9 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     text_dim=64,
     text_len=16,
   )
-  c.batch_size = 16
+  c.batch_size = 8
   c.log_every = 20
-  c.checkpoint_every = 100
+  c.checkpoint_every = 200
   if phase == 'teacher':
     return _teacher(c)
 
@@ -57,7 +64,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     dir=f'{_RUNS}/trajectories',
     num=768,
     shard_size=32,
-    batch_size=16,
+    batch_size=8,
     seed=1,
     num_steps=24,
     shift=5.0,
@@ -84,11 +91,11 @@ def _muon(learning_rate: float, warmup: int) -> dict:
 
 
 def _teacher(c):
-  c.iterations = 1900
+  c.iterations = 6000
   c.caption_dropout = 0.1
-  c.timestep_shift = 3.0
-  c.ema_decay = 0.998
-  c.optimiser = _muon(learning_rate=3e-3, warmup=50)
+  c.timestep_shift = 2.5
+  c.ema_decay = 0.999
+  c.optimiser = _muon(learning_rate=2.5e-3, warmup=100)
   return c
 
 
@@ -101,7 +108,6 @@ def _student_start(c):
 
 def _distill(c, phase):
   c.iterations = 900
-  c.batch_size = 8
   c.rollout_blocks = (7, 7)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)

@@ -15,6 +15,7 @@ B batch, F frames, H height, W width, C latent channels, P values of a patch.
 """
 
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +130,24 @@ def fit_linear_codec(
   num_videos: int,
   channels: int,
   seed: int,
+  whitening: float = 1.0,
   spatial_stride: int = 8,
 ) -> LinearCodec:
   """Fits the codec to scenes 0 .. num_videos - 1 of the world `seed`.
 
   The fit is exact (an eigendecomposition of the patches' covariance), so the
   same arguments give the same codec.
+
+  Args:
+    cfg: the world.
+    num_videos: scenes to fit to.
+    channels: latent channels.
+    seed: of the scenes.
+    whitening: in [0, 1]. The standard deviation of channel c is
+      (std_c / std_0) ** (1 - whitening), std_c being that of the principal
+      component: 1 makes all channels equally loud, 0 keeps their proportions
+      in pixels.
+    spatial_stride: side of a patch in px.
 
   Raises:
     ValueError: if there are more channels than values in a patch, or more
@@ -145,6 +158,8 @@ def fit_linear_codec(
     raise ValueError(f'channels={channels} must be in [1, {size}]')
   if num_videos < 1:
     raise ValueError(f'num_videos={num_videos} is not positive')
+  if not 0.0 <= whitening <= 1.0:
+    raise ValueError(f'whitening={whitening} must be in [0, 1]')
   count = 0
   total_P = np.zeros(size)
   square_PP = np.zeros((size, size))
@@ -169,17 +184,23 @@ def fit_linear_codec(
   # An eigenvector's sign is arbitrary: fix it, or latents change with LAPACK.
   vectors_PC = vectors_PC * np.where(vectors_PC.sum(axis=0) < 0, -1.0, 1.0)
   std_C = np.sqrt(variance_C)
+  scale_C = std_C**whitening * std_C[0] ** (1.0 - whitening)
   return LinearCodec(
     mean_P=jnp.asarray(mean_P, jnp.float32),
-    encoder_PC=jnp.asarray(vectors_PC / std_C, jnp.float32),
-    decoder_CP=jnp.asarray((vectors_PC * std_C).T, jnp.float32),
+    encoder_PC=jnp.asarray(vectors_PC / scale_C, jnp.float32),
+    decoder_CP=jnp.asarray((vectors_PC * scale_C).T, jnp.float32),
     spatial_stride=spatial_stride,
   )
 
 
 def save_linear_codec(codec: LinearCodec, path: str | os.PathLike) -> None:
-  """Writes a codec as an .npz file of float32 arrays (tens of KB)."""
-  with open(path, 'wb') as file:
+  """Writes a codec as an .npz file of float32 arrays (tens of KB).
+
+  In one move: a run that is killed leaves no half of a codec.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_name(f'{path.name}.part')
+  with partial.open('wb') as file:
     np.savez(
       file,
       mean=np.asarray(codec.mean_P),
@@ -187,6 +208,7 @@ def save_linear_codec(codec: LinearCodec, path: str | os.PathLike) -> None:
       decoder=np.asarray(codec.decoder_CP),
       spatial_stride=np.asarray(codec.spatial_stride, np.int32),
     )
+  partial.replace(path)
 
 
 def load_linear_codec(path: str | os.PathLike) -> LinearCodec:

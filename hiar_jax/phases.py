@@ -73,6 +73,7 @@ def world_codec(config: Config) -> codecs.LinearCodec:
       worlds.WorldConfig(**config.world),
       num_videos=config.codec.num_videos,
       channels=config.codec.channels,
+      whitening=config.codec.whitening,
       seed=config.codec.seed,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,13 +99,19 @@ def prompts(config: Config) -> data.BouncingPrompts:
 
 
 def trajectory_source(config: Config) -> trajectories.TrajectorySource:
-  """The teacher's trajectories, held to the student's own levels."""
-  return trajectories.TrajectorySource(
+  """The teacher's trajectories, held to the student's own levels and blocks."""
+  student = rollout_config(config)
+  source = trajectories.TrajectorySource(
     config.trajectories.dir,
-    trajectories.point_levels(
-      trajectory_config(config), rollout_config(config).levels
-    ),
+    trajectories.point_levels(trajectory_config(config), student.levels),
   )
+  num_frames = source.manifest.latents_shape[1]
+  if num_frames % student.frames_per_block:
+    raise ValueError(
+      f'trajectories in {config.trajectories.dir} have {num_frames} frames, '
+      f'not a multiple of frames_per_block={student.frames_per_block}'
+    )
+  return source
 
 
 def trajectory_config(config: Config) -> trajectories.TrajectoryConfig:

@@ -7,6 +7,7 @@ keys are made from (seed, iteration), and the data iterator is saved with the
 state.
 """
 
+import contextlib
 import pathlib
 
 import ml_collections
@@ -32,8 +33,20 @@ def train(config: ml_collections.ConfigDict) -> pathlib.Path:
   """
   workdir = pathlib.Path(config.workdir)
   phase = phases.build(config)
+  # Closing waits for the checkpoint that is being written, also after an error.
+  with contextlib.closing(
+    checkpoint.make_manager(workdir / 'checkpoints')
+  ) as manager:
+    state = _run(config, phase, manager, workdir)
+  weights = workdir / WEIGHTS
+  checkpoint.save_weights(weights, phase.weights(state))
+  print(f'wrote {weights}', flush=True)
+  return weights
+
+
+def _run(config, phase, manager, workdir):
+  """From the last checkpoint to the last iteration: the last state."""
   state, batches = phase.state, phase.batches
-  manager = checkpoint.make_manager(workdir / 'checkpoints')
   iteration = checkpoint.latest_step(manager) or 0
   if iteration:
     saved = checkpoint.restore_config(manager, iteration)
@@ -71,11 +84,7 @@ def train(config: ml_collections.ConfigDict) -> pathlib.Path:
       progress.update(iteration, values)
       if save:
         checkpoint.save(manager, iteration, state, batches, config.to_dict())
-  manager.close()
-  weights = workdir / WEIGHTS
-  checkpoint.save_weights(weights, phase.weights(state))
-  print(f'wrote {weights}', flush=True)
-  return weights
+  return state
 
 
 def _check_finite(values, iteration, workdir):

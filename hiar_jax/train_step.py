@@ -173,8 +173,9 @@ class DistillConfig:
         raise ValueError(
           f'{name}={getattr(self, name)!r} is not one of {allowed}'
         )
-    if self.generator_every < 1:
-      raise ValueError(f'generator_every={self.generator_every} is below 1')
+    for name in ('loss_blocks', 'forward_kl_steps', 'generator_every'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} is below 1')
     if not 0 <= self.min_level < self.max_level <= 1:
       raise ValueError(
         f'min_level={self.min_level}, max_level={self.max_level} are not '
@@ -203,6 +204,13 @@ class Distillation:
   critic_optimiser: optax.GradientTransformation
   rollout: rollout.RolloutConfig
   config: DistillConfig
+
+  def __post_init__(self):
+    if self.config.forward_kl_steps > self.rollout.num_steps:
+      raise ValueError(
+        f'forward_kl_steps={self.config.forward_kl_steps} is more than the '
+        f'{self.rollout.num_steps} steps of the rollout'
+      )
 
   def generator_step(
     self,

@@ -145,3 +145,18 @@ def test_a_frame_that_does_not_divide_is_refused(codec):
 def test_too_many_channels_are_refused():
   with pytest.raises(ValueError, match=r'channels=193 must be in \[1, 192\]'):
     codecs.fit_linear_codec(CFG, num_videos=1, channels=193, seed=0)
+
+
+def test_whitening_sets_how_loud_the_channels_are():
+  half, none = (
+    codecs.fit_linear_codec(
+      CFG, num_videos=50, channels=8, seed=0, whitening=whitening
+    )
+    for whitening in (0.5, 0.0)
+  )
+  # A decoder row's length is its channel's scale in pixels.
+  scale = [np.linalg.norm(codec.decoder_CP, axis=1) for codec in (half, none)]
+  np.testing.assert_allclose(scale[1], scale[1][0], rtol=1e-4)
+  assert scale[0][-1] < scale[0][0]
+  with pytest.raises(ValueError, match=r'whitening=2 must be in \[0, 1\]'):
+    codecs.fit_linear_codec(CFG, num_videos=1, channels=8, seed=0, whitening=2)

@@ -26,6 +26,8 @@ class WanConfig:
     dtype: compute dtype; parameters, norms, modulation and RoPE are float32.
     remat: rematerialisation policy of a layer: 'none', 'full' (keep only the
       layer's input) or 'dots' (keep matrix products without batch axes).
+    unroll: layers in one iteration of the scan over layers; more makes small
+      networks faster on a CPU and compiling slower.
 
   Raises:
     ValueError: naming the size that does not fit.
@@ -45,6 +47,7 @@ class WanConfig:
   eps: float = 1e-6
   dtype: str = 'float32'
   remat: str = 'none'
+  unroll: int = 1
 
   def __post_init__(self):
     object.__setattr__(self, 'patch', tuple(self.patch))
@@ -63,6 +66,10 @@ class WanConfig:
       raise ValueError(f'freq_dim={self.freq_dim} is not even')
     if self.dtype not in DTYPES:
       raise ValueError(f'dtype={self.dtype!r} is not one of {DTYPES}')
+    if not 1 <= self.unroll <= self.num_layers:
+      raise ValueError(
+        f'unroll={self.unroll} is not in 1..{self.num_layers}, num_layers'
+      )
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f'remat={self.remat!r} is not one of {REMAT_POLICIES}')
 

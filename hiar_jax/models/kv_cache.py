@@ -51,23 +51,26 @@ class KVCache:
     """Number of valid tokens; they are a prefix of the slots."""
     return jnp.minimum(self.frames, self.slots) * self.tokens_per_frame
 
-  def write(self, new: KV) -> 'KVCache':
+  def write(self, new: KV, live: jax.Array | bool = True) -> 'KVCache':
     """Returns the cache with the K/V of the next frames written.
 
     Args:
       new: K/V of a whole number of frames that follow those written before.
         With more frames than the ring holds, the last ones stay.
+      live: bool scalar; False leaves everything as it is. Cheaper than a
+        choice between two caches: only the written slots are looked at.
     """
     num_frames, rest = divmod(new.k.shape[2], self.tokens_per_frame)
     assert not rest, 'K/V of a part of a frame'
     k, v = self.k, self.v
     if self.slots:
       for i in range(num_frames):
-        k = self._write_frame(k, new.k, i)
-        v = self._write_frame(v, new.v, i)
-    return self.replace(k=k, v=v, frames=self.frames + num_frames)
+        k = self._write_frame(k, new.k, i, live)
+        v = self._write_frame(v, new.v, i, live)
+    frames = self.frames + jnp.where(live, num_frames, 0)
+    return self.replace(k=k, v=v, frames=frames)
 
-  def _write_frame(self, buffer, new, i):
+  def _write_frame(self, buffer, new, i, live):
     size = self.tokens_per_frame
     frame = jax.lax.slice_in_dim(new, i * size, (i + 1) * size, axis=2)
     frame = frame.astype(buffer.dtype)
@@ -78,8 +81,10 @@ class KVCache:
       slot = jnp.where(position < self.sink, position, in_ring)
     else:
       slot = jnp.minimum(position, self.sink - 1)
+      live = live & (position < self.sink)
+    if live is not True:
       old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis=2)
-      frame = jnp.where(position < self.sink, frame, old)
+      frame = jnp.where(live, frame, old)
     return jax.lax.dynamic_update_slice_in_dim(
       buffer, frame, slot * size, axis=2
     )

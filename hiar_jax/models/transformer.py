@@ -292,6 +292,7 @@ class WanTransformer(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
       length=cfg.num_layers,
+      unroll=cfg.unroll,
     )
     rotation = rope.rotations(positions_F, cfg.grid, cfg.head_dim)
     x, new_kv = scan(cfg, straight_through, name='layers')(
