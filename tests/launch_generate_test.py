@@ -108,6 +108,7 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
   for path in pipeline.iterdir():
     (tmp_path / 'cut' / path.name).write_bytes(path.read_bytes()[:-1000])
   (tmp_path / 'folder.mp4').mkdir()
+  (tmp_path / 'sheet.png').mkdir()
   weights, prompt = f'--weights={pipeline}', '--prompt=a red disc on grey'
   good = [_CONFIG, weights, prompt]
   cases = {
@@ -129,6 +130,7 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
     "order 'hybrid', and no other,": [*good, '--anchor_blocks=2'],
     'cannot write nowhere/video.mp4': [*good, '--out=nowhere/video.mp4'],
     'cannot write folder.mp4: it is a folder': [*good, '--out=folder.mp4'],
+    'cannot write sheet.png: it is a folder': [*good, '--out=sheet.mp4'],
     'video file video.avi does not end in .mp4': [*good, '--out=video.avi'],
     'fps=0.0 is not positive': [*good, '--fps=0'],
     "unknown config key 'rolout'": [*good, '--config.rolout.window=9'],
