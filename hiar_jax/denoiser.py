@@ -67,7 +67,7 @@ class Denoiser:
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
     if positions_F is None:
-      first = past.frames if isinstance(past, KVCache) else 0
+      first = past.position if isinstance(past, KVCache) else 0
       positions_F = first + jnp.arange(x_BFhwC.shape[1], dtype=jnp.int32)
     return self._module.apply(
       {'params': params},

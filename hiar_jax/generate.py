@@ -15,14 +15,12 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from hiar_jax import (
   checkpoint,
@@ -31,11 +29,12 @@ from hiar_jax import (
   noise_schedule,
   rollout,
   sampling,
+  streaming,
   text,
-  video_io,
 )
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.video import Video
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 CONFIG_FILE = 'config.json'
@@ -48,77 +47,6 @@ SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
 # Videos that are sampled together. More of them need memory in proportion and
 # are no faster once the machine is busy.
 MAX_BATCH = 8
-
-_WATCHABLE_HEIGHT = 512  # px; smaller frames are enlarged to at least this.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Video:
-  """A finished video.
-
-  Attributes:
-    frames: uint8 [F, H, W, 3].
-    fps: frames a second.
-    prompt: that it was made for.
-    latents: float32 [F, h, w, C] that the frames were decoded from, or None.
-  """
-
-  frames: np.ndarray
-  fps: float
-  prompt: str = ''
-  latents: np.ndarray | None = None
-
-  def __len__(self) -> int:
-    """Number of frames."""
-    return len(self.frames)
-
-  def __repr__(self) -> str:
-    return f'Video({self.prompt!r}, {list(self.shape)}, fps={self.fps:g})'
-
-  @property
-  def shape(self) -> tuple[int, int, int, int]:
-    """(F, H, W, 3)."""
-    return self.frames.shape
-
-  @property
-  def scale(self) -> int:
-    """Whole factor that makes small frames at least 512 px high."""
-    return max(1, -(-_WATCHABLE_HEIGHT // self.shape[1]))
-
-  def save(self, path: str | pathlib.Path, *, scale: int | None = None) -> None:
-    """Writes an mp4 that a browser plays.
-
-    Args:
-      path: ends in .mp4.
-      scale: whole factor of enlargement; None makes it watchable (`scale`).
-
-    Raises:
-      ValueError, OSError: as `video_io.VideoWriter`.
-    """
-    scale = self.scale if scale is None else scale
-    video_io.write_video(path, self.frames, fps=self.fps, scale=scale)
-
-  def contact_sheet(
-    self,
-    path: str | pathlib.Path | None = None,
-    *,
-    columns: int = 7,
-    scale: int = 2,
-  ) -> Image.Image:
-    """Evenly spaced frames in one picture, also written to `path` as PNG."""
-    with tempfile.TemporaryDirectory() as folder:
-      path = pathlib.Path(folder) / 'sheet.png' if path is None else path
-      video_io.contact_sheet(
-        path, self.frames, captions=self.prompt, columns=columns, scale=scale
-      )
-      with Image.open(path) as sheet:
-        return sheet.copy()
-
-  def _repr_html_(self) -> str:
-    """What a notebook shows: a player with the video inside."""
-    return video_io.to_html(
-      self.frames, fps=self.fps, scale=self.scale, caption=self.prompt
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,6 +72,12 @@ class VideoPipeline:
   rollout: rollout.RolloutConfig
   order: str
   fps: float
+
+  @property
+  def frame_shape(self) -> tuple[int, int, int]:
+    """(H, W, 3) of the frames."""
+    config, stride = self.denoiser.config, self.codec.spatial_stride
+    return (config.latent_height * stride, config.latent_width * stride, 3)
 
   def __call__(
     self,
@@ -248,6 +182,55 @@ class VideoPipeline:
         )
     return np.concatenate(latents)[:size]
 
+  def stream(
+    self,
+    prompt: str | Sequence[str],
+    *,
+    seed: int = 0,
+    mode: str | None = None,
+    initial_frames: np.ndarray | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+  ) -> streaming.Stream:
+    """An endless video, block by block, in constant memory.
+
+    `next(stream)` is uint8 [B, F, H, W, 3] (B prompts), the frames of the next
+    block; `stream.send(prompt)` changes the prompt from the next block on. The
+    blocks are those of a call with the same seed in step-first order.
+
+    Args:
+      prompt: one or several, streamed together.
+      seed: another seed gives another video.
+      mode: one of streaming.MODES; None is 'shared' for weights with shared
+        context, else 'batched'.
+      initial_frames: see `__call__`.
+      mesh: runs the stages on the devices of its axis `stage`.
+
+    Raises:
+      ValueError: naming the value that does not fit.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    check_prompts(prompts)
+    config = self.rollout
+    if mode is None:
+      mode = 'shared' if config.context == 'shared' else 'batched'
+    if mode == 'shared':
+      config = dataclasses.replace(config, context='shared')
+    engine = streaming.Engine(self.denoiser, config, mode, mesh)
+    initial = None
+    if initial_frames is not None:
+      initial = self._encode(initial_frames).repeat(len(prompts), 0)
+    numbers = np.arange(len(prompts))
+    keys = sampling.sample_keys(np.uint32(seed), numbers, 0 * numbers)
+    return streaming.Stream(
+      engine,
+      self.params,
+      self.codec,
+      self.encoder.encode,
+      prompts,
+      keys,
+      initial=initial,
+    )
+
   def decode(self, latents_BFhwC: np.ndarray) -> np.ndarray:
     """Latents to uint8 frames [B, F, H, W, 3], block by block."""
     num_frames = latents_BFhwC.shape[1]
@@ -268,8 +251,7 @@ class VideoPipeline:
   def _encode(self, frames_FHWC: np.ndarray) -> np.ndarray:
     """Given frames to latents [1, F, h, w, C]."""
     frames_FHWC = np.asarray(frames_FHWC)
-    config, stride = self.denoiser.config, self.codec.spatial_stride
-    wanted = (config.latent_height * stride, config.latent_width * stride, 3)
+    wanted = self.frame_shape
     if (
       frames_FHWC.dtype != np.uint8
       or frames_FHWC.ndim != 4

@@ -19,6 +19,7 @@ tokens: `fused=True`. D(b, j) then runs at tick b + j.
 # M prompts in the bank, N layers, h w latent rows and columns, C channels
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -61,8 +62,10 @@ class Pipeline:
     denoiser: network.
     config: how blocks are denoised; the context must be 'matched' or 'clean'.
     fused: one pass of commit and next denoise instead of two that alternate.
+    batched: on one device, all stages as one batch; False runs them one after
+      the other in the least memory.
     mesh: with an axis `stage` whose size divides the number of steps; None
-      runs all stages as a batch on one device.
+      runs all stages on one device.
 
   Raises:
     ValueError: if the stages do not divide over the mesh, or the context has
@@ -72,6 +75,7 @@ class Pipeline:
   denoiser: Denoiser
   config: RolloutConfig
   fused: bool = False
+  batched: bool = True
   mesh: Mesh | None = None
 
   def __post_init__(self):
@@ -99,7 +103,11 @@ class Pipeline:
     return self.finish_tick(num_blocks - 1) + 1
 
   def init_state(
-    self, params: dict, text: TextKV, initial: jax.Array | None = None
+    self,
+    params: dict,
+    text: TextKV,
+    initial: jax.Array | None = None,
+    origin: int = 0,
   ) -> PipelineState:
     """Empty stages, or stages whose pasts hold given clean frames.
 
@@ -107,16 +115,13 @@ class Pipeline:
       params: of the network.
       text: the prompts, [N, B, ...].
       initial: clean latents [B, F, h, w, C] that come first.
+      origin: position of the first frame.
     """
-    sampler = Sampler(self.denoiser, params, text, self.config)
-    size = self.denoiser.config
+    sampler = Sampler(self.denoiser, params, text, self.config, origin)
     block = (
       self.config.num_steps,
       sampler.batch,
-      self.config.frames_per_block,
-      size.latent_height,
-      size.latent_width,
-      size.channels,
+      *self.config.block_shape(self.denoiser.config),
     )
     return PipelineState(
       tick=jnp.zeros((), jnp.int32),
@@ -129,21 +134,19 @@ class Pipeline:
     self,
     params: dict,
     bank: TextKV,
-    slots_S: jax.Array,
+    slots_tS: jax.Array,
     keys_B: jax.Array,
     state: PipelineState,
-    *,
-    num_ticks: int,
   ) -> tuple[PipelineState, jax.Array]:
     """Runs some ticks.
 
     Args:
       params: of the network.
       bank: prompts, [M, N, B, ...].
-      slots_S: int32, the prompt in the bank that each stage uses now.
+      slots_tS: int32, the prompt in the bank that each stage uses at each of
+        the ticks to run; their number is that of the ticks.
       keys_B: one noise key per sample, see `rollout.named_noise`.
       state: of the stages.
-      num_ticks: static.
 
     Returns:
       The state after them, and what the last stage of every device denoised
@@ -154,7 +157,7 @@ class Pipeline:
     if self.mesh is None:
       stages = jnp.arange(num_stages)
       state, sent = self._run_local(
-        params, bank, slots_S, keys_B, state, stages, _roll, num_ticks
+        params, bank, slots_tS, keys_B, state, stages, _roll
       )
       return state, sent
 
@@ -164,7 +167,7 @@ class Pipeline:
       first = jax.lax.axis_index(STAGE) * per_device
       stages = first + jnp.arange(per_device)
       return self._run_local(
-        params, bank, slots, keys, state, stages, self._hop, num_ticks
+        params, bank, slots, keys, state, stages, self._hop
       )
 
     split, whole = PartitionSpec(STAGE), PartitionSpec()
@@ -172,10 +175,16 @@ class Pipeline:
     state, sent = jax.shard_map(
       on_device,
       mesh=self.mesh,
-      in_specs=(whole, whole, split, whole, state_spec),
+      in_specs=(
+        whole,
+        whole,
+        PartitionSpec(None, STAGE),
+        whole,
+        state_spec,
+      ),
       out_specs=(state_spec, PartitionSpec(None, STAGE)),
       axis_names={STAGE},
-    )(params, bank, slots_S, keys_B, state)
+    )(params, bank, slots_tS, keys_B, state)
     return state, sent
 
   def _hop(self, sent: jax.Array) -> jax.Array:
@@ -185,32 +194,28 @@ class Pipeline:
     arrived = jax.lax.ppermute(sent[-1:], STAGE, ring)
     return jnp.concatenate([arrived, sent[:-1]])
 
-  def _run_local(
-    self, params, bank, slots, keys_B, state, stages, hop, num_ticks
-  ):
+  def _run_local(self, params, bank, slots_tS, keys_B, state, stages, hop):
     tick = self._fused_tick if self.fused else self._tick
 
-    def one_tick(state, _):
-      hold, sent, past = jax.vmap(
-        lambda *stage: tick(params, bank, keys_B, state.tick, *stage)
-      )(stages, slots, state.hold, state.inbox, state.past)
+    def one_tick(state, slots):
+      def one_stage(args):
+        return tick(params, bank, keys_B, state.tick, *args)
+
+      args = (stages, slots, state.hold, state.inbox, state.past)
+      over_stages = jax.vmap(one_stage)
+      if not self.batched:
+        over_stages = functools.partial(jax.lax.map, one_stage)
+      hold, sent, past = over_stages(args)
       state = PipelineState(state.tick + 1, hold, hop(sent), past)
       return state, sent[-1:]
 
-    return jax.lax.scan(one_tick, state, None, length=num_ticks)
+    return jax.lax.scan(one_tick, state, slots_tS)
 
   def _stage(self, params, bank, keys_B, slot):
     text = jax.tree.map(lambda a: a[slot], bank)
     sampler = Sampler(self.denoiser, params, text, self.config)
-    size = self.denoiser.config
     noise = rollout.named_noise(
-      keys_B,
-      (
-        self.config.frames_per_block,
-        size.latent_height,
-        size.latent_width,
-        size.channels,
-      ),
+      keys_B, self.config.block_shape(self.denoiser.config)
     )
     return sampler, noise
 
@@ -304,7 +309,8 @@ class Pipeline:
       ]
     )
     first = past.frames
-    positions = jnp.where(has_commit, first, first - size) + jnp.arange(frames)
+    start = jnp.where(has_commit, first, first - size)
+    positions = past.origin + start + jnp.arange(frames)
     return self.denoiser.flow(
       params,
       jnp.concatenate([commit, denoise], 1),
@@ -320,10 +326,12 @@ def _roll(sent: jax.Array) -> jax.Array:
   return jnp.roll(sent, 1, axis=0)
 
 
-def single_prompt(text: TextKV, num_stages: int) -> tuple[TextKV, jax.Array]:
-  """A bank of one prompt that every stage uses."""
+def single_prompt(
+  text: TextKV, num_ticks: int, num_stages: int
+) -> tuple[TextKV, jax.Array]:
+  """A bank of one prompt that every stage uses at every tick."""
   bank = jax.tree.map(lambda a: a[None], text)
-  return bank, jnp.zeros((num_stages,), jnp.int32)
+  return bank, jnp.zeros((num_ticks, num_stages), jnp.int32)
 
 
 def pipelined(
@@ -348,15 +356,10 @@ def pipelined(
     [B, F, h, w, C], given frames included.
   """
   state = pipeline.init_state(params, text, initial)
-  bank, slots = single_prompt(text, pipeline.config.num_steps)
-  _, sent = pipeline.run(
-    params,
-    bank,
-    slots,
-    keys_B,
-    state,
-    num_ticks=pipeline.num_ticks(num_blocks),
+  bank, slots = single_prompt(
+    text, pipeline.num_ticks(num_blocks), pipeline.config.num_steps
   )
+  _, sent = pipeline.run(params, bank, slots, keys_B, state)
   finished = [pipeline.finish_tick(b) for b in range(num_blocks)]
   video = rollout.join_blocks(sent[np.array(finished), -1])
   return video if initial is None else jnp.concatenate([initial, video], 1)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from hiar_jax import noise_schedule
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import kv_cache
+from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache
 from hiar_jax.models.transformer import TextKV
 
@@ -100,6 +101,11 @@ class RolloutConfig:
     """Frame slots of the cache."""
     return self.window - self.frames_per_block
 
+  def block_shape(self, model: WanConfig) -> tuple[int, int, int, int]:
+    """(f, h, w, C): a block's latents."""
+    frame = (model.latent_height, model.latent_width, model.channels)
+    return (self.frames_per_block, *frame)
+
 
 def named_noise(
   keys_B: jax.Array, block_shape: tuple[int, int, int, int]
@@ -130,12 +136,15 @@ class Sampler:
     params: its parameters.
     text: projected prompts, [N, B, ...].
     config: how blocks are denoised.
+    origin: position of the first frame; no value but those of RoPE depends on
+      it, and its differences do not.
   """
 
   denoiser: Denoiser
   params: dict
   text: TextKV
   config: RolloutConfig
+  origin: int = 0
 
   @property
   def batch(self) -> int:
@@ -151,6 +160,7 @@ class Sampler:
       self.batch,
       self.config.past_frames,
       self.config.sink,
+      self.origin,
     )
 
   def denoise(self, x: jax.Array, past: KVCache, step) -> tuple[jax.Array, KV]:

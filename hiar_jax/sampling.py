@@ -195,9 +195,7 @@ def _plan(request: Request, config: rollout.RolloutConfig) -> list[_Sweep]:
 
 
 def _noise(keys_B, denoiser, config) -> rollout.Noise:
-  sizes = denoiser.config
-  shape = (sizes.latent_height, sizes.latent_width, sizes.channels)
-  return rollout.named_noise(keys_B, (config.frames_per_block, *shape))
+  return rollout.named_noise(keys_B, config.block_shape(denoiser.config))
 
 
 @functools.partial(jax.jit, static_argnames=('denoiser', 'config'))

@@ -294,15 +294,9 @@ class Distillation:
     """Self-rollout to one exit step, the same for all samples and blocks."""
     exit_key, noise_key = jax.random.split(key)
     exit_step = jax.random.randint(exit_key, (), 0, self.rollout.num_steps)
-    size = self.student.config
     noise = rollout.named_noise(
       jax.random.split(noise_key, states.shape[0]),
-      (
-        self.rollout.frames_per_block,
-        size.latent_height,
-        size.latent_width,
-        size.channels,
-      ),
+      self.rollout.block_shape(self.student.config),
     )
     x0 = training_rollout.training_rollout(
       self._sampler(params, self.student.project_text(params, states)),

@@ -167,7 +167,12 @@ class VideoWriter:
     # A file, not a pipe: nobody reads while frames are written.
     self._messages = tempfile.TemporaryFile()
     self._process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stderr=self._messages
+      command,
+      stdin=subprocess.PIPE,
+      stderr=self._messages,
+      # A Ctrl-C in the terminal is for Python alone, which then closes the
+      # file; ffmpeg would be stopped with frames still on their way.
+      start_new_session=True,
     )
 
   def _fail(self) -> None:

@@ -5,6 +5,10 @@
     --num_blocks 28 --out video.mp4
 
 Several videos are written as video-0.mp4, video-1.mp4, ...
+
+With --stream the video is written as it is made, in constant memory; it ends
+after --num_blocks (0: never) or at Ctrl-C, and the file plays either way.
+--prompt_at 14:"..." changes the prompt from block 14 on.
 """
 # ruff: noqa: E402
 
@@ -19,10 +23,21 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hiar_jax import errors, generate, rollout, sampling, video_io, worlds
+from hiar_jax import (
+  errors,
+  generate,
+  metrics,
+  rollout,
+  sampling,
+  streaming,
+  video,
+  video_io,
+  worlds,
+)
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')
@@ -32,7 +47,10 @@ _PROMPTS_FILE = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string('out', 'video.mp4', 'the file to write')
 _NUM_BLOCKS = flags.DEFINE_integer(
-  'num_blocks', 28, 'length of the video', lower_bound=1
+  'num_blocks',
+  28,
+  'length of the video; with --stream, 0 is without end',
+  lower_bound=0,
 )
 _NUM_VIDEOS = flags.DEFINE_integer(
   'num_videos', 1, 'videos of each prompt', lower_bound=1
@@ -59,6 +77,17 @@ _WEIGHTS = flags.DEFINE_string(
 _FPS = flags.DEFINE_float('fps', None, "frames a second; default: the config's")
 _SCALE = flags.DEFINE_integer(
   'scale', None, 'factor of enlargement; default: up to 512 px', lower_bound=1
+)
+
+
+_SHEET_BLOCKS = 28  # that a stream's contact sheet shows
+
+_STREAM = flags.DEFINE_bool('stream', False, 'write the video as it is made')
+_MODE = flags.DEFINE_enum(
+  'mode', None, streaming.MODES, 'of --stream; default: what fits the weights'
+)
+_PROMPT_AT = flags.DEFINE_multi_string(
+  'prompt_at', [], 'with --stream: BLOCK:PROMPT, another prompt from there on'
 )
 
 
@@ -99,6 +128,11 @@ def main(argv: Sequence[str]) -> None:
   watch = _Stopwatch()
   config = _CONFIG.value
   prompts = _prompts()
+  if _STREAM.value:
+    _stream(config, prompts, watch)
+    return
+  if _MODE.value or _PROMPT_AT.value:
+    raise ValueError('--mode and --prompt_at go with --stream')
   request = sampling.Request(
     num_blocks=_NUM_BLOCKS.value,
     num_videos=_NUM_VIDEOS.value,
@@ -111,11 +145,7 @@ def main(argv: Sequence[str]) -> None:
     config.rollout.context = _CONTEXT.value
   fps = config.generate.fps if _FPS.value is None else _FPS.value
   paths = _paths(len(prompts) * request.num_videos, fps)
-  with watch('load'):
-    weights, codec = _weights(config)
-    pipeline = generate.from_config(
-      config.to_dict(), weights=weights, codec=codec
-    )
+  pipeline = _load(config, watch)
   with watch('sample'):
     latents = pipeline.sample(prompts, request)
   with watch('decode'):
@@ -123,12 +153,71 @@ def main(argv: Sequence[str]) -> None:
   with watch('encode'):
     for i, path in enumerate(paths):
       prompt = prompts[i // request.num_videos]
-      video = generate.Video(frames[i], fps, prompt)
-      video.save(path, scale=_SCALE.value)
-      video.contact_sheet(path.with_suffix('.png'))
+      made = video.Video(frames[i], fps, prompt)
+      made.save(path, scale=_SCALE.value)
+      made.contact_sheet(path.with_suffix('.png'))
   for path in paths:
     print(f'wrote {path} and {path.with_suffix(".png").name}')
   print(watch)
+
+
+def _load(config, watch: _Stopwatch) -> generate.VideoPipeline:
+  with watch('load'):
+    weights, codec = _weights(config)
+    return generate.from_config(config.to_dict(), weights=weights, codec=codec)
+
+
+def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
+  """Writes one video block by block until its end or Ctrl-C."""
+  switches = _switches()
+  for flag, default in ((_ORDER, None), (_CONTEXT, None), (_NUM_VIDEOS, 1)):
+    if flag.value != default:
+      raise ValueError(f'--{flag.name} does not go with --stream')
+  if len(prompts) > 1:
+    raise ValueError(
+      f'--stream makes one video, not {len(prompts)}; change the prompt with '
+      '--prompt_at'
+    )
+  fps = config.generate.fps if _FPS.value is None else _FPS.value
+  (path,) = _paths(1, fps)
+  pipeline = _load(config, watch)
+  stream = pipeline.stream(prompts[0], seed=_SEED.value, mode=_MODE.value)
+  for block, prompt in switches:
+    stream.send(prompt, at=block)
+  print(f'streams in mode {stream.mode!r}; Ctrl-C ends the video', flush=True)
+  shown, limit = [], _NUM_BLOCKS.value or sys.maxsize
+  scale = _SCALE.value
+  if scale is None:
+    scale = video.watchable_scale(pipeline.frame_shape[0])
+  with (
+    watch('stream'),
+    video_io.VideoWriter(path, fps=fps, scale=scale) as writer,
+    metrics.Progress(limit, label='stream', unit='block') as progress,
+    contextlib.suppress(KeyboardInterrupt),
+  ):
+    for block in range(limit):
+      frames = next(stream)[0]
+      writer.append(frames)
+      # Memory stays flat: the contact sheet shows the beginning.
+      shown += [frames] if block < _SHEET_BLOCKS else []
+      progress.update(block + 1)
+  if shown:
+    video_io.contact_sheet(
+      path.with_suffix('.png'), np.concatenate(shown), captions=prompts[0]
+    )
+    print(f'wrote {path} and {path.with_suffix(".png").name}')
+  print(watch)
+
+
+def _switches() -> list[tuple[int, str]]:
+  """--prompt_at as (block, prompt), in order."""
+  switches = []
+  for value in _PROMPT_AT.value:
+    block, colon, prompt = value.partition(':')
+    if not (colon and block.strip().isdecimal() and prompt.strip()):
+      raise ValueError(f'--prompt_at={value!r} is not BLOCK:PROMPT')
+    switches.append((int(block), prompt.strip()))
+  return sorted(switches)
 
 
 def _prompts() -> list[str]:

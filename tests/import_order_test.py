@@ -21,8 +21,8 @@ _LAYERS = (
   ('data', 'denoiser'),
   ('rollout', 'trajectory_files'),
   ('losses', 'trajectories', 'training_rollout', 'evaluation', 'sampling'),
-  ('pipeline', 'train_state'),
-  ('train_step',),
+  ('pipeline', 'train_state', 'video'),
+  ('train_step', 'streaming'),
   ('phases', 'generate'),
   ('train',),
   ('',),  # hiar_jax/__init__.py

@@ -112,6 +112,12 @@ def test_stages_over_devices_equal_the_step_first_rollout(devices, fused):
   np.testing.assert_allclose(ours, step_first(config, 1, 4), atol=1e-5)
 
 
+def test_stages_one_after_the_other_equal_the_step_first_rollout():
+  config = rollout.RolloutConfig(levels=LEVELS, window=6)
+  ours = pipelined(config, 1, 4, batched=False)
+  np.testing.assert_allclose(ours, step_first(config, 1, 4), atol=1e-5)
+
+
 def test_given_frames_stand_in_every_stage():
   config = rollout.RolloutConfig(levels=LEVELS, window=6)
   initial = np.random.default_rng(3).normal(size=(1, 4, 4, 4, 4))
@@ -125,17 +131,14 @@ def test_nan_in_the_bubbles_never_reaches_the_output(fused):
   config = rollout.RolloutConfig(levels=LEVELS, window=6)
   stages = pipeline.Pipeline(DENOISER, config, fused=fused)
   text = prompts(1)
-  bank, slots = pipeline.single_prompt(text, 4)
-  num_ticks = stages.num_ticks(3)
+  bank, slots = pipeline.single_prompt(text, stages.num_ticks(3), 4)
 
   @jax.jit
   def run(params):
     state = stages.init_state(params, text)
     bubbles = jnp.full_like(state.hold, jnp.nan)
     state = state.replace(hold=bubbles, inbox=bubbles)
-    return stages.run(params, bank, slots, keys(1), state, num_ticks=num_ticks)[
-      1
-    ]
+    return stages.run(params, bank, slots, keys(1), state)[1]
 
   sent = run(params())
   blocks = [stages.finish_tick(b) for b in range(3)]
@@ -158,9 +161,9 @@ def test_only_latents_hop_between_devices():
   config = rollout.RolloutConfig(levels=LEVELS, window=6)
   stages = pipeline.Pipeline(DENOISER, config, mesh=stage_mesh(4))
   text = prompts(1)
-  bank, slots = pipeline.single_prompt(text, 4)
+  bank, slots = pipeline.single_prompt(text, 2, 4)
   state = stages.init_state(params(), text)
-  run = jax.jit(functools.partial(stages.run, num_ticks=2))
+  run = jax.jit(stages.run)
   hlo = run.lower(params(), bank, slots, keys(1), state).compile().as_text()
   hops = re.findall(r'(\S+) collective-permute', hlo)
   assert hops and all(shape.startswith('f32[1,1,3,4,4,4]') for shape in hops)

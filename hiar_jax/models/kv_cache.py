@@ -30,8 +30,8 @@ class KVCache:
   Attributes:
     k: keys after RoPE, [N, B, S, H, K] with S = slots * tokens_per_frame.
     v: values, same shape.
-    frames: int32 scalar, frames written since the start; the position of the
-      next frame.
+    frames: int32 scalar, frames written since the start.
+    origin: int32 scalar, position of the first frame.
     sink: slots that keep the first frames.
     tokens_per_frame: tokens in a slot.
   """
@@ -39,12 +39,18 @@ class KVCache:
   k: jax.Array
   v: jax.Array
   frames: jax.Array
+  origin: jax.Array
   sink: int = flax.struct.field(pytree_node=False)
   tokens_per_frame: int = flax.struct.field(pytree_node=False)
 
   @property
   def slots(self) -> int:
     return self.k.shape[2] // self.tokens_per_frame
+
+  @property
+  def position(self) -> jax.Array:
+    """Absolute index of the next frame."""
+    return self.origin + self.frames
 
   @property
   def length(self) -> jax.Array:
@@ -74,14 +80,14 @@ class KVCache:
     size = self.tokens_per_frame
     frame = jax.lax.slice_in_dim(new, i * size, (i + 1) * size, axis=2)
     frame = frame.astype(buffer.dtype)
-    position = self.frames + i
+    index = self.frames + i
     ring = self.slots - self.sink
     if ring:
-      in_ring = self.sink + (position - self.sink) % ring
-      slot = jnp.where(position < self.sink, position, in_ring)
+      in_ring = self.sink + (index - self.sink) % ring
+      slot = jnp.where(index < self.sink, index, in_ring)
     else:
-      slot = jnp.minimum(position, self.sink - 1)
-      live = live & (position < self.sink)
+      slot = jnp.minimum(index, self.sink - 1)
+      live = live & (index < self.sink)
     if live is not True:
       old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis=2)
       frame = jnp.where(live, frame, old)
@@ -91,9 +97,11 @@ class KVCache:
 
 
 def init_cache(
-  config: WanConfig, batch: int, slots: int, sink: int = 0
+  config: WanConfig, batch: int, slots: int, sink: int = 0, origin: int = 0
 ) -> KVCache:
   """An empty cache of `slots` frames, `sink` of them kept for ever.
+
+  The first frame will have the position `origin`.
 
   Raises:
     ValueError: if the sink is larger than the cache.
@@ -115,6 +123,7 @@ def init_cache(
     k=jnp.zeros(shape, config.dtype),
     v=jnp.zeros(shape, config.dtype),
     frames=jnp.zeros((), jnp.int32),
+    origin=jnp.asarray(origin, jnp.int32),
     sink=sink,
     tokens_per_frame=config.tokens_per_frame,
   )
