@@ -28,7 +28,7 @@ DENOISER = Denoiser(CONFIG)
 FRAME_SHAPE = (2, 4, 2)
 
 # Networks of tests are so small that compiling them is nearly all of the time,
-# and unoptimised code is compiled in half of it.
+# and unoptimised code is compiled in half of it. Not inside another jit.
 jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
