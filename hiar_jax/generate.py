@@ -160,7 +160,7 @@ class VideoPipeline:
     passes = sampling.num_passes(request, self.rollout)
     initial = None
     if initial_frames is not None:
-      initial = self._encode(initial_frames)
+      initial = self.encode(initial_frames)
     states_PLD = self.encoder.encode(prompts)
     size = len(prompts) * request.num_videos
     batches = _batches(size)
@@ -218,7 +218,7 @@ class VideoPipeline:
     engine = streaming.Engine(self.denoiser, config, mode, mesh)
     initial = None
     if initial_frames is not None:
-      initial = self._encode(initial_frames).repeat(len(prompts), 0)
+      initial = self.encode(initial_frames).repeat(len(prompts), 0)
     numbers = np.arange(len(prompts))
     keys = sampling.sample_keys(np.uint32(seed), numbers, 0 * numbers)
     return streaming.Stream(
@@ -248,7 +248,7 @@ class VideoPipeline:
       videos.append(np.concatenate(pieces, 1))
     return np.concatenate(videos)[: len(latents_BFhwC)]
 
-  def _encode(self, frames_FHWC: np.ndarray) -> np.ndarray:
+  def encode(self, frames_FHWC: np.ndarray) -> np.ndarray:
     """Given frames to latents [1, F, h, w, C]."""
     frames_FHWC = np.asarray(frames_FHWC)
     wanted = self.frame_shape

@@ -7,8 +7,10 @@
 Several videos are written as video-0.mp4, video-1.mp4, ...
 
 With --stream the video is written as it is made, in constant memory; it ends
-after --num_blocks (0: never) or at Ctrl-C, and the file plays either way.
---prompt_at 14:"..." changes the prompt from block 14 on.
+after --num_blocks (0: never) or at Ctrl-C, which is not a failure: the block
+under way is finished, the file plays, the exit status is 0. Before the first
+block there is nothing to keep, and the status is 130 as for any program.
+--prompt_at 14:"..." changes the prompt from block 14 on; blocks count from 0.
 """
 # ruff: noqa: E402
 
@@ -19,8 +21,9 @@ _STARTED = time.monotonic()
 
 import contextlib
 import pathlib
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -78,10 +81,6 @@ _FPS = flags.DEFINE_float('fps', None, "frames a second; default: the config's")
 _SCALE = flags.DEFINE_integer(
   'scale', None, 'factor of enlargement; default: up to 512 px', lower_bound=1
 )
-
-
-_SHEET_BLOCKS = 28  # that a stream's contact sheet shows
-
 _STREAM = flags.DEFINE_bool('stream', False, 'write the video as it is made')
 _MODE = flags.DEFINE_enum(
   'mode', None, streaming.MODES, 'of --stream; default: what fits the weights'
@@ -89,6 +88,8 @@ _MODE = flags.DEFINE_enum(
 _PROMPT_AT = flags.DEFINE_multi_string(
   'prompt_at', [], 'with --stream: BLOCK:PROMPT, another prompt from there on'
 )
+
+_SHEET_BLOCKS = 28  # that a stream's contact sheet shows
 
 
 class _Stopwatch:
@@ -133,6 +134,8 @@ def main(argv: Sequence[str]) -> None:
     return
   if _MODE.value or _PROMPT_AT.value:
     raise ValueError('--mode and --prompt_at go with --stream')
+  if not _NUM_BLOCKS.value:
+    raise ValueError('flag --num_blocks=0, without end, goes with --stream')
   request = sampling.Request(
     num_blocks=_NUM_BLOCKS.value,
     num_videos=_NUM_VIDEOS.value,
@@ -185,39 +188,81 @@ def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
   for block, prompt in switches:
     stream.send(prompt, at=block)
   print(f'streams in mode {stream.mode!r}; Ctrl-C ends the video', flush=True)
-  shown, limit = [], _NUM_BLOCKS.value or sys.maxsize
   scale = _SCALE.value
   if scale is None:
     scale = video.watchable_scale(pipeline.frame_shape[0])
+  shown, limit = [], _NUM_BLOCKS.value or sys.maxsize
   with (
     watch('stream'),
-    video_io.VideoWriter(path, fps=fps, scale=scale) as writer,
-    metrics.Progress(limit, label='stream', unit='block') as progress,
-    contextlib.suppress(KeyboardInterrupt),
+    metrics.Progress(
+      _NUM_BLOCKS.value or None, label='stream', unit='block'
+    ) as progress,
   ):
-    for block in range(limit):
-      frames = next(stream)[0]
-      writer.append(frames)
-      # Memory stays flat: the contact sheet shows the beginning.
-      shown += [frames] if block < _SHEET_BLOCKS else []
-      progress.update(block + 1)
-  if shown:
-    video_io.contact_sheet(
-      path.with_suffix('.png'), np.concatenate(shown), captions=prompts[0]
-    )
-    print(f'wrote {path} and {path.with_suffix(".png").name}')
+    frames = next(stream)[0]
+    # The writer inside: it closes before Ctrl-C is an error again.
+    with (
+      _ends_on_request() as end,
+      video_io.VideoWriter(path, fps=fps, scale=scale) as writer,
+    ):
+      for block in range(limit):
+        writer.append(frames)
+        # Memory stays flat: the contact sheet shows the beginning.
+        shown += [frames] if block < _SHEET_BLOCKS else []
+        progress.update(block + 1)
+        if end() or block + 1 == limit:
+          break
+        frames = next(stream)[0]
+  video_io.contact_sheet(
+    path.with_suffix('.png'), np.concatenate(shown), captions=prompts[0]
+  )
+  print(f'wrote {path} and {path.with_suffix(".png").name}')
   print(watch)
+
+
+@contextlib.contextmanager
+def _ends_on_request() -> Iterator[Callable[[], bool]]:
+  """Notes Ctrl-C and SIGTERM; the loop asks for them between two blocks.
+
+  An exception would strike anywhere, also with half a frame on its way to the
+  file.
+  """
+  wanted = False
+
+  def note(signum, frame):
+    nonlocal wanted
+    wanted = True
+
+  before = {
+    number: signal.signal(number, note)
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    yield lambda: wanted
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def _switches() -> list[tuple[int, str]]:
   """--prompt_at as (block, prompt), in order."""
-  switches = []
+  switches = {}
   for value in _PROMPT_AT.value:
     block, colon, prompt = value.partition(':')
     if not (colon and block.strip().isdecimal() and prompt.strip()):
-      raise ValueError(f'--prompt_at={value!r} is not BLOCK:PROMPT')
-    switches.append((int(block), prompt.strip()))
-  return sorted(switches)
+      raise ValueError(
+        f'--prompt_at={value!r} is not BLOCK:PROMPT with a block from 0 on'
+      )
+    block, prompt = int(block), prompt.strip()
+    if block in switches:
+      raise ValueError(f'--prompt_at names block {block} twice')
+    if 0 < _NUM_BLOCKS.value <= block:
+      raise ValueError(
+        f'--prompt_at={value!r} names no block of the video, which has '
+        f'--num_blocks={_NUM_BLOCKS.value}, counted from 0'
+      )
+    switches[block] = prompt
+  _note_unknown(list(switches.values()))
+  return sorted(switches.items())
 
 
 def _prompts() -> list[str]:
@@ -238,6 +283,12 @@ def _prompts() -> list[str]:
     if not prompts:
       raise ValueError(f'prompts file {path} has no prompt in it')
   generate.check_prompts(prompts)
+  _note_unknown(prompts)
+  return prompts
+
+
+def _note_unknown(prompts: Sequence[str]) -> None:
+  """Says which prompts ask for what the small world was not taught."""
   for prompt in prompts:
     terms = worlds.parse_prompt(prompt)
     for value, name, known in (
@@ -250,7 +301,6 @@ def _prompts() -> list[str]:
           + ', '.join(known),
           file=sys.stderr,
         )
-  return prompts
 
 
 def _paths(count: int, fps: float) -> list[pathlib.Path]:

@@ -1,0 +1,50 @@
+"""Makes a folder that hiar_jax.load reads from the weights of a training run.
+
+  python launch/export.py --config=configs/bouncing.py \
+    --out hiar_jax/assets/bouncing
+
+The student is stored in float32; with --with_teacher also the teacher, in
+float16, so that a distillation can start from the folder.
+"""
+
+import pathlib
+
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
+
+from hiar_jax import checkpoint, codecs, errors, generate, phases, train
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+flags.mark_flag_as_required('config')
+_OUT = flags.DEFINE_string('out', None, 'the folder to make', required=True)
+_WEIGHTS = flags.DEFINE_string(
+  'weights', None, "the student's; default: those of the config's workdir"
+)
+_WITH_TEACHER = flags.DEFINE_bool('with_teacher', False, 'add the teacher')
+
+
+def main(argv):
+  del argv
+  config = _CONFIG.value
+  denoiser = Denoiser(WanConfig(**config.model))
+  weights = _WEIGHTS.value or pathlib.Path(config.workdir) / train.WEIGHTS
+  params = phases.load_params(weights, denoiser)
+  codec = codecs.load_linear_codec(config.codec.path)
+  out = pathlib.Path(_OUT.value)
+  teacher = None
+  if _WITH_TEACHER.value:
+    teacher = phases.load_params(config.teacher_weights, denoiser)
+  generate.export(out, config=config.to_dict(), params=params, codec=codec)
+  if teacher is not None:
+    checkpoint.save_weights(
+      out / 'teacher.safetensors', teacher, dtype=jnp.float16
+    )
+  for path in sorted(out.iterdir()):
+    print(f'wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)')
+
+
+if __name__ == '__main__':
+  errors.run_main(main)
