@@ -116,7 +116,7 @@ def _distill(c, phase):
   c.distill = dict(
     order='step_first',
     past_gradient='detached',
-    guidance=2.0,
+    guidance=3.0,
     forward_kl_weight=0.1,
     forward_kl_steps=1,
     forward_kl_target='velocity',
