@@ -107,7 +107,7 @@ def _student_start(c):
 
 
 def _distill(c, phase):
-  c.iterations = 900
+  c.iterations = 600
   c.rollout_blocks = (7, 7)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)
