@@ -184,6 +184,8 @@ class Pipeline:
       ),
       out_specs=(state_spec, PartitionSpec(None, STAGE)),
       axis_names={STAGE},
+      # Pallas kernels do not say over which axes their results vary.
+      check_vma=False,
     )(params, bank, slots_tS, keys_B, state)
     return state, sent
 

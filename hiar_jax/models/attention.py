@@ -2,9 +2,14 @@
 
 # B batch, T queries, S keys, H heads, K head width, F frames
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Queries whose scores are held at once: at 32,760 keys and 12 heads 0.4 GB.
+_CHUNK = 256
 
 
 def attend(
@@ -14,6 +19,7 @@ def attend(
   *,
   length: jax.Array | None = None,
   mask_TS: jax.Array | None = None,
+  backend: str = 'xla',
 ) -> jax.Array:
   """softmax(q k^T / sqrt(K)) v with a float32 softmax.
 
@@ -23,10 +29,33 @@ def attend(
     v_BSHK: values.
     length: int32 scalar, only the first `length` keys are seen.
     mask_TS: bool, True where query t sees key s.
+    backend: one of `config.ATTENTIONS`. 'xla' holds all scores [B, H, T, S];
+      'chunked' those of 256 queries at a time, the same numbers otherwise;
+      'splash' none, by a TPU kernel, and where there is a mask or no TPU it is
+      'chunked'.
 
   Returns:
     [B, T, H, K] in the dtype of q.
   """
+  if backend == 'xla':
+    return _attend_xla(q_BTHK, k_BSHK, v_BSHK, length, mask_TS)
+  if backend == 'chunked' or mask_TS is not None:
+    return _attend_chunked(q_BTHK, k_BSHK, v_BSHK, length, mask_TS)
+  if length is None:
+    length = jnp.int32(k_BSHK.shape[1])
+  # Asked when it is compiled, so that a machine without a TPU can compile
+  # for one.
+  return jax.lax.platform_dependent(
+    q_BTHK,
+    k_BSHK,
+    v_BSHK,
+    length,
+    tpu=attend_splash,
+    default=functools.partial(_attend_chunked, mask_TS=None),
+  )
+
+
+def _attend_xla(q_BTHK, k_BSHK, v_BSHK, length, mask_TS):
   lengths = None
   if length is not None:
     lengths = jnp.broadcast_to(length, q_BTHK.shape[:1])
@@ -35,6 +64,98 @@ def attend(
   return jax.nn.dot_product_attention(
     q_BTHK, k_BSHK, v_BSHK, mask=mask_TS, key_value_seq_lengths=lengths
   )
+
+
+def _attend_chunked(q_BTHK, k_BSHK, v_BSHK, length, mask_TS):
+  """`_attend_xla` for some queries after the others; so is its gradient."""
+  num_queries = q_BTHK.shape[1]
+  size = _block_size(num_queries, _CHUNK, 8)
+  rows = [jnp.moveaxis(_pad_axis(q_BTHK, 1, size), 1, 0)]
+  if mask_TS is not None:
+    rows.append(_pad_axis(mask_TS, 0, size))
+  chunks = [x.reshape(-1, size, *x.shape[1:]) for x in rows]
+
+  # Without remat the gradient would keep the scores of all chunks.
+  @jax.checkpoint
+  def one_chunk(chunk):
+    q_tBHK, *mask = chunk
+    out = _attend_xla(
+      jnp.moveaxis(q_tBHK, 0, 1), k_BSHK, v_BSHK, length, *(mask or [None])
+    )
+    return jnp.moveaxis(out, 1, 0)
+
+  out = jax.lax.map(one_chunk, chunks)
+  out_TBHK = out.reshape(-1, *out.shape[2:])[:num_queries]
+  return jnp.moveaxis(out_TBHK, 0, 1)
+
+
+def attend_splash(
+  q_BTHK: jax.Array,
+  k_BSHK: jax.Array,
+  v_BSHK: jax.Array,
+  length: jax.Array,
+  *,
+  interpret: bool = False,
+) -> jax.Array:
+  """Flash attention by jax's splash kernel for TPUs.
+
+  Args:
+    q_BTHK: queries; on a TPU, K is a multiple of 128.
+    k_BSHK: keys.
+    v_BSHK: values.
+    length: int32 scalar, only the first `length` keys are seen.
+    interpret: runs the kernel without a TPU, slowly: for tests.
+  """
+  # Not at the top: Pallas takes a second to import, and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_mask,
+  )
+
+  num_queries, num_heads, width = q_BTHK.shape[1:]
+  block_q = _block_size(num_queries, 512, 128)
+  block_kv = _block_size(k_BSHK.shape[1], 1024, 128)
+  # The kernel does not scale. In float32: 1 / sqrt(K) is no power of two.
+  q = (q_BTHK.astype(jnp.float32) * width**-0.5).astype(q_BTHK.dtype)
+  q = _pad_axis(q, 1, block_q)
+  k, v = (_pad_axis(x, 1, block_kv) for x in (k_BSHK, v_BSHK))
+  shape = (q.shape[1], k.shape[1])
+  kernel = splash.make_splash_mha_single_device(
+    splash_mask.MultiHeadMask([splash_mask.FullMask(shape)] * num_heads),
+    block_sizes=splash.BlockSizes(
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_dkv=block_q,
+      block_kv_dkv=block_kv,
+      block_q_dq=block_q,
+      block_kv_dq=block_kv,
+    ),
+    interpret=interpret,
+  )
+  # Queries see the keys of their own segment: the valid prefix is segment 1.
+  segments = splash.SegmentIds(
+    q=jnp.ones(shape[0], jnp.int32),
+    kv=(jnp.arange(shape[1]) < length).astype(jnp.int32),
+  )
+  out_BHTK = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(
+    *(jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  )
+  return jnp.swapaxes(out_BHTK, 1, 2)[:, :num_queries]
+
+
+def _block_size(size: int, largest: int, multiple: int) -> int:
+  """The multiple, at most `largest`, of which `size` needs fewest, evenly."""
+  num_blocks = -(-size // largest)
+  return -(-size // (num_blocks * multiple)) * multiple
+
+
+def _pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+  """Zeros after x up to a multiple."""
+  pad = -x.shape[axis] % multiple
+  widths = [(0, pad if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, widths) if pad else x
 
 
 def block_ends(num_frames: int, frames_per_block: int, first: int = 0):

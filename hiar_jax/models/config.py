@@ -4,6 +4,7 @@ import dataclasses
 
 REMAT_POLICIES = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
+ATTENTIONS = ('xla', 'chunked', 'splash')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,9 @@ class WanConfig:
       layer's input) or 'dots' (keep matrix products without batch axes).
     unroll: layers in one iteration of the scan over layers; more makes small
       networks faster on a CPU and compiling slower.
+    attention: 'xla', 'chunked' (a part of the queries at a time: for windows
+      whose scores do not fit into memory) or 'splash' (a kernel for TPUs;
+      'chunked' elsewhere); see `models.attention.attend`.
 
   Raises:
     ValueError: naming the size that does not fit.
@@ -48,6 +52,7 @@ class WanConfig:
   dtype: str = 'float32'
   remat: str = 'none'
   unroll: int = 1
+  attention: str = 'xla'
 
   def __post_init__(self):
     object.__setattr__(self, 'patch', tuple(self.patch))
@@ -72,6 +77,10 @@ class WanConfig:
       )
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f'remat={self.remat!r} is not one of {REMAT_POLICIES}')
+    if self.attention not in ATTENTIONS:
+      raise ValueError(
+        f'attention={self.attention!r} is not one of {ATTENTIONS}'
+      )
 
   @property
   def head_dim(self) -> int:

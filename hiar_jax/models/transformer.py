@@ -122,7 +122,14 @@ class SelfAttention(nn.Module):
       values = jnp.concatenate([v, past_v.astype(v.dtype)], 1)
     if length is not None:
       length = length + k.shape[1]
-    out = attention.attend(q, keys, values, length=length, mask_TS=mask_TS)
+    out = attention.attend(
+      q,
+      keys,
+      values,
+      length=length,
+      mask_TS=mask_TS,
+      backend=cfg.attention,
+    )
     out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BTD.shape))
     return out, KV(k=k, v=v)
 
@@ -144,7 +151,7 @@ class CrossAttention(nn.Module):
     norm_q = self.param('norm_q', nn.initializers.ones, (cfg.dim,))
     q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BTD), norm_q, cfg.eps)
     q = q.reshape(*x_BTD.shape[:2], cfg.num_heads, cfg.head_dim)
-    out = attention.attend(q, text.k, text.v)
+    out = attention.attend(q, text.k, text.v, backend=cfg.attention)
     return _dense(cfg, cfg.dim, 'o')(out.reshape(x_BTD.shape))
 
 
