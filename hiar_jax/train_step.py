@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hiar_jax import (
@@ -41,7 +42,7 @@ def _regress(state, loss_fn, optimiser, ema_decay):
     net=net,
     ema=train_state.ema_update(state.ema, net.params, decay),
   )
-  return state, {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+  return state, {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
 
 
 def teacher_step(
@@ -250,7 +251,7 @@ class Distillation:
       return loss, metrics
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.student.params)
-    metrics['student_grad_norm'] = optax.global_norm(grads)
+    metrics['student_grad_norm'] = optax.tree.norm(grads)
     student = state.student.update(grads, self.student_optimiser)
     decay = jnp.where(
       state.iteration < self.config.ema_start, 0.0, self.config.ema_decay
@@ -284,7 +285,7 @@ class Distillation:
     loss, grads = jax.value_and_grad(loss_fn)(state.critic.params)
     critic = state.critic.update(grads, self.critic_optimiser)
     state = state.replace(critic=critic, iteration=state.iteration + 1)
-    metrics = {'critic': loss, 'critic_grad_norm': optax.global_norm(grads)}
+    metrics = {'critic': loss, 'critic_grad_norm': optax.tree.norm(grads)}
     return state, metrics
 
   def _sampler(self, params, text: TextKV) -> rollout.Sampler:
@@ -342,7 +343,7 @@ class Distillation:
     mask = None
     if longer:
       # The first frames of a cut have no past to be judged with.
-      mask = jnp.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
+      mask = np.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
     return losses.reverse_kl(x0, fake_x0, real_x0, mask)
 
   def _forward_kl(self, params, batch, step):
