@@ -54,7 +54,8 @@ def reverse_kl(
   x0, fake_x0, real_x0 = (x.astype(jnp.float32) for x in (x0, fake_x0, real_x0))
   axes = tuple(range(1, x0.ndim))
   scale = jnp.mean(jnp.abs(x0 - real_x0), axis=axes, keepdims=True)
-  direction = jnp.nan_to_num((fake_x0 - real_x0) / scale)
+  direction = (fake_x0 - real_x0) / scale
+  direction = jnp.nan_to_num(direction, posinf=0.0, neginf=0.0)
   target = jax.lax.stop_gradient(x0 - direction)
   error = jnp.square(x0 - target)
   if mask is None:
