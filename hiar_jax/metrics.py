@@ -114,7 +114,7 @@ class Progress:
 
   def __init__(
     self,
-    total: int,
+    total: int | None,
     *,
     start: int = 0,
     label: str = '',
@@ -126,7 +126,7 @@ class Progress:
     """Starts the clock.
 
     Args:
-      total: the step at which the run ends.
+      total: the step at which the run ends; None: nobody knows.
       start: steps done before; they count for the bar, not for the rate.
       label: stands before the numbers.
       unit: what a step is: 'it', 'block', 'video'.
@@ -192,12 +192,15 @@ class Progress:
   def _print(self) -> None:
     self._printed = self._clock()
     rate = self.rate()
-    left = (self._total - self._step) / rate if rate else math.inf
     label = f'{self._label} ' if self._label else ''
     text = f'  {self._text}' if self._text else ''
+    done, left = str(self._step), ''
+    if self._total is not None:
+      done += f'/{self._total}'
+      seconds = (self._total - self._step) / rate if rate else math.inf
+      left = f'  {_duration(seconds)} left'
     print(
-      f'{label}{self._step}/{self._total}  {_rate_text(rate, self._unit)}'
-      f'  {_duration(left)} left{text}',
+      f'{label}{done}  {_rate_text(rate, self._unit)}{left}{text}',
       file=self._stream,
       flush=True,
     )
