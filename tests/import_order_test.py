@@ -11,7 +11,10 @@ _ROOT = pathlib.Path(__file__).parents[1]
 
 # A module may import from rows above its own, never from its own or below.
 _LAYERS = (
-  ('errors', 'noise_schedule', 'worlds', 'metrics', 'models.config'),
+  (
+    *('errors', 'noise_schedule', 'worlds', 'metrics', 'models.config'),
+    'distributed',
+  ),
   ('video_io', 'checkpoint', 'sharding'),
   ('models.rope', 'models.kv_cache', 'models.vae_layers', 'models.convert'),
   ('models.attention', 'models.vae', 'models.umt5'),
