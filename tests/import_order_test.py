@@ -26,7 +26,7 @@ _LAYERS = (
   ('losses', 'trajectories', 'training_rollout', 'evaluation', 'sampling'),
   ('pipeline', 'train_state', 'video'),
   ('train_step', 'streaming'),
-  ('phases', 'generate'),
+  ('phases', 'generate', 'planning'),
   ('train',),
   ('',),  # hiar_jax/__init__.py
 )

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import layout
 
 # Queries whose scores are held at once: at 32,760 keys and 12 heads 0.4 GB.
 _CHUNK = 256
@@ -143,6 +144,15 @@ def attend_splash(
     *(jnp.swapaxes(x, 1, 2) for x in (q, k, v))
   )
   return jnp.swapaxes(out_BHTK, 1, 2)[:, :num_queries]
+
+
+def splash_layout(x_BSHK: jax.Array) -> jax.Array:
+  """Keys or values laid out in memory as the kernel reads them, [B, H, S, K].
+
+  Left to itself, XLA gives new keys another layout, and their cache with them,
+  and copies the whole cache at every pass.
+  """
+  return layout.with_layout_constraint(x_BSHK, layout.Layout((0, 2, 1, 3)))
 
 
 def _block_size(size: int, largest: int, multiple: int) -> int:

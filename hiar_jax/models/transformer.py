@@ -111,6 +111,8 @@ class SelfAttention(nn.Module):
     v = _dense(cfg, cfg.dim, 'v')(x_BTD).reshape(heads)
     q = rope.rotate(q.reshape(heads), rotation)
     k = rope.rotate(k.reshape(heads), rotation)
+    if cfg.attention == 'splash':
+      k, v = attention.splash_layout(k), attention.splash_layout(v)
     keys, values = k, v
     if past is not None:
       past_k, past_v = past.k, past.v

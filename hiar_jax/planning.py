@@ -1,0 +1,409 @@
+"""Does a config fit a TPU? Answered by compiling for it, without having one.
+
+The streaming tick is compiled ahead of time for a TPU topology on a machine
+that has only the compiler (the extra `tpu`). Every argument is abstract, so
+nothing of the network's size is allocated. What the compiler says of its
+program is read from it; FLOPs come from the network's own formula, because
+the compiler counts a loop's body once and a kernel as nothing.
+"""
+
+# B batch, f frames per block, S stages, M prompts in the bank, N layers
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hiar_jax import pipeline
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+from hiar_jax.rollout import RolloutConfig
+from hiar_jax.streaming import Engine
+
+_NUM_TICKS = 2  # One block in the steady state.
+_GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What the maker states of a chip.
+
+  Attributes:
+    hbm: bytes of memory, counted in 10^9.
+    peak: FLOP a second in bfloat16.
+  """
+
+  hbm: float
+  peak: float
+
+
+# Source: the specifications in the Google Cloud TPU documentation.
+CHIPS = {
+  'v5e': Chip(hbm=16 * _GB, peak=197e12),
+  'v5p': Chip(hbm=95 * _GB, peak=459e12),
+  'v6e': Chip(hbm=32 * _GB, peak=918e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PassFlops:
+  """FLOPs of one network pass of a block; see `pass_flops`."""
+
+  linear: float
+  attention: float
+  cross: float
+
+  @property
+  def total(self) -> float:
+    return self.linear + self.attention + self.cross
+
+
+def pass_flops(model: WanConfig, config: RolloutConfig) -> PassFlops:
+  """FLOPs of one pass of one sample's block at the full window.
+
+  With T tokens in the block, S in the window, L of text, width D, feed-forward
+  width E and N layers:
+
+    linear     2 N T (6 D^2 + 2 D E)   q k v o, cross q and o, feed-forward
+    attention  4 N T S D               scores and their product with the values
+    cross      4 N T L D
+
+  Embeddings, the head, norms, RoPE and softmax are left out (below 0.1 % of
+  the matrix products at 1.3B).
+  """
+  tokens = config.frames_per_block * model.tokens_per_frame
+  window = config.window * model.tokens_per_frame
+  products = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
+  rows = model.num_layers * tokens
+  return PassFlops(
+    linear=2 * rows * products,
+    attention=4 * rows * window * model.dim,
+    cross=4 * rows * model.text_len * model.dim,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective operation of a compiled program.
+
+  Attributes:
+    kind: such as 'collective-permute'.
+    shape: of what it moves, as the compiler writes it.
+    num_bytes: of that, a chip.
+  """
+
+  kind: str
+  shape: str
+  num_bytes: int
+
+
+_COLLECTIVE = re.compile(
+  r'= (.+?) (all-gather|all-reduce|all-to-all|ragged-all-to-all|'
+  r'collective-broadcast|collective-permute|reduce-scatter)(-start)?\('
+)
+_ARRAY = re.compile(r'\b((?:pred|[a-z]+\d+)\w*)\[([\d,]*)\]')
+
+
+def collectives(hlo: str) -> list[Collective]:
+  """The collectives of an optimised HLO program, as often as they stand in it.
+
+  The tick stands in it once, as the body of the loop over ticks.
+  """
+  found = []
+  for shape, kind, start in _COLLECTIVE.findall(hlo):
+    arrays = [
+      (f'{dtype}[{sizes}]', _array_bytes(dtype, sizes))
+      for dtype, sizes in _ARRAY.findall(shape)
+    ]
+    if start:
+      # An asynchronous one returns its operand and flags beside its result.
+      arrays = [max(arrays, key=lambda a: a[1])]
+    names, sizes = zip(*arrays, strict=True)
+    found.append(Collective(kind, ', '.join(names), sum(sizes)))
+  return found
+
+
+def _array_bytes(dtype: str, sizes: str) -> int:
+  bits = re.match(r'[a-z]+(\d+)', dtype)
+  count = math.prod(int(n) for n in sizes.split(',') if n)
+  return count * max(int(bits[1]) if bits else 8, 8) // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What the streaming tick needs of one chip; bytes are a chip's.
+
+  Attributes:
+    topology: such as 'v5e:2x2'.
+    num_chips: all of them.
+    stages_per_chip: denoising steps that a chip owns.
+    weights: bytes of the network, text projection included.
+    caches: bytes of the pasts of its stages.
+    other: bytes of all other arguments: prompts, latents, keys.
+    temporaries: bytes of temporaries, of results that reuse no argument and of
+      the program; None where the compiler found no place for them.
+    flops: of a tick, see `pass_flops`.
+    collectives: of a tick.
+    compiler_seconds: its estimate of the time of a call, as it gives it.
+    compile_seconds: tracing, lowering and compiling, on this machine.
+    refusal: what the compiler says if the program does not fit.
+    hlo: the compiled program.
+  """
+
+  topology: str
+  num_chips: int
+  stages_per_chip: int
+  weights: int
+  caches: int
+  other: int
+  temporaries: int | None
+  flops: PassFlops
+  collectives: list[Collective]
+  compiler_seconds: float | None
+  compile_seconds: float
+  refusal: str = ''
+  hlo: str = dataclasses.field(default='', repr=False)
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.topology.partition(':')[0]]
+
+  @property
+  def total(self) -> int:
+    """Bytes of one chip, as far as they are known."""
+    known = self.weights + self.caches + self.other
+    return known + (self.temporaries or 0)
+
+  @property
+  def fits(self) -> bool:
+    return self.temporaries is not None and self.total <= self.chip.hbm
+
+  @property
+  def shortest_tick(self) -> float:
+    """Seconds of a tick at the chip's peak rate: modelled, a lower bound."""
+    return self.flops.total / self.chip.peak
+
+  def table(self) -> str:
+    """A Markdown table."""
+    room = f'{_gb(self.total)} of {_gb(self.chip.hbm)} a chip'
+    fits = f'yes: {room}' if self.fits else f'no: {room}'
+    temporaries = 'unknown'
+    if self.temporaries is None:
+      fits = f'no: {self.refusal}'
+    else:
+      temporaries = _gb(self.temporaries)
+    hops = 'none'
+    if self.collectives:
+      hops = '; '.join(
+        f'{c.kind} of {c.shape}, {c.num_bytes / 1e6:.2f} MB'
+        for c in self.collectives
+      )
+    flops = self.flops
+    parts = ' + '.join(
+      f'{name} {value / 1e12:.3g}'
+      for name, value in (
+        ('linear', flops.linear),
+        ('attention', flops.attention),
+        ('cross', flops.cross),
+      )
+    )
+    estimate = 'none given'
+    if self.compiler_seconds and 0 < self.compiler_seconds < math.inf:
+      estimate = f'{self.compiler_seconds:.3g} s for {_NUM_TICKS} ticks'
+    rows = (
+      ('fits', fits),
+      ('weights', _gb(self.weights)),
+      ('caches', _gb(self.caches)),
+      ('other arguments', _gb(self.other)),
+      ('temporaries', temporaries),
+      ('FLOPs a tick and chip', f'{flops.total / 1e12:.3g} T: {parts}'),
+      (
+        'tick at peak rate (modelled)',
+        f'{1e3 * self.shortest_tick:.0f} ms at '
+        f'{self.chip.peak / 1e12:.0f} TFLOP/s',
+      ),
+      ('collectives a tick', hops),
+      ("compiler's time estimate", estimate),
+      ('compiling took', f'{self.compile_seconds:.0f} s'),
+    )
+    title = (
+      f'{self.topology}: {self.num_chips} chips',
+      f'{self.stages_per_chip} of the stages on each',
+    )
+    lines = [title, ('---', '---'), *rows]
+    return '\n'.join(f'| {left} | {right} |' for left, right in lines)
+
+
+def _gb(num_bytes: float) -> str:
+  return f'{num_bytes / _GB:.2f} GB'
+
+
+def stage_mesh(topology: str, num_stages: int) -> Mesh:
+  """All chips of a topology as the pipeline's mesh; they need not exist.
+
+  Args:
+    topology: chip and shape, such as 'v5e:2x2' or 'v5p:2x2x1'.
+    num_stages: denoising steps.
+
+  Raises:
+    ValueError: in one sentence, if the compiler is missing, or the topology
+      unknown or of a size over which the stages do not divide.
+  """
+  kind = topology.partition(':')[0]
+  if kind not in CHIPS:
+    raise ValueError(
+      f'topology {topology!r} does not begin with one of {sorted(CHIPS)}, as '
+      "'v5e:2x2' does"
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      f'compiling for {topology!r} needs libtpu, which the extra brings: '
+      "pip install 'hiar_jax[tpu]'"
+    )
+  # Without these libtpu looks for the metadata server of a TPU machine.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  # No chip is touched, so another process may use libtpu at the same time.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  try:
+    description = topologies.get_topology_desc(topology, 'tpu')
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).splitlines()[0].rstrip('.')
+    raise ValueError(
+      f'libtpu knows no topology {topology!r}: {reason}'
+    ) from error
+  num_chips = len(description.devices)
+  if num_stages % num_chips:
+    raise ValueError(
+      f'{num_stages} stages do not divide over the {num_chips} chips of '
+      f'{topology!r}'
+    )
+  return topologies.make_mesh(description, (num_chips,), (pipeline.STAGE,))
+
+
+def plan_tick(
+  denoiser: Denoiser,
+  config: RolloutConfig,
+  topology: str,
+  *,
+  batch_size: int,
+  weights_dtype: str,
+) -> Plan:
+  """Compiles two ticks of the stream, one block, for a TPU topology.
+
+  Args:
+    denoiser: network.
+    config: how blocks are denoised.
+    topology: see `stage_mesh`; the stages are divided over all its chips.
+    batch_size: videos at a time.
+    weights_dtype: in which the weights are held.
+
+  Raises:
+    ValueError: see `stage_mesh`.
+  """
+  mesh = stage_mesh(topology, config.num_steps)
+  engine = Engine(denoiser, config, mesh=mesh)
+  arguments = _tick_arguments(engine, batch_size, jnp.dtype(weights_dtype))
+  params, *_, state = arguments
+  per_chip = config.num_steps // mesh.size
+  flops = pass_flops(denoiser.config, config)
+  scale = per_chip * batch_size
+  known = {
+    'topology': topology,
+    'num_chips': mesh.size,
+    'stages_per_chip': per_chip,
+    'weights': _bytes_per_chip(params),
+    'caches': _bytes_per_chip((state.past.k, state.past.v)),
+    'flops': PassFlops(
+      scale * flops.linear, scale * flops.attention, scale * flops.cross
+    ),
+  }
+  started = time.monotonic()
+  # All weights stay on the chip, those that the tick does not use as well.
+  run = jax.jit(engine.stages.run, donate_argnums=4, keep_unused=True)
+  lowered = run.lower(*arguments)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return Plan(
+      **known,
+      other=_bytes_per_chip(arguments) - known['weights'] - known['caches'],
+      temporaries=None,
+      collectives=[],
+      compiler_seconds=None,
+      compile_seconds=time.monotonic() - started,
+      refusal=str(error).splitlines()[0],
+    )
+  elapsed = time.monotonic() - started
+  memory = compiled.memory_analysis()
+  hlo = compiled.as_text()
+  return Plan(
+    **known,
+    # The compiler's own count: it pads arrays to its tiles.
+    other=memory.argument_size_in_bytes - known['weights'] - known['caches'],
+    temporaries=memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.generated_code_size_in_bytes,
+    collectives=collectives(hlo),
+    compiler_seconds=compiled.cost_analysis().get('optimal_seconds'),
+    compile_seconds=elapsed,
+    hlo=hlo,
+  )
+
+
+def _tick_arguments(engine: Engine, batch_size: int, weights_dtype) -> tuple:
+  """Abstract, placed arguments of `Pipeline.run` for two ticks."""
+  denoiser, config, stages = engine.denoiser, engine.config, engine.stages
+  model = denoiser.config
+  params = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, weights_dtype),
+    jax.eval_shape(denoiser.init, jax.random.key(0)),
+  )
+  states = jax.ShapeDtypeStruct(
+    (batch_size, model.text_len, model.text_dim), model.dtype
+  )
+  text = jax.eval_shape(denoiser.project_text, params, states)
+  bank = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((engine.bank_size, *a.shape), a.dtype), text
+  )
+  slots = jax.ShapeDtypeStruct((_NUM_TICKS, config.num_steps), np.int32)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+  state = jax.eval_shape(stages.init_state, params, text)
+
+  def place(tree: Any, *axes: str | None) -> Any:
+    sharding = NamedSharding(engine.mesh, PartitionSpec(*axes))
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+    )
+
+  return (
+    place(params),
+    place(bank),
+    place(slots, None, pipeline.STAGE),
+    place(keys),
+    pipeline.PipelineState(
+      tick=place(state.tick),
+      hold=place(state.hold, pipeline.STAGE),
+      inbox=place(state.inbox, pipeline.STAGE),
+      past=place(state.past, pipeline.STAGE),
+    ),
+  )
+
+
+def _bytes_per_chip(tree: Any) -> int:
+  return sum(
+    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+    for a in jax.tree.leaves(tree)
+  )

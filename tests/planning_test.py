@@ -1,0 +1,175 @@
+"""Plans: what is counted by hand, and what a TPU's compiler says."""
+
+import functools
+import importlib.util
+
+import jax
+import pytest
+
+from configs import hiar_1_3b
+from hiar_jax import noise_schedule, planning, rollout
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
+# Sizes apart from each other, so that a shape tells what it is of.
+MODEL = WanConfig(
+  dim=256,
+  ffn_dim=512,
+  num_heads=2,
+  num_layers=3,
+  latent_height=8,
+  latent_width=8,
+  channels=4,
+  freq_dim=16,
+  text_dim=24,
+  text_len=40,
+  dtype='bfloat16',
+  attention='splash',
+)
+ROLLOUT = rollout.RolloutConfig(levels=LEVELS, window=9)
+
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs the extra tpu'
+)
+
+
+@functools.cache
+def tiny_plan() -> planning.Plan:
+  # The tests' precision, 'highest', is not one of a product of bfloat16 in a
+  # TPU kernel.
+  with jax.default_matmul_precision('default'):
+    return planning.plan_tick(
+      Denoiser(MODEL),
+      ROLLOUT,
+      'v5e:2x2',
+      batch_size=1,
+      weights_dtype='bfloat16',
+    )
+
+
+def test_the_full_size_pass_has_the_papers_flops():
+  config = hiar_1_3b.get_config()
+  flops = planning.pass_flops(
+    WanConfig(**config.model),
+    rollout.RolloutConfig(levels=LEVELS, **config.rollout),
+  )
+  # HiAR at 480x832: 4680 tokens a block, 32,760 in the window.
+  assert flops.linear == pytest.approx(11.7e12, rel=0.005)
+  assert flops.attention == pytest.approx(28.3e12, rel=0.005)
+  assert flops.cross == pytest.approx(0.44e12, rel=0.005)
+  assert flops.total == pytest.approx(40.4e12, rel=0.002)
+
+
+def test_flops_of_the_formula_are_those_that_the_compiler_counts():
+  # One layer, as the compiler counts a loop's body once.
+  model = WanConfig(
+    dim=256,
+    ffn_dim=512,
+    num_heads=2,
+    num_layers=1,
+    latent_height=16,
+    latent_width=16,
+    text_dim=24,
+    text_len=40,
+  )
+  denoiser = Denoiser(model)
+  params = jax.eval_shape(denoiser.init, jax.random.key(0))
+  states = jax.ShapeDtypeStruct((1, 40, 24), 'float32')
+  text = jax.eval_shape(denoiser.project_text, params, states)
+  sampler = rollout.Sampler(denoiser, params, text, ROLLOUT)
+  past = jax.eval_shape(sampler.empty_past)
+  x = jax.ShapeDtypeStruct((1, *ROLLOUT.block_shape(model)), 'float32')
+
+  def one_pass(params, x, text, past):
+    return denoiser.flow(params, x, 0.5, text, past=past)
+
+  counted = jax.jit(one_pass).lower(params, x, text, past).compile()
+  counted = counted.cost_analysis()['flops']
+  ours = planning.pass_flops(model, ROLLOUT).total
+  # It also counts norms, softmax and what else goes element by element.
+  assert ours == pytest.approx(counted, rel=0.08)
+
+
+def test_collectives_and_their_bytes_are_found_in_a_program():
+  hlo = """
+  %a = f32[1,3,4]{2,1,0:T(8,128)} parameter(0)
+  %p = (f32[1,3,4]{2,1,0:T(8,128)}, f32[1,3,4]{2,1,0:T(8,128)}, u32[]{:S(2)})\
+ collective-permute-start(%a), channel_id=1
+  %d = f32[1,3,4]{2,1,0:T(8,128)} collective-permute-done(%p)
+  ROOT %g = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%b), dimensions={0}
+  %r = (pred[5]{0}, s32[]{:T(128)}) all-reduce(%x, %y), to_apply=%sum
+  """
+  assert planning.collectives(hlo) == [
+    planning.Collective('collective-permute', 'f32[1,3,4]', 48),
+    planning.Collective('all-gather', 'bf16[8,16]', 256),
+    planning.Collective('all-reduce', 'pred[5], s32[]', 9),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('topology', 'message'),
+  [
+    ('v9z:2x2', "topology 'v9z:2x2' does not begin with one of"),
+    ('', "topology '' does not begin with one of"),
+  ],
+)
+def test_a_chip_that_is_unknown_is_refused(topology, message):
+  with pytest.raises(ValueError, match=message):
+    planning.stage_mesh(topology, 4)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ('topology', 'message'),
+  [
+    ('v5e', "libtpu knows no topology 'v5e'"),
+    ('v5e:3x3', "libtpu knows no topology 'v5e:3x3'"),
+    ('v5e:2x4', '4 stages do not divide over the 8 chips'),
+  ],
+)
+def test_a_topology_that_does_not_serve_is_refused(topology, message):
+  with pytest.raises(ValueError, match=message):
+    planning.stage_mesh(topology, 4)
+
+
+def test_a_missing_compiler_is_named_with_its_extra(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"needs libtpu.*'hiar_jax\[tpu\]'"):
+    planning.stage_mesh('v5e:2x2', 4)
+
+
+@needs_compiler
+def test_a_tick_on_a_tpu_moves_latents_and_nothing_else():
+  plan = tiny_plan()
+  assert plan.collectives
+  for collective in plan.collectives:
+    assert collective.kind == 'collective-permute'
+    assert collective.shape == 'f32[1,1,3,8,8,4]'
+  # The parser would miss what it does not know.
+  for name in ('all-gather', 'all-reduce', 'all-to-all', 'reduce-scatter'):
+    assert name not in plan.hlo
+  assert 'tpu_custom_call' in plan.hlo, 'not the kernel that was asked for'
+
+
+@needs_compiler
+def test_a_chip_holds_all_weights_and_the_caches_of_its_own_stages():
+  plan = tiny_plan()
+  params = jax.eval_shape(Denoiser(MODEL).init, jax.random.key(0))
+  assert plan.weights == 2 * sum(a.size for a in jax.tree.leaves(params))
+  # Keys and values: layers x past frames x tokens a frame x width x 2 bytes.
+  assert plan.caches == 2 * 3 * 6 * 16 * 256 * 2
+  assert plan.other > 0 and plan.temporaries > 0
+  assert plan.fits and '| fits | yes' in plan.table()
+
+
+@needs_compiler
+def test_no_cache_is_copied_in_a_tick():
+  """The kernel reads the cache as it lies; see `attention.splash_layout`."""
+  cache = 'bf16[1,3,1,96,2,128]'
+  copies = [
+    line
+    for line in tiny_plan().hlo.splitlines()
+    if cache in line.partition(' copy(')[0] and ' copy(' in line
+  ]
+  assert not copies
