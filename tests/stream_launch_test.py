@@ -1,0 +1,285 @@
+"""--stream at the command line: the file plays, however the program ends."""
+
+import json
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import bouncing
+from hiar_jax import codecs, generate, video_io, worlds
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_PROGRAM = _ROOT / 'launch' / 'generate.py'
+_SMALL = {
+  'dim': 16,
+  'ffn_dim': 32,
+  'num_heads': 1,
+  'num_layers': 1,
+  'unroll': 1,
+}
+_FRAMES = 3  # of a block
+_PROMPT = '--prompt=a large red disc on dark blue'
+_OTHER = 'a small green square over black'
+
+# Runs the program once for each list of arguments, in a fork of a process that
+# has made the imports already; prints [exit status, stderr] of each.
+_DRIVER = """
+import json, os, runpy, sys, tempfile, warnings
+import hiar_jax.generate
+import ml_collections.config_flags
+program, *runs = sys.argv[1:]
+# Nothing has been computed yet, so there is no thread that a fork could miss.
+warnings.filterwarnings('ignore', 'os.fork', RuntimeWarning)
+results = []
+for run in runs:
+  with tempfile.TemporaryFile('w+') as stderr:
+    pid = os.fork()
+    if not pid:
+      os.dup2(stderr.fileno(), 2)
+      os.dup2(2, 1)
+      sys.argv = [program, *json.loads(run)]
+      runpy.run_path(program, run_name='__main__')
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    stderr.seek(0)
+    results.append([status, stderr.read()])
+print(json.dumps(results))
+"""
+
+
+# Runs the program with a stream that needs no network. While its fifth block is
+# made, both signals arrive.
+_FAKE = """
+import os, runpy, signal, sys
+import numpy as np
+from hiar_jax import generate
+class Stream:
+  mode = 'fake'
+  made = 0
+  def send(self, prompt, at):
+    print('send', at, prompt)
+  def __next__(self):
+    self.made += 1
+    if self.made == 5:
+      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGTERM)
+    return np.full((1, 3, 64, 64, 3), 40 * self.made, np.uint8)
+class Pipeline:
+  frame_shape = (64, 64, 3)
+  def stream(self, *unused, **unused_too):
+    return Stream()
+generate.from_config = lambda *unused, **unused_too: Pipeline()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_the_block_under_way_is_the_last_one_when_stopped(tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, '-c', _FAKE, _PROGRAM, '--stream', '--num_blocks=0'),
+      f'--config={_ROOT / "configs" / "bouncing.py"}',
+      *('--weights=none', _PROMPT, f'--prompt_at=3:{_OTHER}'),
+      *('--scale=1', '--out=video.mp4'),
+    ],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert f'send 3 {_OTHER}' in done.stdout
+  frames, _ = video_io.read_video(tmp_path / 'video.mp4')
+  assert len(frames) == 5 * _FRAMES
+  wanted = 40 * (1 + np.arange(5).repeat(_FRAMES))
+  np.testing.assert_allclose(frames.mean((1, 2, 3)), wanted, atol=3)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    *('video.mp4', 'video.png')
+  ]
+
+
+@pytest.fixture(scope='module')
+def arguments(tmp_path_factory):
+  """The program with a tiny network that was never trained."""
+  folder = tmp_path_factory.mktemp('pipeline')
+  config = bouncing.get_config()
+  config.model.update(_SMALL)
+  config = config.to_dict()
+  denoiser = Denoiser(WanConfig(**config['model']))
+  leaves, treedef = jax.tree.flatten(denoiser.init(jax.random.key(0)))
+  # The head starts at zero; then no prompt would change anything.
+  rng = np.random.default_rng(0)
+  params = treedef.unflatten(
+    [np.float32(x + 0.2 * rng.normal(size=x.shape)) for x in leaves]
+  )
+  codec = codecs.fit_linear_codec(
+    worlds.WorldConfig(num_frames=3),
+    num_videos=8,
+    channels=config['model']['channels'],
+    seed=0,
+  )
+  generate.export(folder, config=config, params=params, codec=codec)
+  return [
+    *(sys.executable, str(_PROGRAM), f'--weights={folder}', '--stream'),
+    f'--config={_ROOT / "configs" / "bouncing.py"}',
+    *(f'--config.model.{name}={value}' for name, value in _SMALL.items()),
+    *('--scale=1', '--fps=5', '--out=video.mp4'),
+  ]
+
+
+def _run(arguments, folder):
+  folder.mkdir(exist_ok=True)
+  done = subprocess.run(
+    arguments, cwd=folder, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  return done, video_io.read_video(folder / 'video.mp4')[0]
+
+
+@pytest.mark.slow
+def test_a_prompt_shows_from_its_block_on_and_not_before(arguments, tmp_path):
+  arguments = [*arguments, _PROMPT, '--num_blocks=6']
+  done, before = _run(arguments, tmp_path / 'one')
+  _, after = _run(
+    [*arguments, f'--prompt_at=3:{_OTHER}'], tmp_path / 'switched'
+  )
+  assert before.shape == after.shape == (6 * _FRAMES, 64, 64, 3)
+  cut = 3 * _FRAMES
+  difference = np.abs(before.astype(int) - after)
+  # Decoded frames: x264 looks ahead, so the cut moves earlier frames a little.
+  assert difference[:cut].mean() < 2
+  assert difference[cut:].mean() > 10
+  assert sorted(path.name for path in (tmp_path / 'one').iterdir()) == [
+    *('video.mp4', 'video.png')
+  ]
+  with Image.open(tmp_path / 'one' / 'video.png') as sheet:
+    assert sheet.width > 256
+  mode, written, times = done.stdout.splitlines()
+  assert "streams in mode 'batched'" in mode
+  assert written == 'wrote video.mp4 and video.png'
+  assert 'compile ' in times and 'stream ' in times
+
+
+def _wait_until(seen, process, what):
+  deadline = time.monotonic() + 240
+  while not seen():
+    assert process.poll() is None, f'ended before {what}'
+    assert time.monotonic() < deadline, f'no {what}'
+    time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'number', [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+)
+def test_a_stream_without_end_leaves_whole_blocks_when_stopped(
+  arguments, tmp_path, number
+):
+  process = subprocess.Popen(
+    [*arguments, _PROMPT, '--num_blocks=0', '--mode=serial'],
+    cwd=tmp_path,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    # ffmpeg starts with the first block.
+    _wait_until(
+      lambda: list(tmp_path.glob('.video.mp4.*.part')), process, 'first block'
+    )
+    time.sleep(2)
+    process.send_signal(number)
+    process.send_signal(number)  # An impatient user loses nothing.
+    stdout, stderr = process.communicate(timeout=120)
+  finally:
+    process.kill()
+    process.wait()
+  assert process.returncode == 0, stderr
+  assert "streams in mode 'serial'" in stdout
+  assert 'wrote video.mp4 and video.png' in stdout
+  assert 'Traceback' not in stderr
+  frames, fps = video_io.read_video(tmp_path / 'video.mp4')
+  assert fps == 5 and len(frames) and len(frames) % _FRAMES == 0
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    *('video.mp4', 'video.png')
+  ]
+
+
+@pytest.mark.slow
+def test_stopped_before_the_first_block_there_is_no_file(arguments, tmp_path):
+  process = subprocess.Popen(
+    [*arguments, _PROMPT],
+    cwd=tmp_path,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    # The line comes before anything of the stream is compiled.
+    ready, _, _ = select.select([process.stdout], [], [], 240)
+    assert ready and 'streams in mode' in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+  finally:
+    process.kill()
+    process.wait()
+  assert process.returncode == 130, stderr
+  assert stderr.splitlines()[-1] == 'interrupted'
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_each_mistake_is_one_line(arguments, tmp_path):
+  (tmp_path / 'two.txt').write_text('a red disc on grey\na blue disc on grey\n')
+  good = [*arguments[2:], _PROMPT]
+  not_streamed = [a for a in good if a != '--stream']
+  cases = {
+    "--prompt_at='3' is not BLOCK:PROMPT": [*good, '--prompt_at=3'],
+    "--prompt_at='3:' is not BLOCK:PROMPT": [*good, '--prompt_at=3:'],
+    "--prompt_at='-1:a cat' is not": [*good, '--prompt_at=-1:a cat'],
+    "--prompt_at='soon:a cat' is not": [*good, '--prompt_at=soon:a cat'],
+    '--prompt_at names block 3 twice': [
+      *(*good, '--prompt_at=3:a cat', '--prompt_at=3:a dog')
+    ],
+    "--prompt_at='28:a cat' names no block": [*good, '--prompt_at=28:a cat'],
+    'flag --mode=fast': [*good, '--mode=fast'],
+    'flag --num_blocks=-1': [*good, '--num_blocks=-1'],
+    '--mode and --prompt_at go with --stream': [
+      *(*not_streamed, '--mode=serial')
+    ],
+    'flag --num_blocks=0, without end,': [*not_streamed, '--num_blocks=0'],
+    '--order does not go with --stream': [*good, '--order=block_first'],
+    '--num_videos does not go with': [*good, '--num_videos=2'],
+    '--stream makes one video, not 2': [
+      *(*arguments[2:], '--prompts_file=two.txt')
+    ],
+    "does not go with context 'shared'": [
+      *(*good, '--config.rollout.context=shared', '--mode=serial')
+    ],
+  }
+  done = subprocess.run(
+    [
+      *(sys.executable, '-c', _DRIVER, str(_PROGRAM)),
+      *(json.dumps(case) for case in cases.values()),
+    ],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  for message, (status, stderr) in zip(cases, json.loads(done.stdout)):
+    errors = [a for a in stderr.splitlines() if not a.startswith('note: ')]
+    assert status == 2, (message, stderr)
+    assert len(errors) == 1 and errors[0].startswith('error: '), stderr
+    assert message in errors[0], (message, stderr)
+  assert not list(tmp_path.glob('video*'))
