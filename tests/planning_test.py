@@ -161,15 +161,3 @@ def test_a_chip_holds_all_weights_and_the_caches_of_its_own_stages():
   assert plan.caches == 2 * 3 * 6 * 16 * 256 * 2
   assert plan.other > 0 and plan.temporaries > 0
   assert plan.fits and '| fits | yes' in plan.table()
-
-
-@needs_compiler
-def test_no_cache_is_copied_in_a_tick():
-  """The kernel reads the cache as it lies; see `attention.splash_layout`."""
-  cache = 'bf16[1,3,1,96,2,128]'
-  copies = [
-    line
-    for line in tiny_plan().hlo.splitlines()
-    if cache in line.partition(' copy(')[0] and ' copy(' in line
-  ]
-  assert not copies
