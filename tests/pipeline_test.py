@@ -148,6 +148,29 @@ def test_nan_in_the_bubbles_never_reaches_the_output(fused):
   np.testing.assert_allclose(video, step_first(config, 1, 3), atol=1e-5)
 
 
+@pytest.mark.slow
+def test_30_blocks_over_devices_equal_with_nan_in_every_bubble():
+  config = rollout.RolloutConfig(levels=LEVELS, window=6, sink=1)
+  stages = pipeline.Pipeline(DENOISER, config, mesh=stage_mesh(4))
+  text = prompts(3)
+  bank, slots = pipeline.single_prompt(text, stages.num_ticks(30), 4)
+
+  @jax.jit
+  def run(params, keys):
+    state = stages.init_state(params, text)
+    bubbles = jnp.full_like(state.hold, jnp.nan)
+    state = state.replace(hold=bubbles, inbox=bubbles)
+    return stages.run(params, bank, slots, keys, state)[1]
+
+  sent = run(params(), keys(3))
+  assert np.isnan(sent[0, -1]).all()
+  blocks = [stages.finish_tick(b) for b in range(30)]
+  video = np.asarray(rollout.join_blocks(sent[np.array(blocks), -1]))
+  error = np.abs(video - np.asarray(step_first(config, 3, 30))).max()
+  print(f'30 blocks, batch 3, 4 devices: max error {error:.1e}')
+  assert error < 1e-5
+
+
 def test_first_block_leaves_after_s_ticks_and_all_after_2b_plus_s_minus_2():
   config = rollout.RolloutConfig(levels=LEVELS)
   stages = pipeline.Pipeline(DENOISER, config)
