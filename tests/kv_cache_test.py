@@ -67,6 +67,12 @@ def test_a_window_of_one_block_has_no_past_and_counts_on():
   assert int(cache.frames) == 3
 
 
+def test_positions_count_from_the_origin_and_slots_do_not():
+  cache = write(init_cache(CONFIG, 1, 3, origin=100_000), kv_of_frames(0, 3))
+  assert int(cache.position) == 100_003
+  assert frames_in(cache) == [0, 1, 2]
+
+
 def test_a_dead_write_changes_nothing():
   cache = write(init_cache(CONFIG, 1, 3, 1), kv_of_frames(0, 3))
   after = jax.jit(lambda c, kv, live: c.write(kv, live))(

@@ -114,19 +114,25 @@ def test_remat_changes_no_value_but_what_is_computed_twice():
     )
 
 
+def test_unrolled_layers_change_no_value():
+  params, x = toy_network.params(), toy_network.latents(2, 3)
+  unrolled = Denoiser(dataclasses.replace(toy_network.CONFIG, unroll=2))
+  same, _ = toy_network.jit(unrolled.flow)(params, x, 0.5, toy_network.text(2))
+  expected, _ = flow(params, x, 0.5, toy_network.text(2))
+  np.testing.assert_allclose(same, expected, atol=1e-5)
+
+
 def test_frame_100_000_behaves_like_frame_10():
   params, text = toy_network.params(), toy_network.text(2)
   x = toy_network.latents(2, 6)
-  empty = init_cache(toy_network.CONFIG, 2, BLOCK)
 
   @toy_network.jit
-  def second_block(first_frame):
-    positions = first_frame + jnp.arange(BLOCK)
-    _, kv = DENOISER.flow(
-      params, x[:, :BLOCK], 0.3, text, positions_F=positions
-    )
-    past = empty.replace(frames=first_frame).write(kv)
-    return DENOISER.flow(params, x[:, BLOCK:], 0.7, text, past=past)[0]
+  def second_block(origin):
+    past = init_cache(toy_network.CONFIG, 2, BLOCK, origin=origin)
+    _, kv = DENOISER.flow(params, x[:, :BLOCK], 0.3, text, past=past)
+    return DENOISER.flow(params, x[:, BLOCK:], 0.7, text, past=past.write(kv))[
+      0
+    ]
 
   near, far = second_block(10), second_block(100_000)
   np.testing.assert_allclose(far, near, atol=1e-4)
@@ -241,6 +247,7 @@ def test_latents_of_another_size_are_refused_with_both_sizes():
     ({'freq_dim': 7}, 'freq_dim=7 is not even'),
     ({'dtype': 'float16'}, "dtype='float16' is not one of"),
     ({'remat': 'some'}, "remat='some' is not one of"),
+    ({'unroll': 3}, r'unroll=3 is not in 1..2'),
   ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(sizes, message):
