@@ -57,7 +57,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
 
   c.schedule = dict(shift=5.0, indices=(1000, 750, 500, 250))
   c.rollout = dict(
-    frames_per_block=3, window=21, sink=0, stepping='sde', context='matched'
+    frames_per_block=3, window=21, sink=0, stepping='ode', context='matched'
   )
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories = dict(
@@ -91,7 +91,7 @@ def _muon(learning_rate: float, warmup: int) -> dict:
 
 
 def _teacher(c):
-  c.iterations = 6000
+  c.iterations = 3000
   c.caption_dropout = 0.1
   c.timestep_shift = 2.5
   c.ema_decay = 0.999
@@ -107,7 +107,7 @@ def _student_start(c):
 
 
 def _distill(c, phase):
-  c.iterations = 600
+  c.iterations = 300
   c.rollout_blocks = (7, 7)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)
@@ -116,9 +116,9 @@ def _distill(c, phase):
   c.distill = dict(
     order='step_first',
     past_gradient='detached',
-    guidance=3.0,
-    forward_kl_weight=0.1,
-    forward_kl_steps=1,
+    guidance=2.0,
+    forward_kl_weight=1.0,
+    forward_kl_steps=2,
     forward_kl_target='velocity',
     forward_kl_attention='bidirectional',
     generator_every=3,
