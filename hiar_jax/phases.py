@@ -234,6 +234,7 @@ def _distill(config: Config) -> Phase:
   source = prompts(config)
   if numbers.forward_kl_weight:
     source = PromptsAndTrajectories(source, trajectory_source(config))
+  batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
   teacher_params = load_params(config.teacher_weights, student)
   params = load_params(config.student_weights, student)
   generator = jax.jit(
@@ -276,9 +277,7 @@ def _distill(config: Config) -> Phase:
       ema=train_state.copy(params),
     ),
     step=step,
-    batches=data.batches(
-      source, batch_size=config.batch_size, seed=config.seed
-    ),
+    batches=batches,
     weights=lambda state: state.ema,
   )
 

@@ -37,3 +37,15 @@ def _load_golden(name: str) -> dict[str, np.ndarray]:
 def golden():
   """A loader: golden('scheduler') -> {name: array} of golden/scheduler.npz."""
   return _load_golden
+
+
+@pytest.fixture(scope='module')
+def compiled_quickly():
+  """For modules whose time goes to compilation: programs without XLA's polish.
+
+  Half the time to compile; the programs are slower and mean the same.
+  """
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
