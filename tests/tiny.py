@@ -1,0 +1,122 @@
+"""The bouncing world's phases, so small that each takes seconds.
+
+For the tests, and a config file for the programs in launch/:
+
+  python launch/train.py --config=tests/tiny.py:teacher,/tmp/tiny
+"""
+
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+
+from configs import bouncing
+from hiar_jax import checkpoint, phases, train, trajectories, trajectory_files
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+
+PHASES = bouncing.PHASES
+
+
+def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
+  """A phase of `configs/bouncing.py` with everything below `root`.
+
+  Two layers of width 16; 6 frames, that is 2 blocks, of 4x4 latents.
+  """
+  c = bouncing.get_config(phase)
+  root = pathlib.Path(root)
+  c.workdir = str(root / phase)
+  c.world = dict(height=32, width=32, num_frames=6)
+  c.text = dict(dim=8, length=4)
+  c.codec.update(dict(path=str(root / 'codec.npz'), channels=4, num_videos=8))
+  c.model.update(
+    dict(
+      dim=16,
+      ffn_dim=16,
+      num_heads=2,
+      num_layers=2,
+      unroll=1,
+      latent_height=4,
+      latent_width=4,
+      channels=4,
+      freq_dim=8,
+      text_dim=8,
+      text_len=4,
+    )
+  )
+  c.iterations = 6
+  c.batch_size = 2
+  c.checkpoint_every = 2
+  c.log_every = 1
+  if phase == 'teacher':
+    return c
+  c.rollout.window = 6
+  c.teacher_weights = str(root / 'teacher' / train.WEIGHTS)
+  c.trajectories.update(
+    dict(
+      dir=str(root / 'trajectories'),
+      num=4,
+      shard_size=2,
+      batch_size=2,
+      num_steps=2,
+    )
+  )
+  if phase != 'student_start':
+    c.student_weights = str(root / 'student_start' / train.WEIGHTS)
+    c.rollout_blocks = (2, 2)
+    c.distill.generator_every = 2
+    c.distill.ema_start = 2
+  return c
+
+
+def get_config(arguments: str) -> ml_collections.ConfigDict:
+  """'phase,root' from the command line."""
+  return config(*arguments.split(','))
+
+
+def write_inputs(root: str | pathlib.Path) -> None:
+  """What earlier phases would have left in `root`, of random numbers.
+
+  Unlike a network that was just initialised, these predict some flow.
+  """
+  c = config('distill', root)
+  denoiser = Denoiser(WanConfig(**c.model))
+  for path, seed in ((c.teacher_weights, 0), (c.student_weights, 1)):
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_weights(path, random_params(denoiser, seed))
+  prompts = phases.prompts(c)
+  manifest = trajectories.make_manifest(
+    phases.trajectory_config(c),
+    phases.rollout_config(c).levels,
+    denoiser,
+    random_params(denoiser, 0),
+    prompts,
+    num=c.trajectories.num,
+    shard_size=c.trajectories.shard_size,
+    seed=c.trajectories.seed,
+    num_frames=c.world.num_frames,
+  )
+  trajectory_files.settle_manifest(c.trajectories.dir, manifest)
+  rng = np.random.default_rng(2)
+  for shard in range(manifest.num_files):
+    records = [
+      trajectory_files.pack(
+        index,
+        rng.normal(size=manifest.latents_shape).astype(np.float16),
+        prompts[index]['text'],
+        prompts.scene(index).caption,
+      )
+      for index in manifest.indices(shard)
+    ]
+    path = trajectory_files.shard_path(c.trajectories.dir, shard)
+    trajectory_files.write_shard(path, records)
+
+
+def random_params(denoiser: Denoiser, seed: int, scale: float = 0.3) -> dict:
+  """Parameters all of which matter; a new head is zero, and so is its flow."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: rng.normal(0, scale, x.shape).astype(np.float32),
+    jax.eval_shape(denoiser.init, jax.random.key(0)),
+  )

@@ -1,0 +1,365 @@
+"""Training steps: what each one moves, sees and measures.
+
+A network of two layers on latents of 2x4, two tokens a frame.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax import (
+  losses,
+  noise_schedule,
+  rollout,
+  train_state,
+  train_step,
+)
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
+DENOISER = Denoiser(
+  WanConfig(
+    dim=12,
+    ffn_dim=16,
+    num_heads=2,
+    num_layers=2,
+    latent_height=2,
+    latent_width=4,
+    channels=2,
+    freq_dim=8,
+    text_dim=8,
+    text_len=3,
+  )
+)
+ROLLOUT = rollout.RolloutConfig(
+  levels=noise_schedule.warped_levels((1000, 750, 500, 250), 5.0),
+  frames_per_block=2,
+  window=4,
+)
+OPTIMISER = train_state.make_optimiser(
+  train_state.OptimiserConfig(learning_rate=1e-3), 100
+)
+BATCH, BLOCKS = 2, 3
+FRAMES = BLOCKS * ROLLOUT.frames_per_block
+
+
+def equal(a, b):
+  return all(
+    jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
+  )
+
+
+@functools.cache
+def batch():
+  rng = np.random.default_rng(7)
+  points = ROLLOUT.num_steps + 1
+  text, trajectory_text = rng.normal(size=(2, BATCH, 3, 8)).astype(np.float32)
+  return {
+    'text': text,
+    'trajectory': rng.normal(size=(BATCH, points, FRAMES, 2, 4, 2)).astype(
+      np.float32
+    ),
+    'trajectory_text': trajectory_text,
+  }
+
+
+# --- Regression: teacher and student start.
+
+
+def regression_state(params):
+  return train_state.RegressionState(
+    iteration=jnp.zeros((), jnp.int32),
+    net=train_state.init_net(params, OPTIMISER),
+    ema=params,
+  )
+
+
+def test_teacher_step_lowers_the_loss_on_a_fixed_batch():
+  optimiser = train_state.make_optimiser(
+    train_state.OptimiserConfig('adamw', learning_rate=0.02, b1=0.9), 20
+  )
+  params = DENOISER.init(jax.random.key(0))
+  state = train_state.RegressionState(
+    iteration=jnp.zeros((), jnp.int32),
+    net=train_state.init_net(params, optimiser),
+    ema=params,
+  )
+  step = jax.jit(
+    train_step.teacher_step(
+      DENOISER, optimiser, timestep_shift=3.0, ema_decay=0.9
+    )
+  )
+  fixed = {'latents': batch()['trajectory'][:, 0], 'text': batch()['text']}
+  first, metrics = step(state, fixed, jax.random.key(1))
+  # The first average has decay (1 + 0) / (10 + 0), not the 0.9 asked for.
+  jax.tree.map(
+    lambda ema, old, new: np.testing.assert_allclose(
+      ema, 0.1 * old + 0.9 * new, atol=1e-6
+    ),
+    first.ema,
+    params,
+    first.net.params,
+  )
+  trace, state = [metrics['loss']], first
+  for _ in range(20):
+    state, metrics = step(state, fixed, jax.random.key(1))
+    trace.append(metrics['loss'])
+  assert state.iteration == 21
+  assert trace[-1] < 0.7 * trace[0], np.array(trace)
+
+
+@pytest.fixture(scope='module')
+def student_start_run():
+  """One step, and what the network was given and answered in it."""
+  seen = {}
+
+  def watched(denoiser, params, x, sigma, text, **kwargs):
+    x0 = Denoiser.x0(denoiser, params, x, sigma, text, **kwargs)
+    jax.debug.callback(lambda *a: seen.update(values=a), x, sigma, x0)
+    return x0
+
+  class Watched(Denoiser):
+    x0 = watched
+
+  step = train_step.student_start_step(
+    Watched(DENOISER.config), OPTIMISER, ROLLOUT, ema_decay=0.9
+  )
+  state = regression_state(tiny.random_params(DENOISER, 0))
+  # Key 5 draws level 0 for some blocks and not for others.
+  _, metrics = jax.jit(step)(state, batch(), jax.random.key(5))
+  jax.effects_barrier()
+  x, sigma, x0 = map(np.asarray, seen['values'])
+  return x, sigma, x0, float(metrics['loss'])
+
+
+def test_student_start_puts_each_block_at_a_level_of_its_own(
+  student_start_run,
+):
+  x, sigma_BF, _, _ = student_start_run
+  by_block = sigma_BF.reshape(BATCH, BLOCKS, -1)
+  assert np.all(by_block == by_block[:, :, :1])
+  assert all(len(set(levels)) > 1 for levels in by_block[:, :, 0])
+  for b, f in np.ndindex(sigma_BF.shape):
+    point = np.argmin(np.abs(np.array(ROLLOUT.levels) - sigma_BF[b, f]))
+    np.testing.assert_allclose(sigma_BF[b, f], ROLLOUT.levels[point], rtol=1e-6)
+    np.testing.assert_array_equal(x[b, f], batch()['trajectory'][b, point, f])
+
+
+def test_student_start_asks_nothing_of_clean_blocks(student_start_run):
+  x, sigma_BF, x0, loss = student_start_run
+  end = batch()['trajectory'][:, -1]
+  clean = sigma_BF == 0
+  assert clean.any() and not clean.all()
+  np.testing.assert_array_equal(x0[clean], end[clean])
+  np.testing.assert_array_equal(x[clean], end[clean])
+  error = np.square(x0 - end)
+  assert error[~clean].min(axis=(1, 2, 3)).max() > 0
+  np.testing.assert_allclose(loss, error[~clean].sum() / error.size, rtol=1e-5)
+
+
+# --- Distillation.
+
+
+def distillation(**kwargs):
+  numbers = dict(
+    guidance=1.0,
+    loss_blocks=2,
+    forward_kl_weight=0.5,
+    ema_start=2,
+    ema_decay=0.9,
+  )
+  return train_step.Distillation(
+    student=DENOISER,
+    critic=DENOISER,
+    teacher=DENOISER,
+    student_optimiser=OPTIMISER,
+    critic_optimiser=OPTIMISER,
+    rollout=ROLLOUT,
+    config=train_step.DistillConfig(**(numbers | kwargs)),
+  )
+
+
+@functools.cache
+def networks():
+  """Parameters of student, critic, teacher."""
+  return [tiny.random_params(DENOISER, seed) for seed in range(3)]
+
+
+def distill_state(critic, *, iteration=0):
+  student = networks()[0]
+  return train_state.DistillState(
+    iteration=jnp.asarray(iteration, jnp.int32),
+    student=train_state.init_net(student, OPTIMISER),
+    critic=train_state.init_net(critic, OPTIMISER),
+    ema=jax.tree.map(jnp.ones_like, student),
+  )
+
+
+@functools.cache
+def generator():
+  # With context 'clean': the other contexts are in training_rollout_test.
+  steps = dataclasses.replace(
+    distillation(), rollout=dataclasses.replace(ROLLOUT, context='clean')
+  )
+  return jax.jit(steps.generator_step, static_argnames='num_blocks')
+
+
+def generate(state, key=0):
+  return generator()(
+    state, networks()[2], batch(), jax.random.key(key), num_blocks=BLOCKS
+  )
+
+
+def test_generator_step_moves_the_student_and_its_average_alone():
+  state = distill_state(networks()[1])
+  after, metrics = generate(state)
+  assert equal(after.critic, state.critic)
+  assert after.iteration == state.iteration
+  assert not equal(after.student.params, state.student.params)
+  assert all(np.isfinite(value) for value in metrics.values())
+  # Before ema_start the average is the student itself.
+  jax.tree.map(
+    lambda e, p: np.testing.assert_allclose(e, p, atol=1e-6),
+    after.ema,
+    after.student.params,
+  )
+
+
+def test_the_average_starts_to_lag_at_ema_start():
+  for iteration, decay in ((1, 0.0), (2, 0.9)):
+    state = distill_state(networks()[1], iteration=iteration)
+    after, _ = generate(state)
+    jax.tree.map(
+      lambda e, p, decay=decay: np.testing.assert_allclose(
+        e, decay + (1 - decay) * p, atol=1e-6
+      ),
+      after.ema,
+      after.student.params,
+    )
+
+
+def test_critic_step_moves_the_critic_alone():
+  step = jax.jit(distillation().critic_step, static_argnames='num_blocks')
+  state = distill_state(networks()[1])
+  text = {'text': batch()['text']}
+  after, metrics = step(state, text, jax.random.key(0), num_blocks=BLOCKS)
+  assert equal(after.student, state.student)
+  assert equal(after.ema, state.ema)
+  assert not equal(after.critic.params, state.critic.params)
+  assert after.iteration == state.iteration + 1
+  # On one rollout it learns.
+  for _ in range(10):
+    after, later = step(after, text, jax.random.key(0), num_blocks=BLOCKS)
+  assert later['critic'] < metrics['critic']
+
+
+def test_a_critic_that_is_the_teacher_leaves_no_gradient():
+  _, own = generate(distill_state(networks()[2]))
+  _, other = generate(distill_state(networks()[1]))
+  assert own['dmd_gradient'] < 1e-5 < 1e-2 < other['dmd_gradient']
+  assert own['reverse_kl'] < 1e-9
+  # What is left is the forward KL, which knows no critic.
+  assert own['forward_kl'] == other['forward_kl'] > 0
+  assert own['student_grad_norm'] > 1e-2
+
+
+def test_exit_steps_are_uniform_and_one_for_all_samples():
+  state = distill_state(networks()[1])
+  draws = [generate(state, key)[1]['exit_step'] for key in range(120)]
+  assert {draw.shape for draw in draws} == {()}
+  counts = np.bincount(draws, minlength=ROLLOUT.num_steps)
+  # 30 are expected of each; 15 is three standard deviations below.
+  assert len(counts) == ROLLOUT.num_steps and counts.min() > 15, counts
+
+
+def traced(steps, batch, **kwargs):
+  """Traces a generator step without compiling it: its metrics' shapes."""
+  _, metrics = jax.eval_shape(
+    functools.partial(steps.generator_step, **kwargs),
+    distill_state(networks()[1]),
+    networks()[2],
+    batch,
+    jax.random.key(0),
+  )
+  return metrics
+
+
+def test_without_forward_kl_a_batch_needs_no_trajectory():
+  steps = distillation(forward_kl_weight=0.0, order='block_first')
+  metrics = traced(steps, {'text': batch()['text']}, num_blocks=2)
+  assert 'reverse_kl' in metrics and 'forward_kl' not in metrics
+  with pytest.raises(KeyError, match='trajectory'):
+    traced(distillation(), {'text': batch()['text']}, num_blocks=2)
+
+
+def test_losses_see_the_last_blocks_of_a_longer_rollout(monkeypatch):
+  seen = []
+  original = losses.reverse_kl
+
+  def watched(x0, fake_x0, real_x0, mask=None):
+    seen.append((x0.shape[1], None if mask is None else np.asarray(mask)))
+    return original(x0, fake_x0, real_x0, mask)
+
+  monkeypatch.setattr(losses, 'reverse_kl', watched)
+  for num_blocks in (3, 2):
+    traced(distillation(), batch(), num_blocks=num_blocks)
+  (frames, mask), (all_frames, no_mask) = seen
+  assert frames == all_frames == 4
+  assert no_mask is None
+  np.testing.assert_array_equal(mask, [[False, False, True, True]])
+
+
+def forward_kl(**kwargs):
+  """params -> the forward KL of step 1, which is soon compiled on its own."""
+  steps = distillation(**kwargs)
+  return lambda params: steps._forward_kl(params, batch(), 1)
+
+
+def test_forward_kl_differs_by_who_sees_whom():
+  values = {}
+  for mode in train_step.FORWARD_KL_ATTENTION:
+    function = jax.value_and_grad(forward_kl(forward_kl_attention=mode))
+    values[mode], grads = jax.jit(function)(networks()[0])
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+    assert np.isfinite(values[mode]) and 0 < largest < np.inf
+  # Both sides, a noisy past, the student's own clean past.
+  assert np.diff(sorted(values.values())).min() > 1e-3, values
+
+
+def test_forward_kl_targets_are_the_chord_in_other_spaces():
+  value = {
+    target: jax.jit(forward_kl(forward_kl_target=target))(networks()[0])
+    for target in losses.FORWARD_KL_TARGETS
+  }
+  sigma, sigma_next = ROLLOUT.levels[1:3]
+  for target, ratio in (('chord_x0', sigma), ('euler', sigma - sigma_next)):
+    np.testing.assert_allclose(
+      value[target], ratio**2 * value['velocity'], rtol=1e-3
+    )
+  assert abs(value['final_x0'] - value['chord_x0']) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    (dict(order='hybrid'), "order='hybrid' is not one of"),
+    (dict(past_gradient='all'), "past_gradient='all' is not one of"),
+    (dict(forward_kl_target='x0'), "forward_kl_target='x0' is not one of"),
+    (dict(forward_kl_attention='none'), 'forward_kl_attention='),
+    (dict(generator_every=0), 'generator_every=0 is below 1'),
+    (dict(loss_blocks=0), 'loss_blocks=0 is below 1'),
+    (dict(forward_kl_steps=0), 'forward_kl_steps=0 is below 1'),
+    (dict(forward_kl_steps=5), 'more than the 4 steps of the rollout'),
+    (dict(min_level=0.9, max_level=0.5), 'min_level=0.9, max_level=0.5'),
+  ],
+)
+def test_distillation_names_a_value_that_does_not_fit(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    distillation(**kwargs)

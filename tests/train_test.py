@@ -1,0 +1,212 @@
+"""The host loop: a run that was cut goes on as if it had not been."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from hiar_jax import checkpoint, data, errors, phases, text, train, worlds
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
+
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+  root = tmp_path_factory.mktemp('inputs')
+  tiny.write_inputs(root)
+  return root
+
+
+@dataclasses.dataclass
+class Run:
+  """What a run was made of; filled while it goes on."""
+
+  state: object = None
+  batches: object = None
+  step: object = None
+  iterations: list = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def watched(*, like=None, cut_before=None):
+  """A phase that is built inside reports to a Run, or stops at an iteration.
+
+  With `like`, an earlier Run of the same config, it has that one's compiled
+  step; all else is new.
+  """
+  run, build = Run(), phases.build
+
+  def watching(config):
+    phase = build(config)
+    run.batches = phase.batches
+    run.step = phase.step if like is None else like.step
+
+    def step(state, batch, iteration):
+      if iteration == cut_before:
+        raise KeyboardInterrupt
+      run.iterations.append(iteration)
+      run.state, metrics = run.step(state, batch, iteration)
+      return run.state, metrics
+
+    return dataclasses.replace(phase, step=step)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(phases, 'build', watching)
+    yield run
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Self-Forcing is the distillation's program in another order.
+SLOW = pytest.param('self_forcing', marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('phase', ['teacher', 'student_start', 'distill', SLOW])
+def test_an_interrupted_run_ends_bit_equal(phase, inputs, tmp_path):
+  config = tiny.config(phase, inputs)
+  config.iterations = 5
+  config.workdir = str(tmp_path / 'whole')
+  with watched() as whole:
+    whole_weights = train.train(config)
+  config.workdir = str(tmp_path / 'cut')
+  # Iterations 0, 1 and 2 are done and a checkpoint of the first two is saved.
+  with watched(like=whole, cut_before=3), pytest.raises(KeyboardInterrupt):
+    train.train(config)
+  assert not (tmp_path / 'cut' / train.WEIGHTS).exists()
+  with watched(like=whole) as rest:
+    weights = train.train(config)
+
+  assert whole.iterations == [0, 1, 2, 3, 4]
+  assert rest.iterations == [2, 3, 4]
+  # Parameters, optimiser states, averages and counters.
+  assert_equal(rest.state, whole.state)
+  assert_equal(next(rest.batches), next(whole.batches))
+  assert weights.read_bytes() == whole_weights.read_bytes()
+  lines = (tmp_path / 'cut' / 'metrics.jsonl').read_text()
+  assert lines == (tmp_path / 'whole' / 'metrics.jsonl').read_text()
+  steps = [json.loads(line)['step'] for line in lines.splitlines()]
+  assert steps == [1, 2, 3, 4, 5]
+  # The average is what is shipped.
+  ema = whole.state.ema
+  assert_equal(checkpoint.load_weights(weights, ema), ema)
+
+
+# A phase that costs nothing: the loop alone.
+
+
+def counting_phase(bad_iteration=None):
+  def step(state, batch, iteration):
+    bad = iteration == bad_iteration
+    state = {'sum': state['sum'] + batch['text'].sum() + iteration}
+    return state, {'loss': np.nan if bad else float(iteration)}
+
+  prompts = data.BouncingPrompts(
+    worlds.WorldConfig(), text.WordHashEncoder(dim=4, length=2), seed=0
+  )
+  return phases.Phase(
+    state={'sum': jnp.zeros(())},
+    step=step,
+    batches=data.batches(prompts, batch_size=2, seed=0),
+    weights=lambda state: state,
+  )
+
+
+@pytest.fixture
+def count(monkeypatch, tmp_path):
+  """Trains the counting phase with some settings changed."""
+
+  def count(bad_iteration=None, **settings):
+    config = tiny.config('teacher', tmp_path)
+    config.update(dict(iterations=10, checkpoint_every=4, log_every=3))
+    config.update(settings)
+    monkeypatch.setattr(
+      phases, 'build', lambda config: counting_phase(bad_iteration)
+    )
+    return train.train(config)
+
+  return count
+
+
+def metrics_of(weights):
+  lines = (weights.parent / 'metrics.jsonl').read_text().splitlines()
+  return {line['step']: line['loss'] for line in map(json.loads, lines)}
+
+
+def test_metrics_are_means_since_the_last_line(count):
+  # Every third iteration, every checkpoint and the end.
+  assert metrics_of(count()) == {
+    3: 1.0,
+    4: 3.0,
+    6: 4.5,
+    8: 6.5,
+    9: 8.0,
+    10: 9.0,
+  }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_checkpoint(
+  count, tmp_path
+):
+  with pytest.raises(ValueError) as caught:
+    count(bad_iteration=6)
+  workdir = tmp_path / 'teacher'
+  message = errors.users_mistake(caught.value)
+  assert message == (
+    f'loss is nan before iteration 8; {workdir} keeps its last checkpoint'
+  )
+  with contextlib.closing(
+    checkpoint.make_manager(workdir / 'checkpoints')
+  ) as manager:
+    assert checkpoint.latest_step(manager) == 4
+  assert not (workdir / train.WEIGHTS).exists()
+  # Without the bad iteration it goes on from there.
+  weights = count()
+  whole = count(workdir=str(tmp_path / 'whole'))
+  assert weights.read_bytes() == whole.read_bytes()
+  assert metrics_of(weights) == metrics_of(whole)
+
+
+def test_a_finished_run_writes_its_weights_again(count):
+  weights = count()
+  first = weights.read_bytes()
+  weights.unlink()
+  # A bad iteration would be noticed: nothing is trained any more.
+  assert count(bad_iteration=0).read_bytes() == first
+
+
+def test_a_changed_config_is_refused_by_name(count):
+  weights = count()
+  first = weights.read_bytes()
+  with pytest.raises(ValueError) as caught:
+    count(iterations=20, optimiser=dict(learning_rate=0.5))
+  message = errors.users_mistake(caught.value)
+  assert 'was made by another config' in message
+  assert 'iterations: 10 -> 20' in message
+  rate = tiny.config('teacher', '').optimiser.learning_rate
+  assert f'optimiser.learning_rate: {rate} -> 0.5' in message
+  assert weights.read_bytes() == first
+
+
+def test_how_often_is_logged_and_where_may_change(count, tmp_path):
+  count()
+  moved = tmp_path / 'moved'
+  shutil.copytree(tmp_path / 'teacher', moved)
+  weights = count(workdir=str(moved), log_every=1, checkpoint_every=2)
+  assert safetensors.numpy.load_file(weights)['sum'] > 0
+
+
+def test_an_unwritable_workdir_is_one_sentence(count, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(OSError) as caught:
+    count(workdir=str(tmp_path / 'file' / 'run'))
+  message = errors.users_mistake(caught.value)
+  assert 'file' in message and '\n' not in message

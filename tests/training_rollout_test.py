@@ -1,0 +1,250 @@
+"""The training rollout against inference and against a serial loop.
+
+Its exit pass is one forward over all blocks. Here the same blocks run one
+after the other with a cache, in a window shorter than the rollout, with a sink
+and after a given image of one frame.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax import noise_schedule, rollout
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models.config import WanConfig
+from hiar_jax.training_rollout import training_rollout
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
+DENOISER = Denoiser(
+  WanConfig(
+    dim=12,
+    ffn_dim=16,
+    num_heads=2,
+    num_layers=2,
+    latent_height=2,
+    latent_width=4,
+    channels=2,
+    freq_dim=8,
+    text_dim=8,
+    text_len=3,
+  )
+)
+LEVELS = noise_schedule.warped_levels((1000, 667, 333), 5.0)
+STEPS, BLOCKS, BATCH, SIZE = len(LEVELS) - 1, 4, 2, 2
+SHAPE = (SIZE, 2, 4, 2)
+# Blocks that carry gradient, by order and context.
+GRAD_BLOCKS = {
+  ('step_first', 'matched'): BLOCKS,
+  ('step_first', 'shared'): 2,
+  ('block_first', 'matched'): BLOCKS,
+}
+NOISE = rollout.named_noise(jax.random.split(jax.random.key(3), BATCH), SHAPE)
+RNG = np.random.default_rng(4)
+STATES = RNG.normal(size=(BATCH, 3, 8)).astype(np.float32)
+IMAGE = RNG.normal(size=(BATCH, 1, 2, 4, 2)).astype(np.float32)
+COTANGENT = RNG.normal(size=(BATCH, BLOCKS * SIZE, 2, 4, 2)).astype(np.float32)
+
+
+def sampler_of(params, context):
+  # 9 frames in all; 6 are seen, the first of them for ever.
+  config = rollout.RolloutConfig(
+    levels=LEVELS, frames_per_block=SIZE, window=6, sink=1, context=context
+  )
+  text = DENOISER.project_text(params, STATES)
+  return rollout.Sampler(DENOISER, params, text, config)
+
+
+@functools.cache
+def params():
+  return jax.tree.map(jnp.asarray, tiny.random_params(DENOISER, 0))
+
+
+@functools.cache
+def program(order, context):
+  """exit step -> the rollout, and its gradient times COTANGENT.
+
+  For 'block_first' one exit step per block.
+  """
+
+  def loss(params, exit_step):
+    x0 = training_rollout(
+      sampler_of(params, context),
+      NOISE,
+      BLOCKS,
+      exit_step,
+      order=order,
+      past_gradient='detached',
+      grad_blocks=GRAD_BLOCKS[order, context],
+      initial=IMAGE,
+    )
+    return jnp.sum(x0 * COTANGENT), x0
+
+  run = jax.jit(jax.grad(loss, has_aux=True))
+
+  def value_and_gradient(exit_step):
+    if order == 'block_first':
+      exit_step = np.broadcast_to(exit_step, BLOCKS)
+    grads, x0 = run(params(), exit_step)
+    return x0, grads
+
+  return value_and_gradient
+
+
+def assert_close(actual, expected, tolerance):
+  scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+  assert scale > 0
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, atol=tolerance * scale),
+    actual,
+    expected,
+  )
+
+
+@pytest.mark.parametrize(('order', 'context'), GRAD_BLOCKS)
+def test_rollout_to_the_last_step_is_the_inference_rollout(order, context):
+  inference = jax.jit(
+    lambda params: getattr(rollout, order)(
+      sampler_of(params, context), NOISE, BLOCKS, IMAGE
+    )
+  )
+  expected = inference(params())
+  x0, _ = program(order, context)(STEPS - 1)
+  np.testing.assert_array_equal(expected[:, :1], IMAGE)
+  assert_close(x0, expected[:, 1:], 1e-5)
+
+
+# The serial loop: four small programs, called block by block by the host.
+
+
+@jax.jit
+def denoise_and_advance(x, past, step, block):
+  sampler = sampler_of(params(), 'matched')
+  flow, kv = sampler.denoise(x, past, step)
+  return *sampler.advance(x, flow, NOISE, step, block), kv
+
+
+@jax.jit
+def commit(x, past, level):
+  return sampler_of(params(), 'matched').commit_kv(x, past, level)
+
+
+@jax.jit
+def block_gradient(x, past, step, cotangent):
+  """One D pass: its x0, and the gradient of that alone."""
+
+  def loss(params):
+    sampler = sampler_of(params, 'matched')
+    flow, _ = sampler.denoise(x, past, step)
+    x0 = noise_schedule.flow_to_x0(x, flow, sampler.levels[step])
+    return jnp.sum(x0 * cotangent), x0
+
+  grads, x0 = jax.grad(loss, has_aux=True)(params())
+  return x0, grads
+
+
+@jax.jit
+def write(past, kv):
+  return past.write(kv)
+
+
+@functools.cache
+def anchored():
+  past = sampler_of(params(), 'matched').empty_past()
+  return write(past, commit(IMAGE, past, 0.0))
+
+
+def serial_step_first(exit_step):
+  """Inputs and pasts of the exit step's D passes, sweep after sweep."""
+  x = [NOISE(0, b) for b in range(BLOCKS)]
+  for step in range(exit_step + 1):
+    inputs, past = [], anchored()
+    for b in range(BLOCKS):
+      inputs.append((x[b], past, step))
+      x[b], _, _ = denoise_and_advance(x[b], past, step, b)
+      past = write(past, commit(x[b], past, LEVELS[step + 1]))
+  return inputs
+
+
+def serial_shared(exit_step):
+  """One past per step, written with the K/V of the next step's D."""
+  pasts, inputs = [anchored()] * STEPS, []
+  for b in range(BLOCKS):
+    x, kvs = NOISE(0, b), []
+    for step in range(STEPS):
+      if step == exit_step:
+        inputs.append((x, pasts[step], step))
+      x, _, kv = denoise_and_advance(x, pasts[step], step, b)
+      kvs.append(kv)
+    kvs.append(commit(x, pasts[-1], 0.0))
+    pasts = list(map(write, pasts, kvs[1:]))
+  return inputs
+
+
+def serial_block_first(exit_step):
+  """Each block to its own exit step; its x0 there is the clean context."""
+  past, inputs = anchored(), []
+  for b, last_step in enumerate(np.broadcast_to(exit_step, BLOCKS)):
+    x = NOISE(0, b)
+    for step in range(last_step + 1):
+      before = x
+      x, x0, _ = denoise_and_advance(x, past, step, b)
+    inputs.append((before, past, last_step))
+    past = write(past, commit(x0, past, 0.0))
+  return inputs
+
+
+def serial(inputs, grad_blocks):
+  """x0 of all blocks, and the gradient summed over the last of them."""
+  x0s, total = [], jax.tree.map(jnp.zeros_like, params())
+  for b, (x, past, step) in enumerate(inputs):
+    cotangent = COTANGENT[:, b * SIZE : (b + 1) * SIZE]
+    x0, grads = block_gradient(x, past, step, cotangent)
+    x0s.append(x0)
+    if b >= BLOCKS - grad_blocks:
+      total = jax.tree.map(jnp.add, total, grads)
+  return jnp.concatenate(x0s, 1), total
+
+
+SERIAL = {
+  ('step_first', 'matched'): serial_step_first,
+  ('step_first', 'shared'): serial_shared,
+  ('block_first', 'matched'): serial_block_first,
+}
+
+
+CASES = [(*key, step) for key in SERIAL for step in range(STEPS)]
+
+
+@pytest.mark.parametrize(
+  ('order', 'context', 'exit_step'),
+  [*CASES, ('block_first', 'matched', (1, 0, 2, 1))],
+)
+def test_parallel_exit_pass_is_the_serial_loop(order, context, exit_step):
+  x0, grads = program(order, context)(exit_step)
+  expected_x0, expected_grads = serial(
+    SERIAL[order, context](exit_step), GRAD_BLOCKS[order, context]
+  )
+  assert_close(x0, expected_x0, 1e-5)
+  assert_close(grads, expected_grads, 1e-4)
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    (dict(order='hybrid'), "order 'hybrid' is not one of"),
+    (dict(past_gradient='all'), "past_gradient 'all' is not one of"),
+    (dict(grad_blocks=0), r'grad_blocks=0 is not in 1\.\.4'),
+    (dict(grad_blocks=5), r'grad_blocks=5 is not in 1\.\.4'),
+  ],
+)
+def test_training_rollout_names_an_argument_that_does_not_fit(kwargs, message):
+  arguments = dict(order='step_first', past_gradient='detached') | kwargs
+  with pytest.raises(ValueError, match=message):
+    training_rollout(
+      sampler_of(params(), 'matched'), NOISE, BLOCKS, 0, **arguments
+    )
