@@ -77,10 +77,11 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   return _distill(c, phase)
 
 
-def _muon(learning_rate: float, warmup: int) -> dict:
+def _muon(learning_rate: float, adam_learning_rate: float, warmup: int):
   return dict(
     name='muon',
     learning_rate=learning_rate,
+    adam_learning_rate=adam_learning_rate,
     b1=0.9,
     b2=0.99,
     weight_decay=0.01,
@@ -91,18 +92,19 @@ def _muon(learning_rate: float, warmup: int) -> dict:
 
 
 def _teacher(c):
-  c.iterations = 3000
+  c.iterations = 12000
   c.caption_dropout = 0.1
   c.timestep_shift = 2.5
   c.ema_decay = 0.999
-  c.optimiser = _muon(learning_rate=2.5e-3, warmup=100)
+  c.optimiser = _muon(1e-2, 2.5e-3, warmup=100)
   return c
 
 
 def _student_start(c):
   c.iterations = 500
+  c.start_context = 'matched'
   c.ema_decay = 0.98
-  c.optimiser = _muon(learning_rate=1e-3, warmup=20)
+  c.optimiser = _muon(2e-3, 1e-3, warmup=20)
   return c
 
 

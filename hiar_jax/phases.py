@@ -180,7 +180,11 @@ def _student_start(config: Config) -> Phase:
   denoiser = Denoiser(WanConfig(**config.model))
   optimiser = _optimiser(config.optimiser, config.iterations)
   update = train_step.student_start_step(
-    denoiser, optimiser, rollout_config(config), ema_decay=config.ema_decay
+    denoiser,
+    optimiser,
+    rollout_config(config),
+    context=config.start_context,
+    ema_decay=config.ema_decay,
   )
   key = jax.random.key(config.seed)
 

@@ -19,6 +19,7 @@ class OptimiserConfig:
     name: 'adamw' or 'muon' (optax.contrib.muon; momentum 0.95, updates scaled
       to the RMS of AdamW's, so that one learning rate serves both).
     learning_rate: peak.
+    adam_learning_rate: peak for what Muon leaves to AdamW; None: the same.
     b1: of AdamW; 0.0 in DMD training.
     b2: of AdamW.
     weight_decay: decoupled.
@@ -30,6 +31,7 @@ class OptimiserConfig:
 
   name: str = 'adamw'
   learning_rate: float = 2e-6
+  adam_learning_rate: float | None = None
   b1: float = 0.0
   b2: float = 0.999
   weight_decay: float = 0.01
@@ -40,8 +42,14 @@ class OptimiserConfig:
   def __post_init__(self):
     if self.name not in OPTIMISERS:
       raise ValueError(f'optimiser {self.name!r} is not one of {OPTIMISERS}')
-    if self.learning_rate <= 0:
-      raise ValueError(f'learning_rate={self.learning_rate} is not positive')
+    for name in ('learning_rate', 'adam_learning_rate'):
+      if (rate := getattr(self, name)) is not None and rate <= 0:
+        raise ValueError(f'{name}={rate} is not positive')
+    if self.adam_learning_rate is not None and self.name != 'muon':
+      raise ValueError(
+        f'adam_learning_rate={self.adam_learning_rate} belongs to muon; '
+        f'{self.name} has learning_rate alone'
+      )
 
 
 # Matrices that live at the edges of the network and are better left to AdamW.
@@ -65,18 +73,26 @@ def make_optimiser(
   config: OptimiserConfig, iterations: int
 ) -> optax.GradientTransformation:
   """The optimiser of one network over `iterations` of its updates."""
-  rate = config.learning_rate
-  if config.warmup or config.decay_to != 1.0:
-    rate = optax.warmup_cosine_decay_schedule(
-      0.0 if config.warmup else rate,
-      rate,
+
+  def schedule(peak):
+    if not config.warmup and config.decay_to == 1.0:
+      return peak
+    return optax.warmup_cosine_decay_schedule(
+      0.0 if config.warmup else peak,
+      peak,
       config.warmup,
       max(iterations, config.warmup + 1),
-      rate * config.decay_to,
+      peak * config.decay_to,
     )
+
+  rate = schedule(config.learning_rate)
   if config.name == 'muon':
+    adam_rate = rate
+    if config.adam_learning_rate is not None:
+      adam_rate = schedule(config.adam_learning_rate)
     update = optax.contrib.muon(
       rate,
+      adam_learning_rate=adam_rate,
       weight_decay=config.weight_decay,
       adam_b1=config.b1,
       adam_b2=config.b2,

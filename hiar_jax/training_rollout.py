@@ -237,17 +237,14 @@ def _exit_pass(sampler, record, anchors, grad_blocks, *, straight_through):
     return jnp.concatenate([*parts, x], 2)
 
   past = jax.tree.map(sequence, record.context, *anchors)
-  causal = attention.block_causal_mask(
+  mask = attention.own_then_past_mask(
     total,
     size,
     window=config.window,
     sink=config.sink,
     first=num_anchors % size,
+    rows=num_grad,
   )
-  ends = attention.block_ends(total, size, num_anchors % size)
-  own = ends[:, None] == ends[None]
-  rows = slice(total - num_grad, total)
-  mask = np.concatenate([own[rows, rows], (causal & ~own)[rows]], 1)
   first = num_blocks - grad_blocks
   flow, _ = sampler.denoiser.flow(
     sampler.params,

@@ -129,7 +129,11 @@ def student_start_run():
     x0 = watched
 
   step = train_step.student_start_step(
-    Watched(DENOISER.config), OPTIMISER, ROLLOUT, ema_decay=0.9
+    Watched(DENOISER.config),
+    OPTIMISER,
+    ROLLOUT,
+    context='random',
+    ema_decay=0.9,
   )
   state = regression_state(tiny.random_params(DENOISER, 0))
   # Key 5 draws level 0 for some blocks and not for others.
@@ -162,6 +166,41 @@ def test_student_start_asks_nothing_of_clean_blocks(student_start_run):
   error = np.square(x0 - end)
   assert error[~clean].min(axis=(1, 2, 3)).max() > 0
   np.testing.assert_allclose(loss, error[~clean].sum() / error.size, rtol=1e-5)
+
+
+def test_matched_start_is_the_rollout_on_the_trajectory():
+  """x0 of every block as a sampler with its ring cache would name it."""
+  params = tiny.random_params(DENOISER, 0)
+  step = train_step.student_start_step(
+    DENOISER, OPTIMISER, ROLLOUT, context='matched', ema_decay=0.9
+  )
+  key = jax.random.key(1)
+  _, metrics = jax.jit(step)(regression_state(params), batch(), key)
+
+  trajectory = batch()['trajectory']
+  steps = jax.random.randint(key, (BATCH,), 0, ROLLOUT.num_steps)
+  assert len(set(map(int, steps))) > 1
+  size = ROLLOUT.frames_per_block
+  errors = []
+  for b, j in enumerate(map(int, steps)):
+    text = DENOISER.project_text(params, batch()['text'][b : b + 1])
+    sampler = rollout.Sampler(DENOISER, params, text, ROLLOUT)
+    past = sampler.empty_past()
+    for first in range(0, trajectory.shape[2], size):
+      block = trajectory[b : b + 1, :, first : first + size]
+      flow, _ = sampler.denoise(block[:, j], past, j)
+      x0 = noise_schedule.flow_to_x0(block[:, j], flow, ROLLOUT.levels[j])
+      errors.append(np.square(x0 - block[:, -1]).mean())
+      level = jnp.asarray(ROLLOUT.levels[j + 1])
+      past = past.write(sampler.commit_kv(block[:, j + 1], past, level))
+  np.testing.assert_allclose(metrics['loss'], np.mean(errors), rtol=1e-4)
+
+
+def test_an_unknown_start_context_is_named():
+  with pytest.raises(ValueError, match="'clean' is not one of"):
+    train_step.student_start_step(
+      DENOISER, OPTIMISER, ROLLOUT, context='clean', ema_decay=0.9
+    )
 
 
 # --- Distillation.

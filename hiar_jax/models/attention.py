@@ -210,6 +210,40 @@ def block_causal_mask(
   return mask
 
 
+def own_then_past_mask(
+  num_frames: int,
+  frames_per_block: int,
+  *,
+  window: int | None = None,
+  sink: int = 0,
+  first: int = 0,
+  rows: int | None = None,
+) -> np.ndarray:
+  """Mask of the last `rows` frames over [those frames | context of all frames].
+
+  A frame sees its own block, and of earlier blocks in the window their
+  context: what denoising block by block against a cache sees.
+
+  Args:
+    num_frames: F.
+    frames_per_block: frames that see each other freely.
+    window: as in `block_causal_mask`.
+    sink: as there.
+    first: see `block_ends`.
+    rows: R, frames to denoise; None = all.
+
+  Returns:
+    bool [R, R + F].
+  """
+  causal = block_causal_mask(
+    num_frames, frames_per_block, window=window, sink=sink, first=first
+  )
+  ends = block_ends(num_frames, frames_per_block, first)
+  own = ends[:, None] == ends[None]
+  last = slice(0 if rows is None else num_frames - rows, None)
+  return np.concatenate([own[last, last], (causal & ~own)[last]], 1)
+
+
 def teacher_forcing_mask(num_frames: int, frames_per_block: int) -> np.ndarray:
   """Mask of the sequence [clean | noisy], each `num_frames` long.
 
