@@ -192,6 +192,17 @@ class Plan:
     """Seconds of a tick at the chip's peak rate: modelled, a lower bound."""
     return self.flops.total / self.chip.peak
 
+  def compiler_estimate(self) -> str:
+    """The compiler's time, with what is wrong with it where that shows."""
+    seconds = self.compiler_seconds
+    if not seconds or not 0 < seconds < math.inf:
+      return 'none given'
+    estimate = f'{seconds:.3g} s for {_NUM_TICKS} ticks'
+    if seconds < _NUM_TICKS * self.shortest_tick:
+      # It counts the body of a loop once, and a kernel as nothing.
+      estimate += ', not to be used: less than at peak rate'
+    return estimate
+
   def table(self) -> str:
     """A Markdown table."""
     room = f'{_gb(self.total)} of {_gb(self.chip.hbm)} a chip'
@@ -216,9 +227,6 @@ class Plan:
         ('cross', flops.cross),
       )
     )
-    estimate = 'none given'
-    if self.compiler_seconds and 0 < self.compiler_seconds < math.inf:
-      estimate = f'{self.compiler_seconds:.3g} s for {_NUM_TICKS} ticks'
     rows = (
       ('fits', fits),
       ('weights', _gb(self.weights)),
@@ -232,7 +240,7 @@ class Plan:
         f'{self.chip.peak / 1e12:.0f} TFLOP/s',
       ),
       ('collectives a tick', hops),
-      ("compiler's time estimate", estimate),
+      ("compiler's time estimate", self.compiler_estimate()),
       ('compiling took', f'{self.compile_seconds:.0f} s'),
     )
     title = (

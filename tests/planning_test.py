@@ -61,6 +61,34 @@ def test_the_full_size_pass_has_the_papers_flops():
   assert flops.total == pytest.approx(40.4e12, rel=0.002)
 
 
+@pytest.mark.parametrize(
+  'seconds, words',
+  [
+    (None, 'none given'),
+    (-1.0, 'none given'),
+    (1.0, '1 s for 2 ticks, not to be used: less than at peak rate'),
+    (3.0, '3 s for 2 ticks'),
+  ],
+)
+def test_a_time_that_no_chip_can_reach_is_marked(seconds, words):
+  peak = planning.CHIPS['v5e'].peak
+  plan = planning.Plan(
+    topology='v5e:2x2',
+    num_chips=4,
+    stages_per_chip=1,
+    weights=0,
+    caches=0,
+    other=0,
+    temporaries=0,
+    flops=planning.PassFlops(linear=peak, attention=0.0, cross=0.0),
+    collectives=[],
+    compiler_seconds=seconds,
+    compile_seconds=0.0,
+  )
+  assert plan.compiler_estimate() == words
+  assert words in plan.table()
+
+
 def test_flops_of_the_formula_are_those_that_the_compiler_counts():
   # One layer, as the compiler counts a loop's body once.
   model = WanConfig(
