@@ -17,7 +17,7 @@ from typing import Self
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 # F frames, H height, W width; pixels are uint8 RGB, [F, H, W, 3].
 
@@ -222,6 +222,52 @@ def read_video(path: str | pathlib.Path) -> tuple[np.ndarray, float]:
     raise ValueError(f'ffmpeg could not decode {path}')
   pixels = np.frombuffer(decoded.stdout, np.uint8)
   return pixels.reshape(-1, height, width, 3), float(rate[1])
+
+
+def read_frames(
+  path: str | pathlib.Path, height: int, width: int, last: int | None = None
+) -> np.ndarray:
+  """Reads an image, or a video's end, at a given size.
+
+  Args:
+    path: of an image or a video.
+    height: of the frames returned, in px.
+    width: likewise; the file's aspect ratio must be theirs within 1 %.
+    last: how many frames of a video to keep, the last ones; None: all.
+
+  Returns:
+    uint8 [F, height, width, 3]; an image is one frame.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is neither, its aspect ratio is another one, or `last` is
+      not positive.
+  """
+  if last is not None and last < 1:
+    raise ValueError(f'the last {last} frames of {path}: at least 1 is needed')
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'no image or video at {path}')
+  try:
+    with Image.open(path) as image:
+      frames = np.asarray(image.convert('RGB'))[None]
+  except UnidentifiedImageError:
+    frames, _ = read_video(path)
+  frames = frames if last is None else frames[-last:]
+  seen_height, seen_width = frames.shape[1:3]
+  if abs(seen_width * height / (seen_height * width) - 1) > 0.01:
+    raise ValueError(
+      f'{path} is {seen_width}x{seen_height}, whose aspect ratio is not that '
+      f'of {width}x{height}; crop it first'
+    )
+  if (seen_height, seen_width) == (height, width):
+    return frames
+  return np.stack(
+    [
+      np.asarray(Image.fromarray(f).resize((width, height), Image.LANCZOS))
+      for f in frames
+    ]
+  )
 
 
 def check_writable(path: str | pathlib.Path) -> None:

@@ -11,6 +11,9 @@ after --num_blocks (0: never) or at Ctrl-C, which is not a failure: the block
 under way is finished, the file plays, the exit status is 0. Before the first
 block there is nothing to keep, and the status is 130 as for any program.
 --prompt_at 14:"..." changes the prompt from block 14 on; blocks count from 0.
+
+--continue_from FILE goes on from an image, or from a video's last
+--continue_frames, of the aspect ratio that the weights have.
 """
 # ruff: noqa: E402
 
@@ -78,12 +81,26 @@ _WEIGHTS = flags.DEFINE_string(
   f'{generate.WEIGHTS_FILE}; default: those that come with the package',
 )
 _FPS = flags.DEFINE_float('fps', None, "frames a second; default: the config's")
+_CONTINUE = flags.DEFINE_string(
+  'continue_from',
+  None,
+  'an image or a video that the video goes on from; it comes first in it',
+)
+_CONTINUE_FRAMES = flags.DEFINE_integer(
+  'continue_frames',
+  None,
+  'only the last frames of --continue_from; default: all of them',
+  lower_bound=1,
+)
 _SCALE = flags.DEFINE_integer(
   'scale', None, 'factor of enlargement; default: up to 512 px', lower_bound=1
 )
 _STREAM = flags.DEFINE_bool('stream', False, 'write the video as it is made')
 _MODE = flags.DEFINE_enum(
-  'mode', None, streaming.MODES, 'of --stream; default: what fits the weights'
+  'mode',
+  streaming.AUTO,
+  (streaming.AUTO, *streaming.MODES),
+  'of --stream; auto: the fastest one that fits the memory and the weights',
 )
 _PROMPT_AT = flags.DEFINE_multi_string(
   'prompt_at', [], 'with --stream: BLOCK:PROMPT, another prompt from there on'
@@ -132,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
   if _STREAM.value:
     _stream(config, prompts, watch)
     return
-  if _MODE.value or _PROMPT_AT.value:
+  if _MODE.value != streaming.AUTO or _PROMPT_AT.value:
     raise ValueError('--mode and --prompt_at go with --stream')
   if not _NUM_BLOCKS.value:
     raise ValueError('flag --num_blocks=0, without end, goes with --stream')
@@ -150,7 +167,9 @@ def main(argv: Sequence[str]) -> None:
   paths = _paths(len(prompts) * request.num_videos, fps)
   pipeline = _load(config, watch)
   with watch('sample'):
-    latents = pipeline.sample(prompts, request)
+    latents = pipeline.sample(
+      prompts, request, initial_frames=_initial_frames(pipeline)
+    )
   with watch('decode'):
     frames = pipeline.decode(latents)
   with watch('encode'):
@@ -170,6 +189,18 @@ def _load(config, watch: _Stopwatch) -> generate.VideoPipeline:
     return generate.from_config(config.to_dict(), weights=weights, codec=codec)
 
 
+def _initial_frames(pipeline: generate.VideoPipeline) -> np.ndarray | None:
+  """What --continue_from names, at the size of the pipeline's frames."""
+  if _CONTINUE.value is None:
+    if _CONTINUE_FRAMES.value is not None:
+      raise ValueError('--continue_frames goes with --continue_from')
+    return None
+  height, width, _ = pipeline.frame_shape
+  return video_io.read_frames(
+    _CONTINUE.value, height, width, _CONTINUE_FRAMES.value
+  )
+
+
 def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
   """Writes one video block by block until its end or Ctrl-C."""
   switches = _switches()
@@ -184,10 +215,16 @@ def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
   fps = config.generate.fps if _FPS.value is None else _FPS.value
   (path,) = _paths(1, fps)
   pipeline = _load(config, watch)
-  stream = pipeline.stream(prompts[0], seed=_SEED.value, mode=_MODE.value)
+  given = _initial_frames(pipeline)
+  stream = pipeline.stream(
+    prompts[0], seed=_SEED.value, mode=_MODE.value, initial_frames=given
+  )
   for block, prompt in switches:
     stream.send(prompt, at=block)
-  print(f'streams in mode {stream.mode!r}; Ctrl-C ends the video', flush=True)
+  print(
+    f'streams in mode {stream.mode!r}, {stream.reason}; Ctrl-C ends the video',
+    flush=True,
+  )
   scale = _SCALE.value
   if scale is None:
     scale = video.watchable_scale(pipeline.frame_shape[0])
@@ -204,6 +241,9 @@ def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
       _ends_on_request() as end,
       video_io.VideoWriter(path, fps=fps, scale=scale) as writer,
     ):
+      if given is not None:
+        writer.append(given)
+        shown.append(given)
       for block in range(limit):
         writer.append(frames)
         # Memory stays flat: the contact sheet shows the beginning.

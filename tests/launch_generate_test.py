@@ -101,6 +101,29 @@ def test_one_command_makes_the_videos_and_their_sheets(pipeline, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('how', [(), ('--stream',)], ids=['offline', 'stream'])
+def test_a_video_goes_on_from_an_image(pipeline, tmp_path, how):
+  image = np.full((128, 128, 3), 30, np.uint8)
+  image[40:90, 40:90] = 220
+  Image.fromarray(image).save(tmp_path / 'image.png')
+  done = subprocess.run(
+    [
+      *(sys.executable, _PROGRAM, _CONFIG, f'--weights={pipeline}'),
+      *('--prompt=a white square on black', '--continue_from=image.png'),
+      *('--num_blocks=1', '--scale=1', *how),
+    ],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  frames, _ = video_io.read_video(tmp_path / 'video.mp4')
+  assert frames.shape == (4, 64, 64, 3)
+  assert np.abs(frames[0].astype(int) - image[::2, ::2]).mean() < 10
+
+
+@pytest.mark.slow
 def test_each_mistake_is_one_line(pipeline, tmp_path):
   for name in ('empty.txt', 'not_text.txt'):
     (tmp_path / name).write_bytes(b'\xff\xfe' if 'not' in name else b'\n \n')
@@ -108,6 +131,7 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
   for path in pipeline.iterdir():
     (tmp_path / 'cut' / path.name).write_bytes(path.read_bytes()[:-1000])
   (tmp_path / 'folder.mp4').mkdir()
+  Image.new('RGB', (128, 64)).save(tmp_path / 'wide.png')
   (tmp_path / 'sheet.png').mkdir()
   weights, prompt = f'--weights={pipeline}', '--prompt=a red disc on grey'
   good = [_CONFIG, weights, prompt]
@@ -132,6 +156,13 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
     'cannot write folder.mp4: it is a folder': [*good, '--out=folder.mp4'],
     'cannot write sheet.png: it is a folder': [*good, '--out=sheet.mp4'],
     'video file video.avi does not end in .mp4': [*good, '--out=video.avi'],
+    'no image or video at none.png': [*good, '--continue_from=none.png'],
+    'wide.png is 128x64, whose aspect ratio is not': [
+      *(*good, '--continue_from=wide.png')
+    ],
+    '--continue_frames goes with --continue_from': [
+      *(*good, '--continue_frames=2')
+    ],
     'fps=0.0 is not positive': [*good, '--fps=0'],
     "unknown config key 'rolout'": [*good, '--config.rolout.window=9'],
     'window=20 is not a positive multiple of frames_per_block=3': [
