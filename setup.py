@@ -10,7 +10,24 @@ _PARITY = [
   'torch>=2.6',
   'transformers>=4.50',
 ]
-_TEST = ['pytest>=8.0', 'ruff>=0.12']
+# Weights of others: a hub to fetch them from, torch for pickles (those of
+# torch 2.6 and later are opened without running code in them), tokenizers.
+_CONVERT = [
+  'ftfy>=6.1',
+  'huggingface_hub>=0.30',
+  'sentencepiece>=0.2',
+  'tokenizers>=0.20',
+  'torch>=2.6',
+]
+_TEST = [
+  'ipykernel>=6.0',
+  'nbclient>=0.10',
+  'nbformat>=5.10',
+  'pytest>=8.0',
+  'ruff>=0.12',
+  'sentencepiece>=0.2',
+  'tokenizers>=0.20',
+]
 
 setuptools.setup(
   name='hiar_jax',
@@ -35,6 +52,7 @@ setuptools.setup(
     'imageio-ffmpeg>=0.6',
     'jax>=0.10,<0.13',
     'ml-collections>=1.0',
+    'ml-dtypes>=0.5',
     'numpy>=2.0',
     'optax>=0.2.8',
     # 1.0 moves the v1 API to the top level.
@@ -47,6 +65,7 @@ setuptools.setup(
   extras_require={
     'test': _TEST,
     'parity': _PARITY,
+    'convert': _CONVERT,
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],

@@ -1,0 +1,51 @@
+"""The quickstart notebook runs from top to bottom and shows what it says."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+_PATH = pathlib.Path(__file__).parents[1] / 'launch' / 'quickstart.ipynb'
+
+
+@pytest.fixture(scope='module')
+def executed():
+  notebook = nbformat.read(_PATH, as_version=4)
+  client = nbclient.NotebookClient(
+    notebook, timeout=240, resources={'metadata': {'path': str(_PATH.parent)}}
+  )
+  return client.execute()
+
+
+def _outputs(notebook, mime):
+  return [
+    output['data'][mime]
+    for cell in notebook.cells
+    for output in cell.get('outputs', ())
+    if mime in output.get('data', {})
+  ]
+
+
+def test_it_is_stored_without_outputs():
+  stored = nbformat.read(_PATH, as_version=4)
+  assert not any(cell.get('outputs') for cell in stored.cells)
+
+
+def test_videos_play_and_pictures_show(executed):
+  videos = _outputs(executed, 'text/html')
+  assert len(videos) == 2
+  assert all('<video' in html and 'data:video/mp4' in html for html in videos)
+  # Two contact sheets and the live preview.
+  assert len(_outputs(executed, 'image/png')) == 3
+
+
+def test_the_live_stream_takes_new_prompts(executed):
+  printed = ''.join(
+    output['text']
+    for cell in executed.cells
+    for output in cell.get('outputs', ())
+    if output.get('name') == 'stdout'
+  )
+  assert printed.count('from block') == 2
+  assert 'magenta' in printed
