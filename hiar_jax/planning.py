@@ -193,25 +193,22 @@ class Plan:
     return self.flops.total / self.chip.peak
 
   def compiler_estimate(self) -> str:
-    """The compiler's time, with what is wrong with it where that shows."""
-    seconds = self.compiler_seconds
-    if not seconds or not 0 < seconds < math.inf:
-      return 'none given'
-    estimate = f'{seconds:.3g} s for {_NUM_TICKS} ticks'
-    if seconds < _NUM_TICKS * self.shortest_tick:
-      # It counts the body of a loop once, and a kernel as nothing.
-      estimate += ', not to be used: less than at peak rate'
-    return estimate
+    """See `compiler_estimate`."""
+    return compiler_estimate(
+      self.compiler_seconds,
+      _NUM_TICKS * self.shortest_tick,
+      f' for {_NUM_TICKS} ticks',
+    )
 
   def table(self) -> str:
     """A Markdown table."""
-    room = f'{_gb(self.total)} of {_gb(self.chip.hbm)} a chip'
+    room = f'{gigabytes(self.total)} of {gigabytes(self.chip.hbm)} a chip'
     fits = f'yes: {room}' if self.fits else f'no: {room}'
     temporaries = 'unknown'
     if self.temporaries is None:
       fits = f'no: {self.refusal}'
     else:
-      temporaries = _gb(self.temporaries)
+      temporaries = gigabytes(self.temporaries)
     hops = 'none'
     if self.collectives:
       hops = '; '.join(
@@ -229,9 +226,9 @@ class Plan:
     )
     rows = (
       ('fits', fits),
-      ('weights', _gb(self.weights)),
-      ('caches', _gb(self.caches)),
-      ('other arguments', _gb(self.other)),
+      ('weights', gigabytes(self.weights)),
+      ('caches', gigabytes(self.caches)),
+      ('other arguments', gigabytes(self.other)),
       ('temporaries', temporaries),
       ('FLOPs a tick and chip', f'{flops.total / 1e12:.3g} T: {parts}'),
       (
@@ -247,24 +244,50 @@ class Plan:
       f'{self.topology}: {self.num_chips} chips',
       f'{self.stages_per_chip} of the stages on each',
     )
-    lines = [title, ('---', '---'), *rows]
-    return '\n'.join(f'| {left} | {right} |' for left, right in lines)
+    return markdown([title, *rows])
 
 
-def _gb(num_bytes: float) -> str:
+def compiler_estimate(
+  seconds: float | None, shortest: float, of: str = ''
+) -> str:
+  """The compiler's time, with what is wrong with it where that shows.
+
+  Args:
+    seconds: as the compiler gives it.
+    shortest: the time that the FLOPs take at the chip's peak rate.
+    of: what the time is of.
+  """
+  if not seconds or not 0 < seconds < math.inf:
+    return 'none given'
+  estimate = f'{seconds:.3g} s{of}'
+  if seconds < shortest:
+    # It counts the body of a loop once, and a kernel as nothing.
+    estimate += ', not to be used: less than at peak rate'
+  return estimate
+
+
+def markdown(rows: list[tuple[str, str]]) -> str:
+  """A table of two columns whose first row is its head."""
+  head, *body = rows
+  return '\n'.join(
+    f'| {left} | {right} |' for left, right in (head, ('---', '---'), *body)
+  )
+
+
+def gigabytes(num_bytes: float) -> str:
+  """Bytes for people, in 10^9."""
   return f'{num_bytes / _GB:.2f} GB'
 
 
-def stage_mesh(topology: str, num_stages: int) -> Mesh:
-  """All chips of a topology as the pipeline's mesh; they need not exist.
+def describe(topology: str):
+  """The devices of a topology, which need not exist, as jax describes them.
 
   Args:
     topology: chip and shape, such as 'v5e:2x2' or 'v5p:2x2x1'.
-    num_stages: denoising steps.
 
   Raises:
-    ValueError: in one sentence, if the compiler is missing, or the topology
-      unknown or of a size over which the stages do not divide.
+    ValueError: in one sentence, if the compiler is missing or the topology
+      unknown.
   """
   kind = topology.partition(':')[0]
   if kind not in CHIPS:
@@ -283,12 +306,25 @@ def stage_mesh(topology: str, num_stages: int) -> Mesh:
   # No chip is touched, so another process may use libtpu at the same time.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   try:
-    description = topologies.get_topology_desc(topology, 'tpu')
+    return topologies.get_topology_desc(topology, 'tpu')
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0].rstrip('.')
     raise ValueError(
       f'libtpu knows no topology {topology!r}: {reason}'
     ) from error
+
+
+def stage_mesh(topology: str, num_stages: int) -> Mesh:
+  """All chips of a topology as the pipeline's mesh.
+
+  Args:
+    topology: see `describe`.
+    num_stages: denoising steps.
+
+  Raises:
+    ValueError: see `describe`; also if the stages do not divide over it.
+  """
+  description = describe(topology)
   num_chips = len(description.devices)
   if num_stages % num_chips:
     raise ValueError(
@@ -329,45 +365,77 @@ def plan_tick(
     'topology': topology,
     'num_chips': mesh.size,
     'stages_per_chip': per_chip,
-    'weights': _bytes_per_chip(params),
-    'caches': _bytes_per_chip((state.past.k, state.past.v)),
+    'weights': bytes_per_chip(params),
+    'caches': bytes_per_chip((state.past.k, state.past.v)),
     'flops': PassFlops(
       scale * flops.linear, scale * flops.attention, scale * flops.cross
     ),
   }
-  started = time.monotonic()
   # All weights stay on the chip, those that the tick does not use as well.
   run = jax.jit(engine.stages.run, donate_argnums=4, keep_unused=True)
+  program = compile_program(run, arguments)
+  return Plan(
+    **known,
+    other=program.arguments - known['weights'] - known['caches'],
+    temporaries=program.temporaries,
+    collectives=collectives(program.hlo),
+    compiler_seconds=program.compiler_seconds,
+    compile_seconds=program.compile_seconds,
+    refusal=program.refusal,
+    hlo=program.hlo,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What the compiler says of a program; bytes are a chip's.
+
+  Attributes:
+    arguments: bytes of the arguments. If the program fits, that is the
+      compiler's own count: it pads arrays to its tiles.
+    temporaries: see Plan.
+    flops: as the compiler counts them, or None.
+    compiler_seconds: see Plan.
+    compile_seconds: see Plan.
+    refusal: see Plan.
+    hlo: the compiled program.
+  """
+
+  arguments: int
+  temporaries: int | None = None
+  flops: float | None = None
+  compiler_seconds: float | None = None
+  compile_seconds: float = 0.0
+  refusal: str = ''
+  hlo: str = ''
+
+
+def compile_program(run: Any, arguments: tuple) -> Program:
+  """Compiles a jitted function for the devices of its abstract arguments."""
+  started = time.monotonic()
   lowered = run.lower(*arguments)
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return Plan(
-      **known,
-      other=_bytes_per_chip(arguments) - known['weights'] - known['caches'],
-      temporaries=None,
-      collectives=[],
-      compiler_seconds=None,
+    return Program(
+      arguments=bytes_per_chip(arguments),
       compile_seconds=time.monotonic() - started,
       refusal=str(error).splitlines()[0],
     )
   elapsed = time.monotonic() - started
-  memory = compiled.memory_analysis()
-  hlo = compiled.as_text()
-  return Plan(
-    **known,
-    # The compiler's own count: it pads arrays to its tiles.
-    other=memory.argument_size_in_bytes - known['weights'] - known['caches'],
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  return Program(
+    arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.generated_code_size_in_bytes,
-    collectives=collectives(hlo),
-    compiler_seconds=compiled.cost_analysis().get('optimal_seconds'),
+    flops=cost.get('flops'),
+    compiler_seconds=cost.get('optimal_seconds'),
     compile_seconds=elapsed,
-    hlo=hlo,
+    hlo=compiled.as_text(),
   )
 
 
@@ -410,7 +478,8 @@ def _tick_arguments(engine: Engine, batch_size: int, weights_dtype) -> tuple:
   )
 
 
-def _bytes_per_chip(tree: Any) -> int:
+def bytes_per_chip(tree: Any) -> int:
+  """Bytes that one chip holds of placed abstract arrays."""
   return sum(
     math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
     for a in jax.tree.leaves(tree)

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from configs import hiar_1_3b
-from hiar_jax import noise_schedule, planning, rollout
+from hiar_jax import noise_schedule, planning, planning_parts, rollout
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
@@ -189,3 +190,59 @@ def test_a_chip_holds_all_weights_and_the_caches_of_its_own_stages():
   assert plan.caches == 2 * 3 * 6 * 16 * 256 * 2
   assert plan.other > 0 and plan.temporaries > 0
   assert plan.fits and '| fits | yes' in plan.table()
+
+
+ENCODER = umt5.UMT5Config(
+  vocab_size=32,
+  dim=128,
+  ffn_dim=320,
+  num_heads=4,
+  attention_dim=128,
+  num_layers=1,
+)
+VAE = vae.VAEConfig(
+  base_dim=8,
+  z_dim=4,
+  dim_mult=(1, 2),
+  num_res_blocks=1,
+  temporal_downsample=(True,),
+  mean=(0.0,) * 4,
+  std=(1.0,) * 4,
+)
+
+
+def test_flops_of_a_prompt_are_those_that_the_compiler_counts():
+  params = jax.eval_shape(lambda: umt5.init(ENCODER, jax.random.key(0)))
+  ids = jax.ShapeDtypeStruct((1, 64), 'int32')
+  program = planning.compile_program(
+    jax.jit(lambda params, ids: umt5.encode(ENCODER, params, ids, ids)),
+    (params, ids),
+  )
+  ours = planning_parts.text_flops(ENCODER, 64)
+  assert ours == pytest.approx(program.flops, rel=0.08)
+
+
+@needs_compiler
+@pytest.mark.parametrize('part', ['vae', 'text'])
+def test_a_part_fits_a_chip_and_says_what_it_holds(part):
+  with jax.default_matmul_precision('default'):
+    if part == 'vae':
+      plan = planning_parts.plan_vae_decode(
+        VAE,
+        'v5e:2x2',
+        frames=3,
+        latent_height=8,
+        latent_width=8,
+        weights_dtype='bfloat16',
+      )
+      params = jax.eval_shape(lambda: vae.init(VAE, jax.random.key(0)))
+      params = params['decoder']
+      assert plan.state > 0
+    else:
+      plan = planning_parts.plan_text_encoder(
+        ENCODER, 'v5e:2x2', tokens=16, weights_dtype='bfloat16'
+      )
+      params = jax.eval_shape(lambda: umt5.init(ENCODER, jax.random.key(0)))
+  assert plan.weights == 2 * sum(a.size for a in jax.tree.leaves(params))
+  assert plan.fits and '| fits | yes' in plan.table()
+  assert plan.flops > 0

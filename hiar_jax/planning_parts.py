@@ -1,0 +1,197 @@
+"""Do the text encoder and the VAE fit one TPU chip? See planning.py.
+
+Both run beside the stream, or before and after it, on one chip: the encoder
+once a prompt, the VAE's decoder once a block, from its cache.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from hiar_jax import planning
+from hiar_jax.models import umt5, vae
+
+
+@dataclasses.dataclass(frozen=True)
+class PartPlan:
+  """What a part needs of the one chip that it runs on.
+
+  Attributes:
+    title: what was compiled.
+    topology: its first chip is taken.
+    weights: bytes of its weights.
+    state: bytes that it keeps between two calls.
+    flops: of a call.
+    flops_from: who counted them.
+    program: what the compiler says.
+  """
+
+  title: str
+  topology: str
+  weights: int
+  state: int
+  flops: float
+  flops_from: str
+  program: planning.Program
+
+  @property
+  def chip(self) -> planning.Chip:
+    return planning.CHIPS[self.topology.partition(':')[0]]
+
+  @property
+  def total(self) -> int:
+    """Bytes, as far as they are known."""
+    return self.program.arguments + (self.program.temporaries or 0)
+
+  @property
+  def fits(self) -> bool:
+    return self.program.temporaries is not None and self.total <= self.chip.hbm
+
+  def table(self) -> str:
+    """A Markdown table."""
+    gigabytes, program = planning.gigabytes, self.program
+    room = f'{gigabytes(self.total)} of {gigabytes(self.chip.hbm)}'
+    fits = f'yes: {room}' if self.fits else f'no: {program.refusal or room}'
+    shortest = self.flops / self.chip.peak
+    other = program.arguments - self.weights - self.state
+    temporaries = 'unknown'
+    if program.temporaries is not None:
+      temporaries = gigabytes(program.temporaries)
+    return planning.markdown(
+      [
+        (self.title, f'one chip of {self.topology}'),
+        ('fits', fits),
+        ('weights', gigabytes(self.weights)),
+        ('state between calls', gigabytes(self.state)),
+        ('other arguments', gigabytes(other)),
+        ('temporaries', temporaries),
+        ('FLOPs', f'{self.flops / 1e12:.3g} T, {self.flops_from}'),
+        (
+          'time at peak rate (modelled)',
+          f'{1e3 * shortest:.1f} ms at {self.chip.peak / 1e12:.0f} TFLOP/s',
+        ),
+        (
+          "compiler's time estimate",
+          planning.compiler_estimate(program.compiler_seconds, shortest),
+        ),
+        ('compiling took', f'{program.compile_seconds:.0f} s'),
+      ]
+    )
+
+
+def plan_vae_decode(
+  cfg: vae.VAEConfig,
+  topology: str,
+  *,
+  frames: int,
+  latent_height: int,
+  latent_width: int,
+  weights_dtype: str,
+) -> PartPlan:
+  """Compiles the decoding of a stream's later blocks.
+
+  Args:
+    cfg: of the VAE.
+    topology: see `planning.describe`.
+    frames: latent frames of a block.
+    latent_height: rows of a latent frame.
+    latent_width: columns.
+    weights_dtype: in which the weights are held.
+
+  Raises:
+    ValueError: see `planning.describe`.
+  """
+  place = _placer(topology)
+  params = jax.eval_shape(lambda: vae.init(cfg, jax.random.key(0)))
+  decoder = place({'decoder': params['decoder']}, weights_dtype)
+  cache = place(
+    jax.eval_shape(
+      lambda: vae.init_decode_cache(cfg, 1, latent_height, latent_width)
+    )
+  )
+  latents = place(
+    jax.ShapeDtypeStruct(
+      (1, frames, latent_height, latent_width, cfg.z_dim), jnp.float32
+    )
+  )
+
+  def decode(params, cache, latents):
+    return vae.decode_block(cfg, params, cache, latents, first=False)
+
+  run = jax.jit(decode, donate_argnums=1)
+  program = planning.compile_program(run, (decoder, cache, latents))
+  return PartPlan(
+    title=f'VAE decode, {frames} latent frames',
+    topology=topology,
+    weights=planning.bytes_per_chip(decoder),
+    state=planning.bytes_per_chip(cache),
+    # No loop and no kernel is in this program, so it is counted in full.
+    flops=program.flops or 0.0,
+    flops_from="the compiler's count",
+    program=program,
+  )
+
+
+def plan_text_encoder(
+  cfg: umt5.UMT5Config,
+  topology: str,
+  *,
+  tokens: int,
+  weights_dtype: str,
+) -> PartPlan:
+  """Compiles the encoding of one prompt.
+
+  Args:
+    cfg: of the encoder.
+    topology: see `planning.describe`.
+    tokens: of a prompt, padding included.
+    weights_dtype: in which the weights are held.
+
+  Raises:
+    ValueError: see `planning.describe`.
+  """
+  place = _placer(topology)
+  params = place(
+    jax.eval_shape(lambda: umt5.init(cfg, jax.random.key(0))), weights_dtype
+  )
+  ids = place(jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+
+  def encode(params, ids, mask):
+    return umt5.encode(cfg, params, ids, mask)
+
+  program = planning.compile_program(jax.jit(encode), (params, ids, ids))
+  return PartPlan(
+    title=f'text encoder, {tokens} tokens',
+    topology=topology,
+    weights=planning.bytes_per_chip(params),
+    state=0,
+    flops=text_flops(cfg, tokens),
+    flops_from='2 N L (4 D A + 3 D E) + 4 N L² A',
+    program=program,
+  )
+
+
+def text_flops(cfg: umt5.UMT5Config, tokens: int) -> float:
+  """Matrix products of one prompt: L tokens, N layers, widths D, A, E."""
+  linear = 4 * cfg.dim * cfg.attention_dim + 3 * cfg.dim * cfg.ffn_dim
+  attention = 4 * tokens * cfg.attention_dim
+  return float(cfg.num_layers * tokens * (2 * linear + attention))
+
+
+def _placer(topology: str) -> Callable[..., Any]:
+  """A function that puts abstract arrays on the topology's first chip."""
+  sharding = SingleDeviceSharding(planning.describe(topology).devices[0])
+
+  def place(tree: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(
+        a.shape, dtype or a.dtype, sharding=sharding
+      ),
+      tree,
+    )
+
+  return place
