@@ -26,6 +26,8 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
+from hiar_jax import safetensors_io
+
 _FILE_LIST = 'files.json'
 # Larger files are checked by their size alone: a pod's checkpoint has hundreds
 # of gigabytes, and every process checks before it reads.
@@ -237,30 +239,44 @@ def save_weights(
 def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
   """Reads a safetensors file into the structure of `abstract_params`.
 
+  One array at a time: beside the result, memory is needed for the largest.
+
   Args:
-    path: written by `save_weights`.
+    path: written by `save_weights`, or of shards with an index, see
+      `safetensors_io.Reader`.
     abstract_params: nested dict of arrays or ShapeDtypeStructs; values are
-      cast to its dtypes.
+      cast to its dtypes and, where it has shardings, put onto the devices.
 
   Returns:
-    Nested dict of NumPy arrays.
+    Nested dict of NumPy arrays, or jax.Arrays where there is a sharding.
 
   Raises:
-    FileNotFoundError: if there is no such file.
+    FileNotFoundError: if there is no such file, or a shard is missing.
     ValueError: if the file is damaged, or, all together, for every missing,
       unknown or misshapen array.
   """
   wanted = _flatten_params(abstract_params)
   try:
-    stored = safetensors.numpy.load_file(path)
-  except FileNotFoundError:
-    raise FileNotFoundError(f'no weights at {path}') from None
-  except safetensors.SafetensorError as error:
+    reader = safetensors_io.Reader(path)
+  except FileNotFoundError as error:
+    # A missing shard has its own words.
+    message = str(error) if 'shard' in str(error) else f'no weights at {path}'
+    raise FileNotFoundError(message) from None
+  except ValueError as error:
     raise ValueError(f'weights {path} are damaged ({error})') from error
-  _check_structure(path, _shapes(stored), _shapes(wanted))
+  _check_structure(path, _shapes(reader.entries), _shapes(wanted))
   return _unflatten(
-    {name: stored[name].astype(wanted[name].dtype) for name in wanted}
+    {name: _place(reader.read(name), leaf) for name, leaf in wanted.items()}
   )
+
+
+def _place(array: np.ndarray, like: Any) -> np.ndarray | jax.Array:
+  array = array.astype(like.dtype, copy=False)
+  sharding = getattr(like, 'sharding', None)
+  if sharding is None:
+    return array
+  # Waited for: the next array would be read before this one is let go.
+  return jax.device_put(array, sharding).block_until_ready()
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:

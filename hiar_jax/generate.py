@@ -25,14 +25,19 @@ import numpy as np
 from hiar_jax import (
   checkpoint,
   codecs,
+  conversion,
   metrics,
   noise_schedule,
+  releases,
   rollout,
   sampling,
   streaming,
   text,
+  text_umt5,
+  vae_codec,
 )
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.video import Video
 
@@ -265,11 +270,22 @@ class VideoPipeline:
     return np.asarray(_encode_frames(self.codec, frames_FHWC[None]))
 
 
-def load(name_or_path: str | pathlib.Path) -> VideoPipeline:
+def load(
+  name_or_path: str | pathlib.Path,
+  *,
+  base: str | pathlib.Path | None = None,
+) -> VideoPipeline:
   """Reads a pipeline with its trained weights.
 
+  Published weights are converted when they are first loaded, see
+  `conversion.cached`.
+
   Args:
-    name_or_path: a name of `known_names()`, or a folder written by `export`.
+    name_or_path: a name of `known_names()`, a folder written by `export` or
+      `launch/convert_checkpoint.py`, or weights in the layout of Wan2.1,
+      diffusers or Self-Forcing: a folder, a file, or a hub's 'owner/name'.
+    base: published weights that have the parts which the others lack, such as
+      the VAE and the text encoder of Wan2.1.
 
   Raises:
     ValueError: if there is no such pipeline, or a file of it is damaged.
@@ -278,21 +294,33 @@ def load(name_or_path: str | pathlib.Path) -> VideoPipeline:
   folder = ASSETS / name_or_path
   if not (folder / CONFIG_FILE).exists():
     folder = pathlib.Path(name_or_path)
-  if not folder.is_dir():
-    raise ValueError(
-      f'no pipeline {str(name_or_path)!r}: it is neither a folder nor one of '
-      f'{known_names()}'
-    )
+  if base is not None or not conversion.is_ours(folder):
+    folder = _converted(name_or_path, base)
   path = folder / CONFIG_FILE
-  if not path.exists():
-    raise FileNotFoundError(f'no pipeline in {folder}: it has no {CONFIG_FILE}')
   try:
     config = json.loads(path.read_bytes())
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
+  codec = conversion.FILES['vae'] if 'vae' in config else CODEC_FILE
   return from_config(
-    config, weights=folder / WEIGHTS_FILE, codec=folder / CODEC_FILE
+    config, weights=folder / WEIGHTS_FILE, codec=folder / codec
   )
+
+
+def _converted(
+  name: str | pathlib.Path, base: str | pathlib.Path | None
+) -> pathlib.Path:
+  """The converted folder of published weights."""
+  path = pathlib.Path(name)
+  if path.is_dir():
+    if not releases.holds_weights(path):
+      raise FileNotFoundError(f'no pipeline in {path}: it has no {CONFIG_FILE}')
+  elif not path.exists() and not releases.is_hub_name(str(name)):
+    raise ValueError(
+      f'no pipeline {str(name)!r}: it is neither a folder nor one of '
+      f'{known_names()}'
+    )
+  return conversion.cached(name, base=base)
 
 
 def known_names() -> list[str]:
@@ -309,9 +337,12 @@ def from_config(
   """Builds a pipeline from a config and two files.
 
   Args:
-    config: has SECTIONS, such as `configs/bouncing.py`; others are ignored.
+    config: has SECTIONS, such as `configs/bouncing.py`, and may have
+      'weights_dtype' (float32 if not), 'vae' (sizes of the VAE that is the
+      codec) and 'umt5' (sizes of the text encoder, instead of 'text'; it and
+      its tokenizer lie beside the weights); others are ignored.
     weights: of `checkpoint.save_weights`.
-    codec: of `codecs.save_linear_codec`.
+    codec: of `codecs.save_linear_codec`, or of the VAE.
 
   Raises:
     ValueError: if a section is missing, a value is out of range, or a file is
@@ -319,21 +350,28 @@ def from_config(
     TypeError: naming a key that is unknown.
     FileNotFoundError: if a file is missing.
   """
-  missing = [name for name in SECTIONS if name not in config]
+  needed = [n for n in SECTIONS if n != 'text' or 'umt5' not in config]
+  missing = [name for name in needed if name not in config]
   if missing:
     raise ValueError(f'the config has no {missing}; generation needs them')
   denoiser = Denoiser(WanConfig(**config['model']))
-  encoder = text.WordHashEncoder(**config['text'])
+  encoder = _load_encoder(config, pathlib.Path(weights).parent)
   levels = noise_schedule.warped_levels(**config['schedule'])
   rollout_config = rollout.RolloutConfig(levels=levels, **config['rollout'])
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
+  dtype = config.get('weights_dtype', 'float32')
+  # Onto the device array by array: the whole is not held twice.
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=device), abstract
+  )
   return VideoPipeline(
     name=config['name'],
     denoiser=denoiser,
-    params=jax.device_put(checkpoint.load_weights(weights, abstract)),
+    params=checkpoint.load_weights(weights, abstract),
     encoder=encoder,
-    codec=_load_codec(codec),
+    codec=_load_codec(codec, config),
     rollout=rollout_config,
     **config['generate'],
   )
@@ -411,7 +449,20 @@ def _decode_block(codec, state, latents_BFhwC):
   return codecs.float_to_pixels(video), state
 
 
-def _load_codec(path: str | pathlib.Path) -> codecs.LinearCodec:
+def _load_encoder(config: Mapping[str, Any], folder: pathlib.Path) -> Any:
+  if 'umt5' not in config:
+    return text.WordHashEncoder(**config['text'])
+  return text_umt5.UMT5TextEncoder(
+    umt5.UMT5Config(**config['umt5']),
+    folder / conversion.FILES['text_encoder'],
+    text_umt5.load_tokenizer(folder / conversion.TOKENIZER),
+    length=config['model']['text_len'],
+  )
+
+
+def _load_codec(path: str | pathlib.Path, config: Mapping[str, Any]) -> Any:
+  if 'vae' in config:
+    return vae_codec.load_vae_codec(path, vae.VAEConfig(**config['vae']))
   if not pathlib.Path(path).exists():
     raise FileNotFoundError(f'no codec at {path}')
   # Asked first: np.load leaves a file open that turns out not to be an archive.

@@ -238,21 +238,56 @@ class RMSNorm(nn.Module):
     return (y * scale.reshape(1, 1, -1)).astype(x_BLD.dtype)
 
 
-# Group 1 is the layer, which is its place in the stacked array.
-_LAYER = r'blocks\.(\d+)'
-
 # models_t5_umt5-xxl-enc-bf16.pth, released with Wan2.1.
 UMT5_RULES: list[convert.Rule] = [
-  (r'token_embedding\.weight', 'token_embedding/embedding', 'keep'),
-  (rf'{_LAYER}\.norm([12])\.weight', r'layers/norm\2/scale[\1]', 'keep'),
-  (rf'{_LAYER}\.attn\.([qkvo])\.weight', r'layers/\2/kernel[\1]', 'linear'),
+  ('token_embedding.weight', 'token_embedding/embedding', 'keep'),
+  ('blocks.{i}.norm{n}.weight', 'layers/norm{n}/scale[{i}]', 'keep'),
+  ('blocks.{i}.attn.{qkvo}.weight', 'layers/{qkvo}/kernel[{i}]', 'linear'),
   (
-    rf'{_LAYER}\.pos_embedding\.embedding\.weight',
-    r'layers/relative_bias[\1]',
+    'blocks.{i}.pos_embedding.embedding.weight',
+    'layers/relative_bias[{i}]',
     'keep',
   ),
-  (rf'{_LAYER}\.ffn\.gate\.0\.weight', r'layers/ffn_gate/kernel[\1]', 'linear'),
-  (rf'{_LAYER}\.ffn\.fc1\.weight', r'layers/ffn_in/kernel[\1]', 'linear'),
-  (rf'{_LAYER}\.ffn\.fc2\.weight', r'layers/ffn_out/kernel[\1]', 'linear'),
-  (r'norm\.weight', 'norm/scale', 'keep'),
+  ('blocks.{i}.ffn.gate.0.weight', 'layers/ffn_gate/kernel[{i}]', 'linear'),
+  ('blocks.{i}.ffn.fc1.weight', 'layers/ffn_in/kernel[{i}]', 'linear'),
+  ('blocks.{i}.ffn.fc2.weight', 'layers/ffn_out/kernel[{i}]', 'linear'),
+  ('norm.weight', 'norm/scale', 'keep'),
 ]
+
+_HF_ATTENTION = 'encoder.block.{i}.layer.0'
+_HF_FFN = 'encoder.block.{i}.layer.1'
+
+# UMT5EncoderModel of transformers. Its token table has a second name,
+# encoder.embed_tokens.weight, which some files have instead or as well.
+UMT5_TRANSFORMERS_RULES: list[convert.Rule] = [
+  ('shared.weight', 'token_embedding/embedding', 'keep'),
+  (f'{_HF_ATTENTION}.layer_norm.weight', 'layers/norm1/scale[{i}]', 'keep'),
+  (
+    f'{_HF_ATTENTION}.SelfAttention.{{qkvo}}.weight',
+    'layers/{qkvo}/kernel[{i}]',
+    'linear',
+  ),
+  (
+    f'{_HF_ATTENTION}.SelfAttention.relative_attention_bias.weight',
+    'layers/relative_bias[{i}]',
+    'keep',
+  ),
+  (f'{_HF_FFN}.layer_norm.weight', 'layers/norm2/scale[{i}]', 'keep'),
+  (
+    f'{_HF_FFN}.DenseReluDense.wi_0.weight',
+    'layers/ffn_gate/kernel[{i}]',
+    'linear',
+  ),
+  (
+    f'{_HF_FFN}.DenseReluDense.wi_1.weight',
+    'layers/ffn_in/kernel[{i}]',
+    'linear',
+  ),
+  (
+    f'{_HF_FFN}.DenseReluDense.wo.weight',
+    'layers/ffn_out/kernel[{i}]',
+    'linear',
+  ),
+  ('encoder.final_layer_norm.weight', 'norm/scale', 'keep'),
+]
+UMT5_ALIASES = {'encoder.embed_tokens.weight': 'shared.weight'}

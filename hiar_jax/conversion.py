@@ -1,0 +1,463 @@
+"""Published weights to folders that `hiar_jax.load` reads, and back.
+
+Arrays go from file to file one at a time, so memory is needed for one or two of
+them, whatever the size of the network. A folder in our format:
+
+  config.json                  sizes, noise schedule, rollout
+  student.safetensors          transformer; layers stacked on axis 0
+  vae.safetensors              if the release has one
+  text_encoder.safetensors     likewise
+  tokenizer/                   likewise
+
+Large files are split into shards with an index.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from hiar_jax import layouts, releases, safetensors_io
+from hiar_jax.models import convert, umt5, vae
+from hiar_jax.models.config import WanConfig
+from hiar_jax.releases import Config, Network, Release
+
+CONFIG_FILE = 'config.json'
+TOKENIZER = 'tokenizer'
+FILES = {
+  'transformer': 'student.safetensors',
+  'vae': 'vae.safetensors',
+  'text_encoder': 'text_encoder.safetensors',
+}
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+# The section of config.json with a network's sizes, and their class.
+_SECTIONS = {
+  'transformer': ('model', WanConfig),
+  'vae': ('vae', vae.VAEConfig),
+  'text_encoder': ('umt5', umt5.UMT5Config),
+}
+# HiAR as published (arXiv:2603.08703), which is also Self-Forcing's schedule.
+DEFAULTS = {
+  'schedule': {'shift': 5.0, 'indices': (1000, 750, 500, 250)},
+  'rollout': {
+    'frames_per_block': 3,
+    'window': 21,
+    'sink': 0,
+    'stepping': 'sde',
+    'context': 'matched',
+  },
+  'generate': {'order': 'step_first', 'fps': 16.0},
+}
+# Changes with what is written, so that an older cache is not taken for it.
+_CACHE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a release is converted.
+
+  Attributes:
+    dtype: of the stored weights, one of DTYPES; None keeps each array's own.
+    member: see `foreign.StateDict`.
+    head_dim: see `releases.open_network`.
+    latent_size: rows and columns of the latent frames to make.
+    compute_dtype: that the networks run in.
+    attention: see `WanConfig`.
+    shard_bytes: largest size of a file.
+
+  Raises:
+    ValueError: naming the value that does not fit.
+  """
+
+  dtype: str | None = None
+  member: str | None = None
+  head_dim: int = 128
+  latent_size: tuple[int, int] = (60, 104)
+  compute_dtype: str = 'bfloat16'
+  attention: str = 'splash'
+  shard_bytes: int = safetensors_io.SHARD_BYTES
+
+  def __post_init__(self):
+    if self.dtype is not None and self.dtype not in DTYPES:
+      raise ValueError(f'dtype={self.dtype!r} is not one of {DTYPES}')
+
+
+# Told the part that is being written, its arrays done and all of them.
+Report = Callable[[str, int, int], None]
+
+
+def to_ours(
+  release: Release,
+  out: str | os.PathLike,
+  *,
+  name: str,
+  options: Options = Options(),
+  sections: Mapping[str, Any] | None = None,
+  report: Report | None = None,
+) -> None:
+  """Writes a release as a folder of ours.
+
+  Everything is checked before anything is written.
+
+  Args:
+    release: at least one part.
+    out: the folder, made if it does not exist.
+    name: of the pipeline, for people.
+    options: see there.
+    sections: of config.json ('schedule', 'rollout', 'generate'); those not
+      given are HiAR's.
+    report: see Report.
+
+  Raises:
+    FileNotFoundError: if a file or a shard is missing.
+    ValueError: naming the files and arrays that do not fit, or if the disk
+      is too small.
+  """
+  out = pathlib.Path(out)
+  networks = open_networks(release, options)
+  plans = {
+    kind: _our_arrays(network, options.dtype)
+    for kind, network in networks.items()
+  }
+  out.mkdir(parents=True, exist_ok=True)
+  _check_space(out, plans.values())
+  config: dict[str, Any] = {'name': name} | DEFAULTS
+  for section in DEFAULTS:
+    config[section] = dict((sections or {}).get(section, DEFAULTS[section]))
+  for kind, network in networks.items():
+    config[_SECTIONS[kind][0]] = dataclasses.asdict(network.config)
+    _write_ours(network, out / FILES[kind], plans[kind], options, report)
+  # Weights that are read in for sampling; the files keep what they have.
+  config['weights_dtype'] = options.compute_dtype
+  if release.tokenizer is not None:
+    copy_tokenizer(release.tokenizer, out / TOKENIZER)
+  # Last: a folder that has it is whole.
+  _write_json(out / CONFIG_FILE, config)
+
+
+def open_networks(release: Release, options: Options) -> dict[str, Network]:
+  """Opens and checks every network of a release.
+
+  Raises:
+    FileNotFoundError, ValueError: see `to_ours`.
+  """
+  networks = {}
+  for kind in releases.KINDS:
+    path = getattr(release, kind)
+    if path is None:
+      continue
+    network = releases.open_network(
+      path,
+      member=options.member if kind == 'transformer' else None,
+      head_dim=options.head_dim,
+      latent_size=options.latent_size,
+    )
+    if network.kind != kind:
+      raise ValueError(f'{path} is a {network.kind}, not a {kind}')
+    changes = {'dtype': options.compute_dtype}
+    if kind == 'transformer':
+      changes['attention'] = options.attention
+    networks[kind] = dataclasses.replace(
+      network, config=dataclasses.replace(network.config, **changes)
+    )
+  if not networks:
+    raise ValueError('the release has no network in it')
+  return networks
+
+
+def to_foreign(
+  folder: str | os.PathLike,
+  out: str | os.PathLike,
+  *,
+  naming: str,
+  dtype: str | None = None,
+  shard_bytes: int = safetensors_io.SHARD_BYTES,
+  report: Report | None = None,
+) -> None:
+  """Writes a folder of ours as others would: safetensors under their names.
+
+  Args:
+    folder: has a config.json and at least one network.
+    out: the folder, made if it does not exist.
+    naming: one of releases.NAMINGS. 'diffusers' gives a folder that its
+      classes load, 'wan' the file names of Wan2.1.
+    dtype: of the stored weights, one of DTYPES; None keeps each array's own.
+    shard_bytes: largest size of a file.
+    report: see Report.
+
+  Raises:
+    FileNotFoundError: if a file is missing.
+    ValueError: naming what does not fit.
+  """
+  if naming not in releases.NAMINGS:
+    raise ValueError(f'naming={naming!r} is not one of {releases.NAMINGS}')
+  folder, out = pathlib.Path(folder), pathlib.Path(out)
+  config = safetensors_io.read_json(folder / CONFIG_FILE)
+  written = []
+  for kind, (section, config_class) in _SECTIONS.items():
+    if section not in config:
+      continue
+    path = out / layouts.FILES[naming][kind]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network_to_foreign(
+      folder / FILES[kind],
+      config_class(**config[section]),
+      path,
+      naming=naming,
+      dtype=dtype,
+      shard_bytes=shard_bytes,
+      report=report,
+    )
+    written.append(kind)
+  if not written:
+    raise ValueError(f'{folder / CONFIG_FILE} is of no network')
+  if (folder / TOKENIZER).is_dir():
+    place = TOKENIZER if naming == 'diffusers' else 'google/umt5-xxl'
+    copy_tokenizer(folder / TOKENIZER, out / place)
+  if naming == 'diffusers' and len(written) == len(_SECTIONS):
+    for name, value in layouts.diffusers_pipeline(config).items():
+      (out / name).parent.mkdir(exist_ok=True)
+      _write_json(out / name, value)
+
+
+def network_to_foreign(
+  weights: str | os.PathLike,
+  config: Config,
+  path: str | os.PathLike,
+  *,
+  naming: str,
+  dtype: str | None = None,
+  shard_bytes: int = safetensors_io.SHARD_BYTES,
+  report: Report | None = None,
+) -> None:
+  """Writes one network's weights, and its config.json, under other names.
+
+  Args:
+    weights: file of ours, such as a training's student.safetensors.
+    config: of the network.
+    path: the .safetensors file to write.
+    naming: one of releases.NAMINGS.
+    dtype: see `to_foreign`.
+    shard_bytes: likewise.
+    report: see Report.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: naming every array that does not fit.
+  """
+  path = pathlib.Path(path)
+  reader = open_ours(weights, config)
+  foreign_config = layouts.config_of(config, naming)
+  slots = releases.expected_slots(config, naming)
+  arrays = {
+    name: (slot.shape, np.dtype(dtype or reader.entries[slot.path].dtype))
+    for name, slot in slots.items()
+  }
+  _check_space(path.parent, [arrays])
+  with safetensors_io.Writer(path, arrays, shard_bytes=shard_bytes) as writer:
+    for done, (name, slot) in enumerate(slots.items()):
+      if report is not None:
+        report(path.stem, done, len(slots))
+      if slot.index is None:
+        array = reader.read(slot.path)
+      else:
+        array = reader.read(slot.path, slice(slot.index, slot.index + 1))[0]
+      writer.write(name, slot.to_foreign(array).astype(arrays[name][1]))
+  if foreign_config:
+    _write_json(path.with_name(CONFIG_FILE), foreign_config)
+
+
+def open_ours(
+  weights: str | os.PathLike, config: Config
+) -> safetensors_io.Reader:
+  """Opens weights of ours and checks every name and shape.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: naming every array that does not fit.
+  """
+  reader = safetensors_io.Reader(weights)
+  wanted = convert.flatten(releases.abstract_params(config))
+  stored = {name: entry.shape for name, entry in reader.entries.items()}
+  problems = [f'{k} is missing' for k in wanted if k not in stored]
+  problems += [f'{k} is unknown' for k in stored if k not in wanted]
+  problems += [
+    f'{k} has shape {stored[k]}, not {leaf.shape}'
+    for k, leaf in wanted.items()
+    if k in stored and stored[k] != leaf.shape
+  ]
+  if problems:
+    raise ValueError(f'{weights} does not fit: {convert.report(problems)}')
+  return reader
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a tokenizer's own files, not what else lies beside them."""
+  target.mkdir(parents=True, exist_ok=True)
+  for file in source.iterdir():
+    if file.suffix in ('.json', '.model', '.txt') and file.name.startswith(
+      ('tokenizer', 'spiece', 'special_tokens', 'added_tokens')
+    ):
+      shutil.copyfile(file, target / file.name)
+
+
+def is_ours(folder: str | os.PathLike) -> bool:
+  """Whether a folder has a config.json that is not another library's."""
+  path = pathlib.Path(folder) / CONFIG_FILE
+  if not path.is_file():
+    return False
+  try:
+    config = safetensors_io.read_json(path)
+  except ValueError:
+    return True  # Whoever reads it says what is wrong.
+  return not config.keys() & {'_class_name', 'model_type', 'architectures'}
+
+
+def cached(
+  name: str | os.PathLike,
+  *,
+  base: str | os.PathLike | None = None,
+  options: Options = Options(),
+  report: Report | None = None,
+) -> pathlib.Path:
+  """A folder of ours for a release, converted unless it was before.
+
+  Conversions are kept under HIAR_JAX_CACHE, else XDG_CACHE_HOME/hiar_jax, else
+  ~/.cache/hiar_jax, by the release's files, their sizes and times.
+
+  Args:
+    name: a file, a folder or a hub's 'owner/name'.
+    base: another that has the parts which this one lacks.
+    options: see there.
+    report: see Report.
+
+  Raises:
+    FileNotFoundError, ValueError: see `releases.find`, `releases.download`
+      and `to_ours`.
+  """
+  release = releases.locate(name)
+  if base is not None:
+    below = releases.locate(base)
+    release = release.over(below)
+    if below.transformer not in (None, release.transformer):
+      # A training's checkpoint has no config.json; the base tells its heads.
+      config = releases.open_network(below.transformer).config
+      options = dataclasses.replace(options, head_dim=config.head_dim)
+  folder = cache_folder() / f'{_slug(name)}-{_fingerprint(release, options)}'
+  if (folder / CONFIG_FILE).exists():
+    return folder
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  # Beside it, for the rename to be one move: no process sees half of it.
+  partial = pathlib.Path(
+    tempfile.mkdtemp(prefix=f'{folder.name}.', dir=folder.parent)
+  )
+  try:
+    to_ours(release, partial, name=_slug(name), options=options, report=report)
+    try:
+      partial.rename(folder)
+    except OSError:
+      # Another process was faster; what it wrote is the same.
+      if not (folder / CONFIG_FILE).exists():
+        raise
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return folder
+
+
+def cache_folder() -> pathlib.Path:
+  """Where conversions are kept."""
+  chosen = os.environ.get('HIAR_JAX_CACHE')
+  if chosen:
+    return pathlib.Path(chosen).expanduser()
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  return pathlib.Path(home).expanduser() / 'hiar_jax'
+
+
+def _slug(name: str | os.PathLike) -> str:
+  return pathlib.Path(name).resolve().stem or 'release'
+
+
+def _fingerprint(release: Release, options: Options) -> str:
+  """Changes when a file of the release does, or the way to convert it."""
+  files = [
+    file
+    for kind in releases.KINDS
+    if (path := getattr(release, kind)) is not None
+    for file in releases.files_of(path)
+  ]
+  stamps = [
+    (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files
+  ]
+  told = json.dumps(
+    [_CACHE_VERSION, stamps, str(release), dataclasses.asdict(options)]
+  )
+  return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _our_arrays(
+  network: Network, dtype: str | None
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Our path -> (shape, dtype) of what will be stored."""
+  stored: dict[str, set[np.dtype]] = {}
+  for name, slot in network.slots.items():
+    stored.setdefault(slot.path, set()).add(network.state.dtypes[name])
+  mixed = [path for path, dtypes in stored.items() if len(dtypes) > 1]
+  if mixed and dtype is None:
+    raise ValueError(
+      f'{network.state.path}: layers of {convert.report(mixed)} have different '
+      'dtypes, and are stacked here; choose one dtype for all'
+    )
+  shapes = convert.flatten(releases.abstract_params(network.config))
+  return {
+    path: (leaf.shape, np.dtype(dtype or min(stored[path], key=str)))
+    for path, leaf in shapes.items()
+  }
+
+
+def _write_ours(
+  network: Network,
+  path: pathlib.Path,
+  arrays: Mapping[str, tuple],
+  options: Options,
+  report: Report | None,
+) -> None:
+  state = network.state
+  with safetensors_io.Writer(
+    path, arrays, shard_bytes=options.shard_bytes
+  ) as writer:
+    # In the order of the file, which is then read from its beginning to end.
+    for done, name in enumerate(state.shapes):
+      if report is not None:
+        report(network.kind, done, len(state.shapes))
+      slot = network.slots[name]
+      array = slot.to_ours(state.read(name))
+      writer.write(
+        slot.path, array.astype(arrays[slot.path][1], copy=False), slot.index
+      )
+
+
+def _check_space(folder: pathlib.Path, plans: Iterable[Mapping]) -> None:
+  needed = sum(
+    math.prod(shape) * dtype.itemsize
+    for arrays in plans
+    for shape, dtype in arrays.values()
+  )
+  free = shutil.disk_usage(folder).free
+  if needed > free:
+    raise ValueError(
+      f'{folder} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are '
+      'to be written'
+    )
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2) + '\n')

@@ -1,0 +1,139 @@
+"""Turns published weights into a folder that hiar_jax.load reads, and back.
+
+  # Wan2.1 or diffusers folder, or a hub's owner/name:
+  python launch/convert_checkpoint.py --weights Wan2.1-T2V-1.3B --out wan
+  # A checkpoint of HiAR, Self-Forcing or CausVid, with Wan2.1's VAE and text
+  # encoder:
+  python launch/convert_checkpoint.py --weights hiar.pt \
+    --base Wan2.1-T2V-1.3B --out hiar
+  # Back, for other programs:
+  python launch/convert_checkpoint.py --weights hiar --to diffusers --out there
+
+Arrays go from file to file one at a time. Torch is needed for pickles (.pt,
+.pth) alone.
+"""
+
+import pathlib
+
+from absl import flags
+
+from hiar_jax import conversion, errors, metrics, releases
+
+_WEIGHTS = flags.DEFINE_string(
+  'weights', None, 'a folder, a file or owner/name of a hub', required=True
+)
+_OUT = flags.DEFINE_string('out', None, 'the folder to make', required=True)
+_BASE = flags.DEFINE_string(
+  'base', None, 'weights that have the parts which --weights lacks'
+)
+_TO = flags.DEFINE_enum(
+  'to', 'hiar_jax', ['hiar_jax', *releases.NAMINGS], 'whose format to write'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', None, conversion.DTYPES, "of the stored weights; default: each's own"
+)
+_MEMBER = flags.DEFINE_string(
+  'member',
+  None,
+  'which network of a training checkpoint; default: generator_ema if there, '
+  'else generator',
+)
+_HEIGHT = flags.DEFINE_integer(
+  'height', 480, 'of the videos to make, in pixels', lower_bound=16
+)
+_WIDTH = flags.DEFINE_integer(
+  'width', 832, 'of the videos to make, in pixels', lower_bound=16
+)
+_ORDER = flags.DEFINE_string(
+  'order', 'step_first', 'that the weights were trained for'
+)
+_HEAD_DIM = flags.DEFINE_integer(
+  'head_dim', 128, "width of the transformer's heads where no config.json says"
+)
+_COMPUTE_DTYPE = flags.DEFINE_enum(
+  'compute_dtype', 'bfloat16', ['bfloat16', 'float32'], 'to run networks in'
+)
+_SHARD_GB = flags.DEFINE_float(
+  'shard_gb', 5.0, 'largest size of a file in GB', lower_bound=1e-6
+)
+
+
+class _Bar:
+  """Shows each part's progress."""
+
+  def __init__(self):
+    self._part, self._bar = None, None
+
+  def __call__(self, part: str, done: int, total: int) -> None:
+    if part != self._part:
+      self.close()
+      self._bar = metrics.Progress(total, label=part, unit='array')
+      self._bar.__enter__()
+      self._part = part
+    self._bar.update(done + 1)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.__exit__(None, None, None)
+
+
+def main(argv):
+  del argv
+  out = pathlib.Path(_OUT.value)
+  if out.exists() and not out.is_dir():
+    raise ValueError(f'--out={out} is a file')
+  if out.is_dir() and any(out.iterdir()):
+    raise ValueError(f'--out={out} is not empty')
+  bar = _Bar()
+  if _TO.value == 'hiar_jax':
+    _to_ours(out, bar)
+  else:
+    conversion.to_foreign(
+      _WEIGHTS.value,
+      out,
+      naming=_TO.value,
+      dtype=_DTYPE.value,
+      shard_bytes=int(_SHARD_GB.value * 1e9),
+      report=bar,
+    )
+  bar.close()
+  for path in sorted(out.rglob('*')):
+    if path.is_file():
+      print(f'wrote {path} ({path.stat().st_size / 1e6:.1f} MB)')
+
+
+def _to_ours(out: pathlib.Path, bar: _Bar) -> None:
+  release = releases.locate(_WEIGHTS.value)
+  if _BASE.value is not None:
+    release = release.over(releases.locate(_BASE.value))
+  options = conversion.Options(
+    dtype=_DTYPE.value,
+    member=_MEMBER.value,
+    head_dim=_HEAD_DIM.value,
+    latent_size=(_latent('height', _HEIGHT), _latent('width', _WIDTH)),
+    compute_dtype=_COMPUTE_DTYPE.value,
+    shard_bytes=int(_SHARD_GB.value * 1e9),
+  )
+  sections = {'generate': {'order': _ORDER.value, 'fps': 16.0}}
+  conversion.to_ours(
+    release,
+    out,
+    name=out.name,
+    options=options,
+    sections=sections,
+    report=bar,
+  )
+  for kind, path in vars(release).items():
+    if path is None:
+      print(f'note: no {kind} in --weights or --base; the folder has none')
+
+
+def _latent(name: str, flag: flags.FlagHolder) -> int:
+  """Pixels to rows or columns of Wan2.1's latents, in whole patches."""
+  if flag.value % 16:
+    raise ValueError(f'--{name}={flag.value} is not a multiple of 16')
+  return flag.value // 8
+
+
+if __name__ == '__main__':
+  errors.run_main(main)

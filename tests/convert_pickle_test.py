@@ -1,0 +1,192 @@
+"""Weights in torch pickles, and networks of torch's libraries; needs torch."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from hiar_jax import conversion, layouts, releases, safetensors_io
+from hiar_jax.models import foreign
+from tests import fake_release
+
+torch = pytest.importorskip('torch')
+
+OPTIONS = conversion.Options(
+  latent_size=(4, 4), compute_dtype='float32', attention='xla', head_dim=12
+)
+
+
+def tensors(arrays: dict[str, np.ndarray], dtype=None) -> dict:
+  return {
+    name: torch.from_numpy(array).to(dtype or torch.float32)
+    for name, array in arrays.items()
+  }
+
+
+def wrapped(state: dict) -> dict:
+  """Names as a training under FSDP with checkpointed layers leaves them."""
+  return {
+    'model._fsdp_wrapped_module.'
+    + name.replace('.ffn.', '._checkpoint_wrapped_module.ffn.'): tensor
+    for name, tensor in state.items()
+  }
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  reader = safetensors_io.Reader(path)
+  return {name: reader.read(name) for name in reader.entries}
+
+
+def same(found: dict, expected: dict) -> None:
+  """Equal bits of our arrays and torch's tensors."""
+  assert found.keys() == expected.keys()
+  for name, tensor in expected.items():
+    bits = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(
+      fake_release.bits(found[name]), bits, err_msg=name
+    )
+
+
+@pytest.fixture(scope='module')
+def wan_state():
+  return fake_release.state_dict('transformer', 'wan')
+
+
+def test_training_checkpoint_comes_back_bit_by_bit(tmp_path, wan_state):
+  average = tensors(wan_state, torch.bfloat16)
+  raw = {name: tensor + 1 for name, tensor in average.items()}
+  path = tmp_path / 'in' / 'hiar.pt'
+  path.parent.mkdir()
+  torch.save(
+    {
+      'generator': wrapped(raw),
+      'generator_ema': wrapped(average),
+      'critic': {},
+      'step': 7,
+    },
+    path,
+  )
+  # The average is what is sampled from, unless the other is asked for.
+  for member, state in ((None, average), ('generator', raw)):
+    ours = tmp_path / f'ours_{member}'
+    conversion.to_ours(
+      releases.find(path),
+      ours,
+      name='tiny',
+      options=conversion.Options(
+        **(vars(OPTIONS) | {'member': member, 'shard_bytes': 4000})
+      ),
+    )
+    conversion.to_foreign(ours, tmp_path / f'out_{member}', naming='wan')
+    file = tmp_path / f'out_{member}' / layouts.FILES['wan']['transformer']
+    same(read(file), state)
+  with pytest.raises(ValueError, match="has no 'student'; it has .'generator'"):
+    foreign.StateDict(path, member='student')
+
+
+def test_wans_own_pickles_are_found_and_read(tmp_path):
+  states = {}
+  for kind, name, dtype in (
+    ('vae', 'Wan2.1_VAE.pth', torch.float32),
+    ('text_encoder', 'models_t5_umt5-xxl-enc-bf16.pth', torch.bfloat16),
+  ):
+    states[kind] = tensors(fake_release.state_dict(kind, 'wan'), dtype)
+    torch.save(states[kind], tmp_path / name)
+  release = releases.find(tmp_path)
+  for kind, state in states.items():
+    network = releases.open_network(getattr(release, kind))
+    assert (network.kind, network.naming) == (kind, 'wan')
+    same({n: network.state.read(n) for n in network.state.shapes}, state)
+
+
+def test_old_files_that_cannot_be_mapped_are_read(tmp_path, wan_state):
+  path = tmp_path / 'old.pth'
+  torch.save(tensors(wan_state), path, _use_new_zipfile_serialization=False)
+  state = foreign.StateDict(path)
+  np.testing.assert_array_equal(
+    state.read('head.head.bias'), wan_state['head.head.bias']
+  )
+
+
+class _Code:
+  def __reduce__(self):
+    return os.system, ('touch ran',)
+
+
+def test_code_in_a_pickle_is_neither_run_nor_accepted(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = tmp_path / 'evil.pt'
+  torch.save({'generator': {}, 'x': _Code()}, path)
+  with pytest.raises(ValueError) as caught:
+    foreign.StateDict(path)
+  caught.match('evil.pt was not opened: .* code .*system')
+  assert '\n' not in str(caught.value)
+  assert not (tmp_path / 'ran').exists()
+
+
+def test_damaged_and_empty_pickles_are_named(tmp_path, wan_state):
+  path = tmp_path / 'cut.pt'
+  torch.save(tensors(wan_state), path)
+  path.write_bytes(path.read_bytes()[:-200])
+  with pytest.raises(ValueError, match='cut.pt (is damaged|was not opened)'):
+    foreign.StateDict(path)
+  torch.save({'step': 1, 'args': {'lr': 2}}, tmp_path / 'none.pt')
+  with pytest.raises(ValueError, match=r"has no weights; it has \['step', 'a"):
+    foreign.StateDict(tmp_path / 'none.pt')
+  with pytest.raises(FileNotFoundError, match='no weights at'):
+    foreign.StateDict(tmp_path / 'nowhere.pt')
+
+
+def test_shapes_are_checked_in_pickles_too(tmp_path, wan_state):
+  state = tensors(wan_state)
+  state['blocks.1.ffn.0.weight'] = torch.zeros(16, 5)
+  torch.save({'generator': wrapped(state)}, tmp_path / 'x.pt')
+  with pytest.raises(ValueError, match=r"'blocks.1.ffn.0.weight' in .*x.pt"):
+    releases.open_network(tmp_path / 'x.pt', head_dim=12)
+
+
+def _networks():
+  diffusers = pytest.importorskip('diffusers')
+  transformers = pytest.importorskip('transformers')
+  torch.manual_seed(0)
+  return {
+    'transformer': diffusers.WanTransformer3DModel(
+      num_attention_heads=2,
+      attention_head_dim=12,
+      text_dim=16,
+      freq_dim=8,
+      ffn_dim=16,
+      num_layers=2,
+    ),
+    'vae': diffusers.AutoencoderKLWan(
+      base_dim=4,
+      dim_mult=[1, 2],
+      num_res_blocks=1,
+      temperal_downsample=[True],
+    ),
+    'text_encoder': transformers.UMT5EncoderModel(
+      transformers.UMT5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2
+      )
+    ),
+  }
+
+
+def test_what_diffusers_saves_comes_back_for_it_to_load(tmp_path):
+  networks = _networks()
+  for kind, network in networks.items():
+    network = network.to(torch.bfloat16)
+    network.save_pretrained(tmp_path / 'in' / kind, max_shard_size='20KB')
+  assert len(list((tmp_path / 'in').rglob('*-00002-of-*'))) >= 2
+  release = releases.find(tmp_path / 'in')
+  conversion.to_ours(release, tmp_path / 'ours', name='x', options=OPTIONS)
+  conversion.to_foreign(tmp_path / 'ours', tmp_path / 'out', naming='diffusers')
+  for kind, network in networks.items():
+    again = type(network).from_pretrained(
+      tmp_path / 'out' / kind, torch_dtype=torch.bfloat16
+    )
+    state = network.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    for name, tensor in again.state_dict().items():
+      assert torch.equal(tensor, state[name]), name
