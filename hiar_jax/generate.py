@@ -192,7 +192,7 @@ class VideoPipeline:
     prompt: str | Sequence[str],
     *,
     seed: int = 0,
-    mode: str | None = None,
+    mode: str = streaming.AUTO,
     initial_frames: np.ndarray | None = None,
     mesh: jax.sharding.Mesh | None = None,
   ) -> streaming.Stream:
@@ -205,10 +205,11 @@ class VideoPipeline:
     Args:
       prompt: one or several, streamed together.
       seed: another seed gives another video.
-      mode: one of streaming.MODES; None is 'shared' for weights with shared
-        context, else 'batched'.
+      mode: one of streaming.MODES, or 'auto': the fastest one that fits, see
+        `streaming.choose_mode`. The stream's `mode` and `reason` tell.
       initial_frames: see `__call__`.
-      mesh: runs the stages on the devices of its axis `stage`.
+      mesh: runs the stages on the devices of its axis `stage`. Under several
+        processes each runs the same stream and gets all frames.
 
     Raises:
       ValueError: naming the value that does not fit.
@@ -216,8 +217,11 @@ class VideoPipeline:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     check_prompts(prompts)
     config = self.rollout
-    if mode is None:
-      mode = 'shared' if config.context == 'shared' else 'batched'
+    chosen = {}
+    if mode == streaming.AUTO:
+      mode, chosen['reason'] = streaming.choose_mode(
+        self.denoiser, config, self.params, len(prompts), mesh
+      )
     if mode == 'shared':
       config = dataclasses.replace(config, context='shared')
     engine = streaming.Engine(self.denoiser, config, mode, mesh)
@@ -234,6 +238,7 @@ class VideoPipeline:
       prompts,
       keys,
       initial=initial,
+      **chosen,
     )
 
   def decode(self, latents_BFhwC: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ One function, `_tick`, says what a stage does. It is mapped over the stages
 that a device owns, and two executors differ only in how latents hop: on one
 device by a roll of the stage axis, over a mesh axis `stage` by a collective
 permute of the last local stage's latents. Other mesh axes are left to GSPMD.
+`Stages` has the executors, for `shared_pipeline` as well.
 
 The paper's fused form makes C(b, j) and D(b + 1, j) one pass of twice the
 tokens: `fused=True`. D(b, j) then runs at tick b + j.
@@ -18,8 +19,11 @@ tokens: `fused=True`. D(b, j) then runs at tick b + j.
 # B batch, f frames per block, S stages (= denoising steps), L local stages,
 # M prompts in the bank, N layers, h w latent rows and columns, C channels
 
+import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -55,40 +59,212 @@ class PipelineState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
-  """The stages of one network and config.
+class Stages(abc.ABC):
+  """Stages of a network that work in turns, on one device or over a mesh.
+
+  A turn is what every stage does between two hops of latents.
 
   Attributes:
     denoiser: network.
-    config: how blocks are denoised; the context must be 'matched' or 'clean'.
-    fused: one pass of commit and next denoise instead of two that alternate.
-    batched: on one device, all stages as one batch; False runs them one after
-      the other in the least memory.
-    mesh: with an axis `stage` whose size divides the number of steps; None
-      runs all stages on one device.
+    config: how blocks are denoised.
+    mesh: with an axis `stage` whose size divides the number of stages; None
+      runs all of them on one device.
 
   Raises:
-    ValueError: if the stages do not divide over the mesh, or the context has
-      no pipeline.
+    ValueError: if the stages do not divide over the mesh.
   """
 
   denoiser: Denoiser
   config: RolloutConfig
-  fused: bool = False
-  batched: bool = True
   mesh: Mesh | None = None
 
   def __post_init__(self):
+    if self.num_stages % self.num_devices:
+      raise ValueError(
+        f'{self.num_stages} stages do not divide over '
+        f'{self.num_devices} devices'
+      )
+
+  @property
+  @abc.abstractmethod
+  def num_stages(self) -> int:
+    """Stages, over all devices."""
+
+  @property
+  def exit_stage(self) -> int:
+    """The stage that finishes a block."""
+    return self.num_stages - 1
+
+  @abc.abstractmethod
+  def finish_turn(self, block: int) -> int:
+    """The turn, from 0, in which a block is finished."""
+
+  @abc.abstractmethod
+  def blocks_at(self, turn: int) -> list[int]:
+    """The block of each stage in a turn; negative before its first one."""
+
+  @abc.abstractmethod
+  def init_state(
+    self,
+    params: dict,
+    text: TextKV,
+    initial: jax.Array | None = None,
+    origin: int = 0,
+  ) -> Any:
+    """Empty stages, or stages whose pasts hold given clean frames.
+
+    Args:
+      params: of the network.
+      text: the prompts, [N, B, ...].
+      initial: clean latents [B, F, h, w, C] that come first.
+      origin: position of the first frame.
+
+    Returns:
+      A pytree; scalars are the same for all stages, the leading axis of all
+      other arrays is the stage.
+    """
+
+  @abc.abstractmethod
+  def _run_local(self, params, bank, slots_tL, keys_B, state, stages):
+    """`run` for the stages named in `stages`, int32 [L].
+
+    The second result is of `self.exit_stage`, or of the local stage in its
+    place, [num_turns, 1, B, f, h, w, C].
+    """
+
+  @property
+  def num_devices(self) -> int:
+    if self.mesh is None:
+      return 1
+    if STAGE not in self.mesh.shape:
+      raise ValueError(f'mesh axes {self.mesh.axis_names} lack {STAGE!r}')
+    return self.mesh.shape[STAGE]
+
+  @property
+  def stages_per_device(self) -> int:
+    return self.num_stages // self.num_devices
+
+  def num_turns(self, num_blocks: int) -> int:
+    """Turns until all blocks are finished."""
+    return self.finish_turn(num_blocks - 1) + 1
+
+  def run(
+    self,
+    params: dict,
+    bank: TextKV,
+    slots_tS: jax.Array,
+    keys_B: jax.Array,
+    state: Any,
+  ) -> tuple[Any, jax.Array]:
+    """Runs some turns.
+
+    Args:
+      params: of the network.
+      bank: prompts, [M, N, B, ...].
+      slots_tS: int32, the prompt in the bank that each stage uses in each of
+        the turns to run; their number is that of the turns.
+      keys_B: one noise key per sample, see `rollout.named_noise`.
+      state: of the stages, from `init_state`.
+
+    Returns:
+      The state after them, and what every device sent on in each turn,
+      [num_turns, devices, B, f, h, w, C]; `finished` finds the blocks in it.
+    """
+    if self.mesh is None:
+      stages = jnp.arange(self.num_stages)
+      return self._run_local(params, bank, slots_tS, keys_B, state, stages)
+
+    def on_device(params, bank, slots_tL, keys_B, state):
+      first = jax.lax.axis_index(STAGE) * self.stages_per_device
+      stages = first + jnp.arange(self.stages_per_device)
+      return self._run_local(params, bank, slots_tL, keys_B, state, stages)
+
+    whole, in_turns = PartitionSpec(), PartitionSpec(None, STAGE)
+    state_specs = self.state_specs(state)
+    return jax.shard_map(
+      on_device,
+      mesh=self.mesh,
+      in_specs=(whole, whole, in_turns, whole, state_specs),
+      out_specs=(state_specs, in_turns),
+      axis_names={STAGE},
+      # Pallas kernels do not say over which axes their results vary.
+      check_vma=False,
+    )(params, bank, slots_tS, keys_B, state)
+
+  def state_specs(self, state: Any) -> Any:
+    """How a state lies on the mesh: a stage's part with its stage."""
+    return jax.tree.map(
+      lambda a: PartitionSpec(STAGE) if a.ndim else PartitionSpec(), state
+    )
+
+  def finished(self, sent: jax.Array, turns: int | Sequence[int]) -> jax.Array:
+    """What was finished in the given of the turns that `run` ran.
+
+    Args:
+      sent: second result of `run`.
+      turns: one, or several; entries of `sent`.
+
+    Returns:
+      Blocks [B, f, h, w, C], or [b, B, f, h, w, C] for several turns.
+    """
+    return sent[np.array(turns), self.exit_stage // self.stages_per_device]
+
+  def _shift(self, tree: Any, by: int) -> Any:
+    """Arrays [L, ...] to the next stage (by=1) or the one before (by=-1).
+
+    Only what changes the device crosses a link. What arrives at the first
+    (last) stage, which has none before (after) it, is of no meaning.
+    """
+    size = self.num_devices
+    if size == 1:
+      return jax.tree.map(lambda a: jnp.roll(a, by, axis=0), tree)
+    links = [(i, i + by) for i in range(size) if 0 <= i + by < size]
+
+    def shift(a):
+      edge = a[-1:] if by == 1 else a[:1]
+      arrived = jax.lax.ppermute(edge, STAGE, links)
+      parts = [arrived, a[:-1]] if by == 1 else [a[1:], arrived]
+      return jnp.concatenate(parts)
+
+    return jax.tree.map(shift, tree)
+
+  def _stage(self, params, bank, keys_B, slot):
+    """The verbs and the noise of a stage that uses a prompt of the bank."""
+    text = jax.tree.map(lambda a: a[slot], bank)
+    sampler = Sampler(self.denoiser, params, text, self.config)
+    noise = rollout.named_noise(
+      keys_B, self.config.block_shape(self.denoiser.config)
+    )
+    return sampler, noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline(Stages):
+  """One stage per denoising step; a turn is a tick.
+
+  Attributes:
+    fused: one pass of commit and next denoise instead of two that alternate.
+    batched: on one device, all stages as one batch; False runs them one after
+      the other in the least memory.
+
+  The others are those of `Stages`; the context must be 'matched' or 'clean'.
+
+  Raises:
+    ValueError: if the stages do not divide over the mesh, or the context is
+      'shared'.
+  """
+
+  fused: bool = False
+  batched: bool = True
+
+  def __post_init__(self):
     if self.config.context == 'shared':
-      raise ValueError("context 'shared' has no stage-wise pipeline")
-    if self.mesh is not None:
-      if STAGE not in self.mesh.shape:
-        raise ValueError(f'mesh axes {self.mesh.axis_names} lack {STAGE!r}')
-      if self.config.num_steps % self.mesh.shape[STAGE]:
-        raise ValueError(
-          f'{self.config.num_steps} stages do not divide over '
-          f'{self.mesh.shape[STAGE]} devices'
-        )
+      raise ValueError("context 'shared' needs shared_pipeline.SharedPipeline")
+    super().__post_init__()
+
+  @property
+  def num_stages(self) -> int:
+    return self.config.num_steps
 
   @property
   def ticks_per_block(self) -> int:
@@ -102,6 +278,13 @@ class Pipeline:
     """Ticks until all blocks have left: 2B + S - 2 (fused: B + S - 1)."""
     return self.finish_tick(num_blocks - 1) + 1
 
+  def finish_turn(self, block: int) -> int:
+    return self.finish_tick(block)
+
+  def blocks_at(self, turn: int) -> list[int]:
+    stages = range(self.num_stages)
+    return [(turn - stage) // self.ticks_per_block for stage in stages]
+
   def init_state(
     self,
     params: dict,
@@ -109,14 +292,6 @@ class Pipeline:
     initial: jax.Array | None = None,
     origin: int = 0,
   ) -> PipelineState:
-    """Empty stages, or stages whose pasts hold given clean frames.
-
-    Args:
-      params: of the network.
-      text: the prompts, [N, B, ...].
-      initial: clean latents [B, F, h, w, C] that come first.
-      origin: position of the first frame.
-    """
     sampler = Sampler(self.denoiser, params, text, self.config, origin)
     block = (
       self.config.num_steps,
@@ -130,73 +305,7 @@ class Pipeline:
       past=rollout.stacked_pasts(sampler, initial),
     )
 
-  def run(
-    self,
-    params: dict,
-    bank: TextKV,
-    slots_tS: jax.Array,
-    keys_B: jax.Array,
-    state: PipelineState,
-  ) -> tuple[PipelineState, jax.Array]:
-    """Runs some ticks.
-
-    Args:
-      params: of the network.
-      bank: prompts, [M, N, B, ...].
-      slots_tS: int32, the prompt in the bank that each stage uses at each of
-        the ticks to run; their number is that of the ticks.
-      keys_B: one noise key per sample, see `rollout.named_noise`.
-      state: of the stages.
-
-    Returns:
-      The state after them, and what the last stage of every device denoised
-      at each tick, [num_ticks, devices, B, f, h, w, C]. Block b of the video
-      is entry [finish_tick(b), -1]; the others are of no meaning.
-    """
-    num_stages = self.config.num_steps
-    if self.mesh is None:
-      stages = jnp.arange(num_stages)
-      state, sent = self._run_local(
-        params, bank, slots_tS, keys_B, state, stages, _roll
-      )
-      return state, sent
-
-    per_device = num_stages // self.mesh.shape[STAGE]
-
-    def on_device(params, bank, slots, keys, state):
-      first = jax.lax.axis_index(STAGE) * per_device
-      stages = first + jnp.arange(per_device)
-      return self._run_local(
-        params, bank, slots, keys, state, stages, self._hop
-      )
-
-    split, whole = PartitionSpec(STAGE), PartitionSpec()
-    state_spec = PipelineState(whole, split, split, split)
-    state, sent = jax.shard_map(
-      on_device,
-      mesh=self.mesh,
-      in_specs=(
-        whole,
-        whole,
-        PartitionSpec(None, STAGE),
-        whole,
-        state_spec,
-      ),
-      out_specs=(state_spec, PartitionSpec(None, STAGE)),
-      axis_names={STAGE},
-      # Pallas kernels do not say over which axes their results vary.
-      check_vma=False,
-    )(params, bank, slots_tS, keys_B, state)
-    return state, sent
-
-  def _hop(self, sent: jax.Array) -> jax.Array:
-    """Latents [L, ...] one stage on, the last local one to the next device."""
-    size = self.mesh.shape[STAGE]
-    ring = [(i, (i + 1) % size) for i in range(size)]
-    arrived = jax.lax.ppermute(sent[-1:], STAGE, ring)
-    return jnp.concatenate([arrived, sent[:-1]])
-
-  def _run_local(self, params, bank, slots_tS, keys_B, state, stages, hop):
+  def _run_local(self, params, bank, slots_tL, keys_B, state, stages):
     tick = self._fused_tick if self.fused else self._tick
 
     def one_tick(state, slots):
@@ -207,19 +316,13 @@ class Pipeline:
       over_stages = jax.vmap(one_stage)
       if not self.batched:
         over_stages = functools.partial(jax.lax.map, one_stage)
-      hold, sent, past = over_stages(args)
-      state = PipelineState(state.tick + 1, hold, hop(sent), past)
-      return state, sent[-1:]
+      hold, sent, kv, live = over_stages(args)
+      # Not stage by stage: one after the other would copy the pasts.
+      past = write(state.past, kv, live)
+      inbox = self._shift(sent, 1)
+      return PipelineState(state.tick + 1, hold, inbox, past), sent[-1:]
 
-    return jax.lax.scan(one_tick, state, slots_tS)
-
-  def _stage(self, params, bank, keys_B, slot):
-    text = jax.tree.map(lambda a: a[slot], bank)
-    sampler = Sampler(self.denoiser, params, text, self.config)
-    noise = rollout.named_noise(
-      keys_B, self.config.block_shape(self.denoiser.config)
-    )
-    return sampler, noise
+    return jax.lax.scan(one_tick, state, slots_tL)
 
   def _context_level(self, sampler, step_next):
     """Level at which a block is committed, as the network is told it."""
@@ -233,6 +336,10 @@ class Pipeline:
 
     Before its first block a stage works on whatever its buffers hold; that
     reaches neither its past (`live`) nor a later stage's block (parity).
+
+    Returns:
+      What it holds then, what it sends, the K/V of the pass, and `live`:
+      whether they are to be written to the stage's past.
     """
     sampler, noise = self._stage(params, bank, keys_B, slot)
     age = tick - stage
@@ -249,8 +356,7 @@ class Pipeline:
     sent, x0 = sampler.advance(x, flow, noise, stage, block)
     context, _ = rollout.context_of(sampler, sent, x0, stage + 1)
     hold = jnp.where(is_denoise, context, hold)
-    past = past.write(kv, live=~is_denoise & (age >= 0))
-    return hold, sent, past
+    return hold, sent, kv, ~is_denoise & (age >= 0)
 
   def _fused_tick(
     self, params, bank, keys_B, tick, stage, slot, hold, inbox, past
@@ -278,7 +384,7 @@ class Pipeline:
     sent, x0 = sampler.advance(arrived, flow[:, size:], noise, stage, block)
     hold, _ = rollout.context_of(sampler, sent, x0, stage + 1)
     first = jax.tree.map(lambda a: a[:, :, : a.shape[2] // 2], kv)
-    return hold, sent, past.write(first, live=has_commit)
+    return hold, sent, first, has_commit
 
   def _fused_flow(self, params, commit, denoise, sigma, text, past, has_commit):
     """One pass of [block to commit | block to denoise]."""
@@ -324,30 +430,31 @@ class Pipeline:
     )
 
 
-def _roll(sent: jax.Array) -> jax.Array:
-  return jnp.roll(sent, 1, axis=0)
+def write(past: KVCache, kv: KV, live: jax.Array) -> KVCache:
+  """K/V [L, ...] into the pasts of L stages, where `live`, bool [L]."""
+  return jax.vmap(KVCache.write)(past, kv, live)
 
 
 def single_prompt(
-  text: TextKV, num_ticks: int, num_stages: int
+  text: TextKV, num_turns: int, num_stages: int
 ) -> tuple[TextKV, jax.Array]:
-  """A bank of one prompt that every stage uses at every tick."""
+  """A bank of one prompt that every stage uses in every turn."""
   bank = jax.tree.map(lambda a: a[None], text)
-  return bank, jnp.zeros((num_ticks, num_stages), jnp.int32)
+  return bank, jnp.zeros((num_turns, num_stages), jnp.int32)
 
 
 def pipelined(
-  pipeline: Pipeline,
+  stages: Stages,
   params: dict,
   text: TextKV,
   keys_B: jax.Array,
   num_blocks: int,
   initial: jax.Array | None = None,
 ) -> jax.Array:
-  """All blocks of a video through the pipeline: equals rollout.step_first.
+  """All blocks of a video through a pipeline: equals rollout.step_first.
 
   Args:
-    pipeline: stages.
+    stages: the pipeline.
     params: of the network.
     text: the prompts, [N, B, ...].
     keys_B: one noise key per sample.
@@ -357,11 +464,11 @@ def pipelined(
   Returns:
     [B, F, h, w, C], given frames included.
   """
-  state = pipeline.init_state(params, text, initial)
+  state = stages.init_state(params, text, initial)
   bank, slots = single_prompt(
-    text, pipeline.num_ticks(num_blocks), pipeline.config.num_steps
+    text, stages.num_turns(num_blocks), stages.num_stages
   )
-  _, sent = pipeline.run(params, bank, slots, keys_B, state)
-  finished = [pipeline.finish_tick(b) for b in range(num_blocks)]
-  video = rollout.join_blocks(sent[np.array(finished), -1])
+  _, sent = stages.run(params, bank, slots, keys_B, state)
+  turns = [stages.finish_turn(b) for b in range(num_blocks)]
+  video = rollout.join_blocks(stages.finished(sent, turns))
   return video if initial is None else jnp.concatenate([initial, video], 1)

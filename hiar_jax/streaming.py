@@ -5,24 +5,35 @@ the iterator: two ticks of the pipeline, or the S + 1 passes of a block with
 shared context. The next block is under way while the caller looks at the last
 one. Prompts may change at any block; a block keeps its prompt through all its
 steps.
+
+Over the devices of several processes every process runs the same stream: it
+asks for the same blocks, sends the same prompts, and gets all frames.
 """
 
 # B batch, f frames per block, S stages, M prompts in the bank, H W pixels
 
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from hiar_jax import codecs, pipeline, rollout
+from hiar_jax import codecs, pipeline, rollout, shared_pipeline
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 
 MODES = ('batched', 'serial', 'shared')
+AUTO = 'auto'  # `choose_mode` decides.
+
+# Of a device's memory; the rest is XLA's own and lost between arrays.
+_USABLE = 0.9
+_GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +48,8 @@ class Engine:
       memory allows); 'serial': stage after stage (least memory); both are
       hierarchical denoising and agree. 'shared': shared context, a method of
       its own in S + 1 passes a block instead of 2S.
-    mesh: runs the stages on the devices of its axis `stage`; None: one device.
+    mesh: runs the stages on the devices of its axis `stage`, of this process
+      or of several; None: one device.
 
   Raises:
     ValueError: if mode, context and mesh do not go together.
@@ -56,18 +68,22 @@ class Engine:
         f'stream mode {self.mode!r} does not go with context '
         f'{self.config.context!r}: both or neither must be shared'
       )
-    if self.mode == 'shared' and self.mesh is not None:
-      raise ValueError("stream mode 'shared' runs on one device, without mesh")
-    if self.mode != 'shared':
-      _ = self.stages  # Its own checks: the mesh.
+    _ = self.stages  # Its own checks: the mesh.
 
   @property
-  def stages(self) -> pipeline.Pipeline:
-    return pipeline.Pipeline(
-      self.denoiser,
-      self.config,
-      batched=self.mode == 'batched',
-      mesh=self.mesh,
+  def stages(self) -> pipeline.Stages | None:
+    """The pipeline; None for shared context on one device, which is a loop."""
+    if self.mode != 'shared':
+      return pipeline.Pipeline(
+        self.denoiser,
+        self.config,
+        batched=self.mode == 'batched',
+        mesh=self.mesh,
+      )
+    if self.mesh is None:
+      return None
+    return shared_pipeline.SharedPipeline(
+      self.denoiser, self.config, mesh=self.mesh
     )
 
   @property
@@ -75,8 +91,157 @@ class Engine:
     """Prompts that may be in flight: one for each block that is."""
     return self.config.num_steps // 2 + 2
 
+  def turns(self, block: int) -> list[list[int]]:
+    """The turns in which a block is finished after the one before it.
+
+    Returns:
+      For each turn the block of every stage, the first stage's first; negative
+      where a stage has none yet.
+    """
+    stages = self.stages
+    if stages is None:
+      return [[block]]
+    first = stages.finish_turn(block - 1) + 1 if block else 0
+    last = stages.finish_turn(block)
+    return [stages.blocks_at(turn) for turn in range(first, last + 1)]
+
+  def place(self, tree: Any) -> Any:
+    """Puts arrays on all devices of the mesh, once and for all.
+
+    Under several processes a program takes no arrays of one of them.
+    """
+    if self.mesh is None:
+      return tree
+    everywhere = NamedSharding(self.mesh, PartitionSpec())
+
+    def one(a):
+      if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        return jax.device_put(np.asarray(a), everywhere)
+      data = jax.device_put(np.asarray(jax.random.key_data(a)), everywhere)
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
+
+    return jax.tree.map(one, tree)
+
   def sampler(self, params, text, origin=0) -> rollout.Sampler:
     return rollout.Sampler(self.denoiser, params, text, self.config, origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device that a stream needs; see `estimate_memory`.
+
+  Attributes:
+    weights: of the network.
+    caches: of the pasts of the device's stages.
+    temporaries: of the passes that it makes at a time.
+  """
+
+  weights: int
+  caches: int
+  temporaries: int
+
+  @property
+  def total(self) -> int:
+    return self.weights + self.caches + self.temporaries
+
+
+def estimate_memory(engine: Engine, params: dict, batch_size: int) -> Memory:
+  """What the turns of a stream hold at a time, decoding left out.
+
+  Weights and caches are counted. With T tokens in the blocks of a pass, W in
+  the window, width D, feed-forward width E, H heads, N layers and b bytes a
+  number, the temporaries of a pass are taken to be
+
+    T (8 D + 2 E) 4    a layer's activations, in float32
+    2 H Q W 4          scores and their softmax, Q = T, or 256 of them where
+                       attention does not hold all
+    2 N T D b          its keys and values
+
+  times the passes that run at a time. Stages one after the other copy the past
+  of the one under way, stages as a batch all of them, as XLA compiles it. For
+  1.3B with one stage a chip that is 2.2 GB of temporaries; XLA makes do with
+  1.6 to 1.9 GB there (docs/tpu.md).
+  """
+  model, config = engine.denoiser.config, engine.config
+  stages = engine.stages
+  devices = 1 if stages is None else stages.num_devices
+  num_stages = config.num_steps if stages is None else stages.num_stages
+  pasts = config.num_steps
+  if engine.mode == 'shared' and stages is not None:
+    pasts = stages.passes * num_stages
+  width = jnp.dtype(model.dtype).itemsize
+  slots = config.past_frames * model.tokens_per_frame
+  past = 2 * model.num_layers * batch_size * slots * model.dim * width
+  queries = config.frames_per_block * model.tokens_per_frame
+  tokens = batch_size * queries
+  if model.attention != 'xla':
+    queries = min(queries, 256)
+  window = config.window * model.tokens_per_frame
+  one_pass = (
+    tokens * (8 * model.dim + 2 * model.ffn_dim) * 4
+    + 2 * batch_size * model.num_heads * queries * window * 4
+    + 2 * model.num_layers * tokens * model.dim * width
+  )
+  in_turn = engine.mode == 'serial' or stages is None
+  at_a_time = 1 if in_turn else num_stages // devices
+  caches = past * pasts // devices
+  copied = 0
+  if in_turn:
+    copied = past
+  elif at_a_time > 1:
+    copied = caches
+  return Memory(
+    weights=sum(
+      math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params)
+    ),
+    caches=caches,
+    temporaries=one_pass * at_a_time + copied,
+  )
+
+
+def device_memory(device: jax.Device) -> int:
+  """Bytes of memory of a device; of the machine where it keeps no account."""
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit']
+  return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+
+
+def choose_mode(
+  denoiser: Denoiser,
+  config: rollout.RolloutConfig,
+  params: dict,
+  batch_size: int,
+  mesh: Any = None,
+) -> tuple[str, str]:
+  """The fastest mode that fits, of the method that the weights are for.
+
+  Stages as a batch are faster than one after the other: an accelerator has more
+  to do at a time, and a CPU took 0.8 of the processor time for the small world.
+
+  Args:
+    denoiser: network.
+    config: how blocks are denoised.
+    params: of the network; only their sizes are looked at.
+    batch_size: videos that are streamed together.
+    mesh: see `Engine`; memory is that of one of its devices.
+
+  Returns:
+    One of MODES, and why, for people.
+  """
+  if config.context == 'shared':
+    return 'shared', 'the weights are for shared context'
+  device = jax.local_devices()[0]
+  if mesh is not None:
+    device = mesh.local_devices[0]
+  batched = Engine(denoiser, config, 'batched', mesh)
+  need = estimate_memory(batched, params, batch_size).total
+  room = device_memory(device)
+  fits = need <= _USABLE * room
+  return 'batched' if fits else 'serial', (
+    f'stages as a batch {"fit" if fits else "do not fit"}: about '
+    f'{need / _GB:.2g} of {room / _GB:.3g} GB ({device.device_kind})'
+  )
 
 
 class Stream:
@@ -97,6 +262,7 @@ class Stream:
     *,
     initial: np.ndarray | None = None,
     origin: int = 0,
+    reason: str = 'as asked for',
   ):
     """Prepares a stream; the first `next` compiles.
 
@@ -109,9 +275,12 @@ class Stream:
       keys_B: noise keys, see `rollout.named_noise`.
       initial: latents [B, F, h, w, C] that the video goes on from.
       origin: position of the first frame, for tests of shift invariance.
+      reason: of the engine's mode, for people.
     """
-    self._engine, self._params, self._codec = engine, params, codec
-    self._encode_text, self._keys = encode_text, keys_B
+    self.reason = reason
+    self._engine, self._codec = engine, codec
+    self._params = params = engine.place(params)
+    self._encode_text, self._keys = encode_text, engine.place(keys_B)
     text = _project(params, encode_text(prompts), denoiser=engine.denoiser)
     self._bank = _new_bank(text, size=engine.bank_size)
     # Which slot of the bank serves from which block on, oldest first.
@@ -119,7 +288,8 @@ class Stream:
     self._coming: dict[int, np.ndarray] = {}
     self._state = _begin(params, text, initial, origin, engine=engine)
     self._decoder = codec.init_decode_state(len(prompts))
-    self._block = 0
+    # Blocks that have left, and blocks that the first stage has begun.
+    self._block = self._begun = 0
     self._ready: list[jax.Array] = []
 
   @property
@@ -129,7 +299,7 @@ class Stream:
   @property
   def next_block(self) -> int:
     """The next block to start; a prompt sent now shows from it on."""
-    return self._block
+    return self._begun
 
   def __iter__(self) -> Iterator[np.ndarray]:
     return self
@@ -158,19 +328,19 @@ class Stream:
     prompts = [prompts] * batch if isinstance(prompts, str) else list(prompts)
     if len(prompts) != batch:
       raise ValueError(f'{len(prompts)} prompts for {batch} samples')
-    at = self._block if at is None else at
-    if at < self._block:
+    at = self._begun if at is None else at
+    if at < self._begun:
       raise ValueError(
-        f'block {at} has been started; the next to start is {self._block}'
+        f'block {at} has been started; the next to start is {self._begun}'
       )
     self._coming[at] = self._encode_text(prompts)
     return at
 
-  def _change_prompt(self, states: np.ndarray) -> None:
-    """Gives the block that starts now, and those after it, other prompts."""
+  def _change_prompt(self, block: int, states: np.ndarray) -> None:
+    """Gives a block that starts now, and those after it, other prompts."""
     slot = (self._slots[-1][1] + 1) % self._engine.bank_size
     self._slots = self._slots[1 - self._engine.bank_size :]
-    self._slots.append((self._block, slot))
+    self._slots.append((block, slot))
     text = _project(self._params, states, denoiser=self._engine.denoiser)
     self._bank = _set_prompt(self._bank, text, np.int32(slot))
 
@@ -180,38 +350,30 @@ class Stream:
 
   def _start_block(self) -> jax.Array:
     """Dispatches what the next block still needs; its frames to come."""
-    engine, block = self._engine, self._block
-    if block in self._coming:
-      self._change_prompt(self._coming.pop(block))
-    if engine.mode == 'shared':
-      # One block is in flight at a time.
+    engine = self._engine
+    turns = engine.turns(self._block)
+    # Where there are stages, later blocks begin before this one leaves.
+    for block in range(self._begun, turns[-1][0] + 1):
+      if block in self._coming:
+        self._change_prompt(block, self._coming.pop(block))
+    self._begun = turns[-1][0] + 1
+    slots = [[self._slot(block) for block in stages] for stages in turns]
+    arguments = (self._params, self._bank, np.array(slots, np.int32))
+    if engine.stages is None:
       self._state, latents = _shared_block(
-        self._params,
-        self._bank,
-        np.int32(self._slot(block)),
+        *arguments,
         self._keys,
         self._state,
-        np.int32(block),
+        np.int32(self._block),
         engine=engine,
       )
     else:
-      stages = engine.stages
-      last = stages.finish_tick(block)
-      first = stages.finish_tick(block - 1) + 1 if block else 0
-      num_steps = engine.config.num_steps
-      slots = [
-        [self._slot((tick - stage) // 2) for stage in range(num_steps)]
-        for tick in range(first, last + 1)
-      ]
-      self._state, latents = _ticks(
-        self._params,
-        self._bank,
-        np.array(slots, np.int32),
-        self._keys,
-        self._state,
-        engine=engine,
+      self._state, latents = _turns(
+        *arguments, self._keys, self._state, engine=engine
       )
     self._block += 1
+    # Where there is a mesh all its devices have them; one is enough to decode.
+    latents = latents.addressable_data(0)
     frames, self._decoder = _decode(self._codec, self._decoder, latents)
     return frames
 
@@ -233,20 +395,36 @@ def _set_prompt(bank, text, slot):
 
 @functools.partial(jax.jit, static_argnames='engine')
 def _begin(params, text, initial, origin, *, engine):
-  if engine.mode == 'shared':
+  stages = engine.stages
+  if stages is None:
     return rollout.stacked_pasts(engine.sampler(params, text, origin), initial)
-  return engine.stages.init_state(params, text, initial, origin)
+  state = stages.init_state(params, text, initial, origin)
+  if engine.mesh is None:
+    return state
+  return jax.tree.map(
+    lambda a, spec: _constrain(a, engine.mesh, spec),
+    state,
+    stages.state_specs(state),
+  )
 
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='state')
-def _ticks(params, bank, slots_tS, keys_B, state, *, engine):
-  state, sent = engine.stages.run(params, bank, slots_tS, keys_B, state)
-  return state, sent[-1, -1]
+def _turns(params, bank, slots_tS, keys_B, state, *, engine):
+  stages = engine.stages
+  state, sent = stages.run(params, bank, slots_tS, keys_B, state)
+  latents = stages.finished(sent, -1)
+  if engine.mesh is not None:
+    latents = _constrain(latents, engine.mesh, PartitionSpec())
+  return state, latents
+
+
+def _constrain(array, mesh, spec):
+  return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='pasts')
-def _shared_block(params, bank, slot, keys_B, pasts, block, *, engine):
-  text = jax.tree.map(lambda a: a[slot], bank)
+def _shared_block(params, bank, slots_tS, keys_B, pasts, block, *, engine):
+  text = jax.tree.map(lambda a: a[slots_tS[0, 0]], bank)
   noise = rollout.named_noise(
     keys_B, engine.config.block_shape(engine.denoiser.config)
   )

@@ -5,6 +5,7 @@ Run as a program, this file is one of the processes:
   python tests/distributed_pipeline_test.py HOST:PORT PROCESSES ID DEVICES
 """
 
+import dataclasses
 import json
 import pathlib
 import socket
@@ -17,7 +18,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hiar_jax import distributed, noise_schedule, pipeline, rollout
+from hiar_jax import (
+  codecs,
+  distributed,
+  noise_schedule,
+  pipeline,
+  rollout,
+  streaming,
+)
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 
@@ -66,6 +74,10 @@ def test_stages_over_processes_equal_the_step_first_rollout(count, devices):
     assert report['holds_last_stage'] == (i == count - 1)
     assert len(report['errors']) == len(CASES)
     assert max(report['errors']) < 1e-5
+    # Shared context in four steps has no four stages.
+    modes = ['batched', 'shared'] if count * devices == 2 else ['batched']
+    assert sorted(report['stream_errors']) == modes
+    assert max(report['stream_errors'].values()) < 1e-5
 
 
 def _processes(count: int, i: int, port: int) -> distributed.Processes:
@@ -142,6 +154,35 @@ def _network() -> tuple[Denoiser, dict]:
   )
 
 
+class _PlainCodec:
+  """Hands latents out as they are, so that they can be compared."""
+
+  def init_decode_state(self, batch_size):
+    return ()
+
+  def decode_stream(self, state, latents):
+    return latents, state
+
+
+jax.tree_util.register_static(_PlainCodec)
+
+
+def _stream(denoiser, params, config, mode, mesh=None) -> np.ndarray:
+  """Six blocks with another prompt from the fourth on."""
+  if mode == 'shared':
+    config = dataclasses.replace(config, context='shared')
+  stream = streaming.Stream(
+    streaming.Engine(denoiser, config, mode, mesh),
+    params,
+    _PlainCodec(),
+    lambda prompts: np.full((len(prompts), 4, 8), len(prompts[0]), np.float32),
+    ['a'],
+    jax.random.split(jax.random.key(3), 1),
+  )
+  stream.send('ab', at=3)
+  return np.concatenate([next(stream) for _ in range(6)], 1)
+
+
 def _process(address: str, count: int, i: int, devices: int) -> None:
   """One process: runs every case and prints its largest errors."""
   jax.config.update('jax_platforms', 'cpu')
@@ -179,12 +220,19 @@ def _process(address: str, count: int, i: int, devices: int) -> None:
     wanted = jax.jit(expected)(params, states, seed)
     made = np.asarray(made.addressable_data(0))
     errors.append(float(np.abs(made - np.asarray(wanted)).max()))
+  codecs.float_to_pixels = lambda latents: latents
+  stream_errors = {}
+  for mode in ('batched', 'shared')[: 2 if mesh.size == 2 else 1]:
+    made = _stream(denoiser, params, config, mode, mesh)
+    wanted = _stream(denoiser, params, config, mode)
+    stream_errors[mode] = float(np.abs(made - wanted).max())
   print(
     json.dumps(
       {
         'devices': mesh.shape['stage'],
         'holds_last_stage': mesh.devices[-1].process_index == i,
         'errors': errors,
+        'stream_errors': stream_errors,
       }
     )
   )

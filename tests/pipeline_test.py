@@ -198,7 +198,7 @@ def test_only_latents_hop_between_devices():
   ('mesh', 'kwargs', 'message'),
   [
     (3, {}, '4 stages do not divide over 3 devices'),
-    (None, {'context': 'shared'}, "context 'shared' has no"),
+    (None, {'context': 'shared'}, 'needs shared_pipeline'),
   ],
 )
 def test_a_pipeline_that_cannot_run_is_refused(mesh, kwargs, message):

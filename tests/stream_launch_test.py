@@ -63,7 +63,7 @@ import os, runpy, signal, sys
 import numpy as np
 from hiar_jax import generate
 class Stream:
-  mode = 'fake'
+  mode, reason = 'fake', 'which makes nothing'
   made = 0
   def send(self, prompt, at):
     print('send', at, prompt)

@@ -1,10 +1,12 @@
 """A stream makes the blocks of the offline rollout, one after the other."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from hiar_jax import codecs, noise_schedule, rollout, streaming
 from hiar_jax.denoiser import Denoiser
@@ -59,13 +61,22 @@ def latents_instead_of_pixels(monkeypatch):
   monkeypatch.setattr(codecs, 'float_to_pixels', lambda video: video)
 
 
-def make_stream(mode='batched', prompts=('a',), **kwargs):
+def stage_mesh(devices):
+  return jax.make_mesh(
+    (devices,),
+    ('stage',),
+    axis_types=(AxisType.Auto,),
+    devices=jax.devices()[:devices],
+  )
+
+
+def make_stream(mode='batched', prompts=('a',), mesh=None, **kwargs):
   context = 'shared' if mode == 'shared' else 'matched'
   config = rollout.RolloutConfig(
     levels=LEVELS, window=6, sink=1, context=context
   )
   return streaming.Stream(
-    streaming.Engine(DENOISER, config, mode),
+    streaming.Engine(DENOISER, config, mode, mesh),
     params(),
     PlainCodec(),
     encode,
@@ -118,19 +129,68 @@ def test_a_prompt_changes_the_video_from_its_block_on_and_not_before(mode):
   assert np.abs(after[:, cut : cut + 3] - before[:, cut : cut + 3]).max() > 0.01
 
 
-def test_many_prompt_changes_keep_every_block_at_its_own_prompt():
-  # Every block has its own prompt; block b must equal that of a stream whose
-  # prompts changed at the same blocks, however far ahead it was told.
-  prompts = ['a' * (b + 1) for b in range(9)]
-  one, two = make_stream(), make_stream('serial')
-  videos = []
-  for stream in (one, two):
-    blocks = []
-    for b in range(1, 9):
-      stream.send(prompts[b])
-      blocks.append(next(stream))
-    videos.append(np.concatenate(blocks, 1))
-  np.testing.assert_allclose(videos[0], videos[1], atol=1e-5)
+@functools.cache
+def one_prompt_a_block(context, prompts):
+  """The rollout in which every block has a prompt of its own."""
+  config = rollout.RolloutConfig(
+    levels=LEVELS, window=6, sink=1, context=context
+  )
+  noise = rollout.named_noise(
+    jax.random.split(jax.random.key(2), 1), (3, 2, 2, 4)
+  )
+  texts = [DENOISER.project_text(params(), encode([p])) for p in prompts]
+  sampler = rollout.Sampler(DENOISER, params(), texts[0], config)
+
+  @jax.jit
+  def all_steps(text, b, pasts):
+    own = dataclasses.replace(sampler, text=text)
+    return rollout.shared_block(own, noise, pasts, b)[:2]
+
+  @jax.jit
+  def one_step(text, b, past, j, x):
+    own = dataclasses.replace(sampler, text=text)
+    x, past = rollout.sweep(
+      own, noise, x[None], b[None], past, first_step=j, num_steps=1
+    )
+    return x[0], past
+
+  video = [noise(0, b) for b in range(len(prompts))]
+  if context == 'shared':
+    pasts = rollout.stacked_pasts(sampler, None)
+    for b, text in enumerate(texts):
+      video[b], pasts = all_steps(text, np.int32(b), pasts)
+    return np.concatenate(video, 1)
+  for j in range(config.num_steps):
+    past = sampler.empty_past()
+    for b, text in enumerate(texts):
+      video[b], past = one_step(text, np.int32(b), past, j, video[b])
+  return np.concatenate(video, 1)
+
+
+@pytest.mark.parametrize(
+  ('mode', 'devices'),
+  [
+    ('batched', None),
+    ('serial', None),
+    ('shared', None),
+    ('batched', 2),
+    ('shared', 3),
+  ],
+)
+def test_every_block_keeps_its_own_prompt_through_all_its_steps(mode, devices):
+  prompts = tuple('a' * (b + 1) for b in range(9))
+  context = 'shared' if mode == 'shared' else 'matched'
+  mesh = devices and stage_mesh(devices)
+  stream = make_stream(mode, prompts[:1], mesh)
+  video = []
+  for _ in prompts:
+    # As late as may be: stages have begun with the blocks before.
+    for b in range(max(stream.next_block, 1), len(prompts)):
+      stream.send(prompts[b], at=b)
+    video.append(next(stream))
+  np.testing.assert_allclose(
+    np.concatenate(video, 1), one_prompt_a_block(context, prompts), atol=1e-5
+  )
 
 
 def test_a_prompt_can_be_told_ahead_but_not_of_a_started_block():
@@ -140,7 +200,7 @@ def test_a_prompt_can_be_told_ahead_but_not_of_a_started_block():
   assert live.send('another one', at=3) == 3
   live = np.concatenate([*first, take(live, 5)], 1)
   np.testing.assert_array_equal(take(ahead, 6), live)
-  with pytest.raises(ValueError, match=r'block 3 has been started.* 7'):
+  with pytest.raises(ValueError, match=r'block 3 has been started.* 8'):
     ahead.send('too late', at=3)
 
 
@@ -154,9 +214,9 @@ def test_frame_300000_behaves_like_frame_0(mode):
 def test_a_stream_compiles_nothing_after_its_second_block():
   stream = make_stream()
   take(stream, 2)
-  size = streaming._ticks._cache_size()
+  size = streaming._turns._cache_size()
   take(stream, 6)
-  assert streaming._ticks._cache_size() == size
+  assert streaming._turns._cache_size() == size
 
 
 @pytest.mark.parametrize(
@@ -171,3 +231,46 @@ def test_an_engine_that_cannot_run_is_refused(mode, context, message):
   config = rollout.RolloutConfig(levels=LEVELS, context=context)
   with pytest.raises(ValueError, match=message):
     streaming.Engine(DENOISER, config, mode)
+
+
+@dataclasses.dataclass
+class Device:
+  """What `choose_mode` asks of a device."""
+
+  bytes_limit: int
+  platform: str = 'gpu'
+  device_kind: str = 'A100'
+
+  def memory_stats(self):
+    return {'bytes_limit': self.bytes_limit}
+
+
+def test_auto_takes_the_stages_as_a_batch_where_they_fit(monkeypatch):
+  config = rollout.RolloutConfig(levels=LEVELS, window=6)
+
+  def mode_on(device):
+    monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+    return streaming.choose_mode(DENOISER, config, params(), 2)
+
+  engine = streaming.Engine(DENOISER, config)
+  need = streaming.estimate_memory(engine, params(), 2).total
+  roomy, why = mode_on(Device(2 * need))
+  assert roomy == 'batched' and 'A100' in why
+  assert mode_on(Device(need))[0] == 'serial'
+  # A host keeps no account of its memory.
+  stats = lambda: None
+  cpu = Device(0, 'cpu', 'cpu')
+  cpu.memory_stats = stats
+  assert mode_on(cpu)[0] in streaming.MODES
+  assert streaming.device_memory(cpu) > 2**28
+  shared = dataclasses.replace(config, context='shared')
+  assert streaming.choose_mode(DENOISER, shared, params(), 1)[0] == 'shared'
+
+
+@pytest.mark.parametrize('mode', ['batched', 'serial', 'shared'])
+def test_the_caches_of_the_estimate_are_those_of_the_stream(mode):
+  stream = make_stream(mode, mesh=None)
+  past = jax.tree.leaves(stream._state)
+  cached = sum(a.nbytes for a in past if a.ndim >= 5 and a.shape[-1] == 16)
+  estimate = streaming.estimate_memory(stream._engine, params(), 1)
+  assert estimate.caches == cached
