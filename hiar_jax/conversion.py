@@ -383,7 +383,10 @@ def cache_folder() -> pathlib.Path:
 
 
 def _slug(name: str | os.PathLike) -> str:
-  return pathlib.Path(name).resolve().stem or 'release'
+  """A name for people: that of the folder, or of the file without suffix."""
+  path = pathlib.Path(name).resolve()
+  # A release's version has dots in it.
+  return (path.stem if path.is_file() else path.name) or 'release'
 
 
 def _fingerprint(release: Release, options: Options) -> str:

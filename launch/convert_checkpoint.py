@@ -17,7 +17,7 @@ import pathlib
 
 from absl import flags
 
-from hiar_jax import conversion, errors, metrics, releases
+from hiar_jax import conversion, errors, metrics, releases, rollout
 
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, 'a folder, a file or owner/name of a hub', required=True
@@ -44,8 +44,8 @@ _HEIGHT = flags.DEFINE_integer(
 _WIDTH = flags.DEFINE_integer(
   'width', 832, 'of the videos to make, in pixels', lower_bound=16
 )
-_ORDER = flags.DEFINE_string(
-  'order', 'step_first', 'that the weights were trained for'
+_ORDER = flags.DEFINE_enum(
+  'order', 'step_first', rollout.ORDERS, 'that the weights were trained for'
 )
 _HEAD_DIM = flags.DEFINE_integer(
   'head_dim', 128, "width of the transformer's heads where no config.json says"

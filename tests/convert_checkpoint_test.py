@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +106,12 @@ def test_both_namings_give_the_same_folder(tmp_path):
       },
     )
     assert_same_bits(read(tmp_path / 'a' / file), convert.flatten(tree))
-  assert (tmp_path / 'a' / 'config.json').read_text() == (
-    tmp_path / 'b' / 'config.json'
-  ).read_text()
+  configs = [
+    json.loads((tmp_path / name / 'config.json').read_text()) for name in 'ab'
+  ]
+  # diffusers has no such key; it is 512 in all of Wan2.1.
+  assert [c['model'].pop('text_len') for c in configs] == [8, 512]
+  assert configs[0] == configs[1]
 
 
 @pytest.fixture(scope='module')
@@ -355,6 +359,52 @@ def test_nothing_there_and_several_there_are_named(tmp_path):
     fake_release.write(tmp_path / name, state)
   with pytest.raises(ValueError, match='more than one set.*a.safet.*b.safet'):
     releases.find(tmp_path)
+
+
+def _open_pickle(folder):
+  (folder / 'x.pt').write_bytes(b'')
+  releases.find(folder / 'x.pt')
+
+
+def _ask_hub(folder):
+  releases.download('some/body')
+
+
+def _read_tokenizer(folder):
+  fake_release.write_tokenizer(folder)
+  text_umt5.load_tokenizer(folder)
+
+
+def _read_pieces(folder):
+  (folder / 'spiece.model').write_bytes(b'')
+  text_umt5.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+  ('package', 'use'),
+  [
+    ('torch', _open_pickle),
+    ('huggingface_hub', _ask_hub),
+    ('tokenizers', _read_tokenizer),
+    ('sentencepiece', _read_pieces),
+  ],
+)
+def test_a_package_that_is_not_installed_is_named(
+  tmp_path, monkeypatch, package, use
+):
+  monkeypatch.setitem(sys.modules, package, None)  # Its import fails.
+  with pytest.raises(ValueError, match=r"pip install 'hiar_jax\[convert\]'"):
+    use(tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_named(released, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    'shutil.disk_usage', lambda path: types.SimpleNamespace(free=10)
+  )
+  release = releases.find(released / 'wan')
+  with pytest.raises(ValueError, match='out has 0.0 GB free, and 0.0 GB are'):
+    conversion.to_ours(release, tmp_path / 'out', name='x', options=OPTIONS)
+  assert not any((tmp_path / 'out').iterdir())
 
 
 def test_a_part_of_the_wrong_kind_is_named(released):
