@@ -9,7 +9,12 @@ from, many steps and twice the work for guidance. Several videos of the prompt
 are sampled together and written as teacher-0.mp4, teacher-1.mp4, ...
 
 The weights are those that training left at the config's teacher_weights, or
-else those that come with the package.
+else those that come with the package. Wan2.1 itself is sampled as published by
+
+  python launch/sample_teacher.py --pipeline=Wan-AI/Wan2.1-T2V-1.3B \
+    --guidance 6 --shift 8 --prompt "..." --out wan.mp4
+
+where --pipeline is anything that `hiar_jax.load` takes.
 """
 
 import pathlib
@@ -26,33 +31,37 @@ from hiar_jax import (
   sampling,
   solvers,
   teacher_sampling,
+  text,
   video,
   video_io,
 )
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-flags.mark_flag_as_required('config')
+_PIPELINE = flags.DEFINE_string(
+  'pipeline', None, 'instead of --config: a name, folder or hub name to load'
+)
 _PROMPT = flags.DEFINE_string('prompt', None, 'what the video shows')
 flags.mark_flag_as_required('prompt')
 _NEGATIVE_PROMPT = flags.DEFINE_string(
   'negative_prompt',
   None,
-  "what guidance leads away from; default: the config's, or no condition",
+  'what guidance leads away from; default: that of Wan2.1 for its text '
+  'encoder, else no condition',
 )
 _SOLVER = flags.DEFINE_enum(
   'solver', 'unipc', list(solvers.SOLVERS), 'of the ODE'
 )
 _STEPS = flags.DEFINE_integer(
-  'steps', None, "of the solver; default: the config's trajectories'"
+  'steps', None, "of the solver; default: the config's trajectories', or 50"
 )
 _GUIDANCE = flags.DEFINE_float(
-  'guidance', None, "1 is none; default: the config's trajectories'"
+  'guidance', None, "1 is none; default: the config's trajectories', or 5"
 )
 _SHIFT = flags.DEFINE_float(
-  'shift', None, "of the levels; default: the config's trajectories'"
+  'shift', None, "of the levels; default: the config's trajectories', or 5"
 )
 _NUM_FRAMES = flags.DEFINE_integer(
-  'num_frames', None, 'latent frames; default: those of training'
+  'num_frames', None, 'latent frames; default: those of training, or 21'
 )
 _NUM_VIDEOS = flags.DEFINE_integer(
   'num_videos', 1, 'sampled together', lower_bound=1
@@ -72,30 +81,29 @@ def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  for section in ('trajectories', 'generate'):
-    if section not in config:
-      raise ValueError(
-        f'the {config.phase} config has no {section}; leave the phase away'
-      )
+  if (config is None) == (_PIPELINE.value is None):
+    raise ValueError('give either --config or --pipeline')
+  if config is None and _WEIGHTS.value:
+    raise ValueError('--weights goes with --config')
   generate.check_prompts([_PROMPT.value])
-  settings = config.trajectories
+  defaults, num_frames = teacher_sampling.SamplingConfig(), 21
+  if config is not None:
+    defaults, num_frames = _defaults(config), config.world.num_frames
   solver = teacher_sampling.SamplingConfig(
     solver=_SOLVER.value,
-    num_steps=_given(_STEPS, settings.num_steps),
-    shift=_given(_SHIFT, settings.shift),
-    guidance=_given(_GUIDANCE, settings.guidance),
+    num_steps=_given(_STEPS, defaults.num_steps),
+    shift=_given(_SHIFT, defaults.shift),
+    guidance=_given(_GUIDANCE, defaults.guidance),
   )
-  num_frames = _given(_NUM_FRAMES, config.world.num_frames)
+  num_frames = _given(_NUM_FRAMES, num_frames)
   if num_frames < 1:
     raise ValueError(f'num_frames={num_frames} is not at least 1')
-  fps = _given(_FPS, config.generate.fps)
-  paths = _paths(_NUM_VIDEOS.value, fps)
-  weights, codec = _weights(config)
-  # The teacher has the student's sizes, text and codec.
-  pipeline = generate.from_config(
-    config.to_dict(), weights=weights, codec=codec
-  )
-  negative = _given(_NEGATIVE_PROMPT, config.get('negative_prompt', ''))
+  paths = _paths(_NUM_VIDEOS.value, _given(_FPS, 1.0))
+  pipeline = _load(config)
+  negative = _NEGATIVE_PROMPT.value
+  if negative is None:
+    small = isinstance(pipeline.encoder, text.WordHashEncoder)
+    negative = '' if small else teacher_sampling.WAN_NEGATIVE_PROMPT
   numbers = np.arange(len(paths))
   done = 0
   with metrics.Progress(
@@ -117,11 +125,34 @@ def main(argv: Sequence[str]) -> None:
       num_frames=num_frames,
       report=report,
     )
+  fps = _given(_FPS, pipeline.fps)
   for path, frames in zip(paths, pipeline.decode(latents)):
     made = video.Video(frames, fps, _PROMPT.value)
     made.save(path, scale=_SCALE.value)
     made.contact_sheet(path.with_suffix('.png'))
     print(f'wrote {path} and {path.with_suffix(".png").name}')
+
+
+def _defaults(config) -> teacher_sampling.SamplingConfig:
+  """How the config's trajectories are sampled, solver apart."""
+  for section in ('trajectories', 'generate'):
+    if section not in config:
+      raise ValueError(
+        f'the {config.phase} config has no {section}; leave the phase away'
+      )
+  return teacher_sampling.SamplingConfig(
+    num_steps=config.trajectories.num_steps,
+    shift=config.trajectories.shift,
+    guidance=config.trajectories.guidance,
+  )
+
+
+def _load(config) -> generate.VideoPipeline:
+  if config is None:
+    return generate.load(_PIPELINE.value)
+  weights, codec = _weights(config)
+  # The teacher has the student's sizes, text and codec.
+  return generate.from_config(config.to_dict(), weights=weights, codec=codec)
 
 
 def _given(flag, default):

@@ -152,11 +152,13 @@ def test_bad_values_are_refused():
     sample(negative=NULL.repeat(3, 0))
 
 
+_CONFIG = f'--config={_ROOT / "configs" / "bouncing.py"}'
+
+
 def _run(folder, *flags):
   return subprocess.run(
     [
       *(sys.executable, _ROOT / 'launch' / 'sample_teacher.py'),
-      f'--config={_ROOT / "configs" / "bouncing.py"}',
       *flags,
     ],
     cwd=folder,
@@ -170,6 +172,7 @@ def _run(folder, *flags):
 def test_one_command_samples_with_the_bundled_teacher(tmp_path):
   done = _run(
     tmp_path,
+    _CONFIG,
     *('--prompt=a large red disc on dark blue', '--negative_prompt=green'),
     *('--steps=2', '--num_frames=3', '--num_videos=2', '--fps=5'),
     *('--out=video.mp4', '--scale=2'),
@@ -182,14 +185,34 @@ def test_one_command_samples_with_the_bundled_teacher(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_pipelines_own_network_can_be_sampled(tmp_path):
+  done = _run(
+    tmp_path,
+    *('--pipeline=bouncing', '--prompt=a red disc', '--solver=euler'),
+    *('--steps=1', '--num_frames=2', '--out=video.mp4'),
+  )
+  assert done.returncode == 0, done.stderr
+  frames, fps = video_io.read_video(tmp_path / 'video.mp4')
+  assert fps == 12 and frames.shape == (2, 512, 512, 3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'flags, message',
   [
-    (['--prompt= '], "prompt ' ' is not a text"),
-    (['--prompt=x', '--steps=0'], 'num_steps=0 is not at least 1'),
-    (['--prompt=x', '--num_frames=0'], 'num_frames=0 is not at least 1'),
-    (['--prompt=x', '--weights=none'], 'no weights at none'),
-    (['--prompt=x', '--config.name=y'], 'no teacher at .* none of .y. comes'),
+    ([_CONFIG, '--prompt= '], "prompt ' ' is not a text"),
+    ([_CONFIG, '--prompt=x', '--steps=0'], 'num_steps=0 is not at least 1'),
+    (
+      [_CONFIG, '--prompt=x', '--num_frames=0'],
+      'num_frames=0 is not at least 1',
+    ),
+    ([_CONFIG, '--prompt=x', '--weights=none'], 'no weights at none'),
+    (
+      [_CONFIG, '--prompt=x', '--config.name=y'],
+      'no teacher at .* none of .y. comes',
+    ),
+    (['--prompt=x'], 'give either --config or --pipeline'),
+    (['--prompt=x', '--pipeline=no'], "no pipeline 'no'"),
   ],
 )
 def test_each_mistake_is_one_line(tmp_path, flags, message):

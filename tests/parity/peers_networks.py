@@ -21,7 +21,7 @@ from hiar_jax import sampling, teacher_sampling
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import convert, umt5, vae, vae_convert
 from hiar_jax.models.config import WanConfig
-from tests.parity import peers_lib
+from tests.parity import peers_lib, peers_solvers
 from tests.parity.golden_lib import from_model, to_model
 from tests.toy_network import jit
 
@@ -32,7 +32,6 @@ def transformer_comparisons(
   part: str, *, num_heads: int, ffn_dim: int, text_dim: int, text_len: int
 ) -> Iterator[peers_lib.Comparison]:
   """WanTransformer3DModel, two layers, two samples at levels of their own."""
-  import diffusers
   import torch
 
   config = WanConfig(
@@ -45,15 +44,7 @@ def transformer_comparisons(
     text_dim=text_dim,
     text_len=text_len,
   )
-  peer = diffusers.WanTransformer3DModel(
-    num_attention_heads=num_heads,
-    attention_head_dim=128,
-    ffn_dim=ffn_dim,
-    num_layers=2,
-    text_dim=text_dim,
-  ).eval()
-  peers_lib.randomise(peer, seed=0)
-  params = _converted(peer, convert.WAN_DIFFUSERS_RULES, Denoiser(config).init)
+  peer, params = _transformer(config, seed=0)
   rng = np.random.default_rng(0)
   x, states = _inputs(rng, config)
   timesteps = np.float32([937.5, 250.0])
@@ -90,7 +81,6 @@ def sampler_comparisons(
   *, num_heads: int, ffn_dim: int, num_steps: int
 ) -> Iterator[peers_lib.Comparison]:
   """Text-to-video from start to end: network, guidance, solver, levels."""
-  import diffusers
   import torch
 
   config = WanConfig(
@@ -104,43 +94,21 @@ def sampler_comparisons(
     text_len=12,
   )
   denoiser = Denoiser(config)
-  peer = diffusers.WanTransformer3DModel(
-    num_attention_heads=num_heads,
-    attention_head_dim=128,
-    ffn_dim=ffn_dim,
-    num_layers=2,
-    text_dim=64,
-  ).eval()
-  peers_lib.randomise(peer, seed=1)
-  params = _converted(peer, convert.WAN_DIFFUSERS_RULES, denoiser.init)
+  peer, params = _transformer(config, seed=1)
   _, states = _inputs(np.random.default_rng(1), config)
   keys = sampling.sample_keys(np.uint32(0), np.arange(2), np.zeros(2, int))
   shape = (_FRAMES, 8, 12, config.channels)
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
   guidance, shift = 5.0, 5.0
 
-  # Pure noise takes both to the same first level.
-  schedulers = {
-    'unipc': diffusers.UniPCMultistepScheduler(
-      use_flow_sigmas=True, flow_shift=shift, prediction_type='flow_prediction'
-    ),
-    'euler': diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
-  }
+  prompt = peers_lib.to_torch(states)
+  schedulers = peers_solvers.schedulers(num_steps, shift)
   for solver, scheduler in schedulers.items():
-    start = 0.999 if solver == 'unipc' else 1.0
-    scheduler.set_timesteps(
-      sigmas=np.linspace(start, 0, num_steps + 1)[:-1].tolist()
-      if solver == 'euler'
-      else np.linspace(start, 0, num_steps + 1)[:-1]
-    )
     x = peers_lib.to_torch(to_model(noise))
-    negative, prompt = (
-      peers_lib.to_torch(s) for s in (np.zeros_like(states), states)
-    )
     with torch.no_grad():
       for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps):
         level = (1000 * sigma).expand(2)
-        uncond = peer(x, level, negative).sample
+        uncond = peer(x, level, 0 * prompt).sample
         cond = peer(x, level, prompt).sample
         flow = uncond + guidance * (cond - uncond)
         x = scheduler.step(flow, timestep, x).prev_sample
@@ -283,6 +251,22 @@ def umt5_comparisons(
     lambda: {'hidden states': theirs()},
     lambda dtype: {'hidden states': ours(dtype)},
   )
+
+
+def _transformer(config: WanConfig, seed: int) -> tuple[Any, dict]:
+  """The peer of a config with random weights, and ours with the same."""
+  import diffusers
+
+  peer = diffusers.WanTransformer3DModel(
+    num_attention_heads=config.num_heads,
+    attention_head_dim=config.head_dim,
+    ffn_dim=config.ffn_dim,
+    num_layers=config.num_layers,
+    text_dim=config.text_dim,
+  ).eval()
+  peers_lib.randomise(peer, seed)
+  rules = convert.WAN_DIFFUSERS_RULES
+  return peer, _converted(peer, rules, Denoiser(config).init)
 
 
 def _compared(

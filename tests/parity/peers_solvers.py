@@ -1,6 +1,7 @@
 """The solvers against the schedulers of diffusers, on a flow that bends."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,25 +17,32 @@ def flow(x, sigma):
   return slope * x - 0.7 + 0.1 * (x**2 + 1) ** 0.5
 
 
-def solver_comparisons(
-  *, num_steps: int, shift: float
-) -> Iterator[peers_lib.Comparison]:
-  """UniPC and Euler over the levels that Wan2.1 uses, and the levels."""
+def schedulers(num_steps: int, shift: float) -> dict[str, Any]:
+  """The peers by our names, over the levels that Wan2.1 uses."""
   import diffusers
-  import torch
 
   unipc = diffusers.UniPCMultistepScheduler(
     use_flow_sigmas=True, flow_shift=shift, prediction_type='flow_prediction'
   )
+  # Before the shift, which is theirs.
   unipc.set_timesteps(sigmas=np.linspace(0.999, 0, num_steps + 1)[:-1])
   euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-  euler.set_timesteps(sigmas=np.linspace(1, 0, num_steps + 1)[:-1].tolist())
+  euler.set_timesteps(sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
+  return {'unipc': unipc, 'euler': euler}
+
+
+def solver_comparisons(
+  *, num_steps: int, shift: float
+) -> Iterator[peers_lib.Comparison]:
+  """The levels, and samples that were taken through them."""
+  import torch
+
   own = {
     'unipc': solvers.unipc_levels(num_steps, shift),
     'euler': noise_schedule.sampling_sigmas(num_steps, shift),
   }
   start = np.random.default_rng(4).normal(size=(2, 3, 8, 8))
-  for name, scheduler in (('unipc', unipc), ('euler', euler)):
+  for name, scheduler in schedulers(num_steps, shift).items():
     names = (
       f'{name}, {num_steps} steps, shift {shift:g}',
       f'diffusers {type(scheduler).__name__}',
