@@ -58,34 +58,38 @@ def table(request):
     print('', *lines, sep='\n')
 
 
-def start(command, environment):
-  return subprocess.Popen(
-    [sys.executable, *command],
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+class Program:
+  """A process that writes to a file: a pipe that nobody reads would stop it."""
+
+  def __init__(self, command, environment, log):
+    self._log = log
+    with log.open('w') as file:
+      self._process = subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+      )
+
+  def finish(self):
+    """Waits for success; returns what was written."""
+    self._process.wait(timeout=900)
+    output = self._log.read_text()
+    assert self._process.returncode == 0, output[-2000:]
+    return output
+
+  def kill_after(self, count, number, delay):
+    """Kills it `delay` seconds after count() has reached a number."""
+    while count() < number:
+      assert self._process.poll() is None, self._log.read_text()[-2000:]
+      time.sleep(0.01)
+    time.sleep(delay)
+    self._process.send_signal(signal.SIGKILL)
+    self._process.wait()
+    assert self._process.returncode == -signal.SIGKILL, 'it had ended before'
 
 
-def finish(process):
-  output, _ = process.communicate(timeout=900)
-  assert process.returncode == 0, output
-  return output
-
-
-def kill_after(process, count, number, delay):
-  """Kills the process `delay` seconds after count() has reached a number."""
-  while count() < number:
-    assert process.poll() is None, process.communicate()[0]
-    time.sleep(0.01)
-  time.sleep(delay)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL, 'it had ended before'
-
-
-def run_three(command, whole, cut, count, total, environment, rng):
+def run_three(command, whole, cut, count, total, environment, folder, rng):
   """A whole run, a killed one, and its continuation.
 
   Args:
@@ -95,19 +99,21 @@ def run_three(command, whole, cut, count, total, environment, rng):
     count: how many checkpoints or files the latter has.
     total: how many it would have in the end.
     environment: of the processes.
+    folder: for what they write.
     rng: draws the moment.
 
   Returns:
     How many there were, and the continuation's output.
   """
   number, delay = int(rng.integers(1, total // 2)), rng.uniform(0, 0.1)
-  first = start([*command, *whole], environment)
-  second = start([*command, *cut], environment)
-  kill_after(second, count, number, delay)
-  finish(first)
+  first = Program([*command, *whole], environment, folder / 'whole.log')
+  second = Program([*command, *cut], environment, folder / 'killed.log')
+  second.kill_after(count, number, delay)
+  first.finish()
   left = count()
   assert number <= left < total
-  return left, finish(start([*command, *cut], environment))
+  third = Program([*command, *cut], environment, folder / 'rest.log')
+  return left, third.finish()
 
 
 def last_state(config):
@@ -148,10 +154,11 @@ def test_a_killed_phase_ends_bit_equal(
     count,
     _ITERATIONS // _EVERY,
     environment,
+    tmp_path,
     np.random.default_rng((_SEED, tiny.PHASES.index(phase))),
   )
   restored = re.search(r'goes on after iteration (\d+)', output)
-  assert restored and int(restored[1]) == left * _EVERY, output
+  assert restored and int(restored[1]) == left * _EVERY
   states = []
   for folder in folders.values():
     config = tiny.config(phase, inputs)
@@ -190,6 +197,7 @@ def test_killed_trajectories_end_bit_equal(
     count,
     _TRAJECTORIES // _SHARD,
     environment,
+    tmp_path,
     np.random.default_rng((_SEED, len(tiny.PHASES))),
   )
   missing = _TRAJECTORIES - left * _SHARD
