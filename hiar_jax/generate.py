@@ -367,7 +367,7 @@ def from_config(
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
   dtype = config.get('weights_dtype', 'float32')
   # Onto the device array by array: the whole is not held twice.
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=device), abstract
   )

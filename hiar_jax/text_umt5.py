@@ -166,7 +166,7 @@ def _sentencepiece(path: pathlib.Path) -> Tokenize:
 
 def _load_params(path: str | os.PathLike, config: umt5.UMT5Config):
   """Weights in the dtype that they are computed in, on the device."""
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, config.dtype, sharding=device),
     jax.eval_shape(lambda: umt5.init(config, jax.random.key(0))),

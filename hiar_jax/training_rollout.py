@@ -16,7 +16,6 @@ Sources: Self-Forcing (arXiv:2506.08009) for the block-first order, HiAR
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.models import attention

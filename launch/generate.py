@@ -4,6 +4,8 @@
     --prompt "a large red disc drifting fast over dark blue" \
     --num_blocks 28 --out video.mp4
 
+With --pipeline FOLDER in place of --config it runs what hiar_jax.load reads:
+weights of launch/export.py or launch/convert_checkpoint.py, or published ones.
 Several videos are written as video-0.mp4, video-1.mp4, ...
 
 With --stream the video is written as it is made, in constant memory; it ends
@@ -23,6 +25,7 @@ import time
 _STARTED = time.monotonic()
 
 import contextlib
+import dataclasses
 import pathlib
 import signal
 import sys
@@ -46,7 +49,11 @@ from hiar_jax import (
 )
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-flags.mark_flag_as_required('config')
+_PIPELINE = flags.DEFINE_string(
+  'pipeline',
+  None,
+  'instead of --config: what hiar_jax.load takes, such as a converted folder',
+)
 _PROMPT = flags.DEFINE_string('prompt', None, 'what the video shows')
 _PROMPTS_FILE = flags.DEFINE_string(
   'prompts_file', None, 'instead of --prompt: a text file, one prompt a line'
@@ -144,28 +151,26 @@ def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   watch = _Stopwatch()
-  config = _CONFIG.value
+  if (_CONFIG.value is None) == (_PIPELINE.value is None):
+    raise ValueError('give either --config or --pipeline')
   prompts = _prompts()
   if _STREAM.value:
-    _stream(config, prompts, watch)
+    _stream(prompts, watch)
     return
   if _MODE.value != streaming.AUTO or _PROMPT_AT.value:
     raise ValueError('--mode and --prompt_at go with --stream')
   if not _NUM_BLOCKS.value:
     raise ValueError('flag --num_blocks=0, without end, goes with --stream')
+  paths = _paths(len(prompts) * _NUM_VIDEOS.value)
+  pipeline = _load(watch)
   request = sampling.Request(
     num_blocks=_NUM_BLOCKS.value,
     num_videos=_NUM_VIDEOS.value,
     seed=_SEED.value,
-    order=_ORDER.value or config.generate.order,
+    order=_ORDER.value or pipeline.order,
     anchor_blocks=_ANCHOR_BLOCKS.value,
     block_first_steps=_BLOCK_FIRST_STEPS.value,
   )
-  if _CONTEXT.value:
-    config.rollout.context = _CONTEXT.value
-  fps = config.generate.fps if _FPS.value is None else _FPS.value
-  paths = _paths(len(prompts) * request.num_videos, fps)
-  pipeline = _load(config, watch)
   with watch('sample'):
     latents = pipeline.sample(
       prompts, request, initial_frames=_initial_frames(pipeline)
@@ -175,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
   with watch('encode'):
     for i, path in enumerate(paths):
       prompt = prompts[i // request.num_videos]
-      made = video.Video(frames[i], fps, prompt)
+      made = video.Video(frames[i], pipeline.fps, prompt)
       made.save(path, scale=_SCALE.value)
       made.contact_sheet(path.with_suffix('.png'))
   for path in paths:
@@ -183,10 +188,27 @@ def main(argv: Sequence[str]) -> None:
   print(watch)
 
 
-def _load(config, watch: _Stopwatch) -> generate.VideoPipeline:
+def _load(watch: _Stopwatch) -> generate.VideoPipeline:
+  """The pipeline asked for, with --context and --fps in it."""
   with watch('load'):
-    weights, codec = _weights(config)
-    return generate.from_config(config.to_dict(), weights=weights, codec=codec)
+    if _PIPELINE.value is None:
+      config = _CONFIG.value
+      weights, codec = _weights(config)
+      pipeline = generate.from_config(
+        config.to_dict(), weights=weights, codec=codec
+      )
+    else:
+      if _WEIGHTS.value is not None:
+        raise ValueError('--weights goes with --config, not with --pipeline')
+      pipeline = generate.load(_PIPELINE.value)
+  changes = {}
+  if _FPS.value is not None:
+    changes['fps'] = _FPS.value
+  if _CONTEXT.value:
+    changes['rollout'] = dataclasses.replace(
+      pipeline.rollout, context=_CONTEXT.value
+    )
+  return dataclasses.replace(pipeline, **changes)
 
 
 def _initial_frames(pipeline: generate.VideoPipeline) -> np.ndarray | None:
@@ -201,7 +223,7 @@ def _initial_frames(pipeline: generate.VideoPipeline) -> np.ndarray | None:
   )
 
 
-def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
+def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   """Writes one video block by block until its end or Ctrl-C."""
   switches = _switches()
   for flag, default in ((_ORDER, None), (_CONTEXT, None), (_NUM_VIDEOS, 1)):
@@ -212,9 +234,8 @@ def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
       f'--stream makes one video, not {len(prompts)}; change the prompt with '
       '--prompt_at'
     )
-  fps = config.generate.fps if _FPS.value is None else _FPS.value
-  (path,) = _paths(1, fps)
-  pipeline = _load(config, watch)
+  (path,) = _paths(1)
+  pipeline = _load(watch)
   given = _initial_frames(pipeline)
   stream = pipeline.stream(
     prompts[0], seed=_SEED.value, mode=_MODE.value, initial_frames=given
@@ -239,7 +260,7 @@ def _stream(config, prompts: list[str], watch: _Stopwatch) -> None:
     # The writer inside: it closes before Ctrl-C is an error again.
     with (
       _ends_on_request() as end,
-      video_io.VideoWriter(path, fps=fps, scale=scale) as writer,
+      video_io.VideoWriter(path, fps=pipeline.fps, scale=scale) as writer,
     ):
       if given is not None:
         writer.append(given)
@@ -329,6 +350,8 @@ def _prompts() -> list[str]:
 
 def _note_unknown(prompts: Sequence[str]) -> None:
   """Says which prompts ask for what the small world was not taught."""
+  if _PIPELINE.value not in (None, *generate.known_names()):
+    return
   for prompt in prompts:
     terms = worlds.parse_prompt(prompt)
     for value, name, known in (
@@ -343,7 +366,7 @@ def _note_unknown(prompts: Sequence[str]) -> None:
         )
 
 
-def _paths(count: int, fps: float) -> list[pathlib.Path]:
+def _paths(count: int) -> list[pathlib.Path]:
   """Where the videos go, once it is sure that they can go there."""
   out = pathlib.Path(_OUT.value)
   paths = [out]
@@ -351,6 +374,7 @@ def _paths(count: int, fps: float) -> list[pathlib.Path]:
     paths = [out.with_stem(f'{out.stem}-{i}') for i in range(count)]
   for path in paths:
     # Starts nothing before the first frame, but checks what it is given.
+    fps = 1.0 if _FPS.value is None else _FPS.value
     video_io.VideoWriter(path, fps=fps, scale=_SCALE.value or 1)
     video_io.check_writable(path.with_suffix('.png'))
   return paths

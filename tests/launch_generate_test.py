@@ -108,7 +108,7 @@ def test_a_video_goes_on_from_an_image(pipeline, tmp_path, how):
   Image.fromarray(image).save(tmp_path / 'image.png')
   done = subprocess.run(
     [
-      *(sys.executable, _PROGRAM, _CONFIG, f'--weights={pipeline}'),
+      *(sys.executable, _PROGRAM, f'--pipeline={pipeline}'),
       *('--prompt=a white square on black', '--continue_from=image.png'),
       *('--num_blocks=1', '--scale=1', *how),
     ],
@@ -136,6 +136,11 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
   weights, prompt = f'--weights={pipeline}', '--prompt=a red disc on grey'
   good = [_CONFIG, weights, prompt]
   cases = {
+    'give either --config or --pipeline': [prompt],
+    '--weights goes with --config': [
+      *(f'--pipeline={pipeline}', weights, prompt)
+    ],
+    "no pipeline 'nowhere'": ['--pipeline=nowhere', prompt],
     'give either --prompt or --prompts_file': [_CONFIG, weights],
     "prompt '' is not a text": [_CONFIG, weights, '--prompt='],
     'no prompts file missing.txt': [
@@ -174,7 +179,6 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
     "no weights of 'bounce' come with the package": [
       *(_CONFIG, prompt, '--config.name=bounce')
     ],
-    'Flag --config must have a value': [prompt],
     "Unknown command line flag 'promt'": [_CONFIG, weights, '--promt=a'],
     "unexpected argument 'disc'": [*good, 'disc'],
   }
