@@ -21,7 +21,6 @@ tokens: `fused=True`. D(b, j) then runs at tick b + j.
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -313,12 +312,18 @@ class Pipeline(Stages):
         return tick(params, bank, keys_B, state.tick, *args)
 
       args = (stages, slots, state.hold, state.inbox, state.past)
-      over_stages = jax.vmap(one_stage)
-      if not self.batched:
-        over_stages = functools.partial(jax.lax.map, one_stage)
-      hold, sent, kv, live = over_stages(args)
+      if len(stages) == 1:
+        # As the loop over blocks would do it: a batch of one stage would be
+        # one more axis in the attention.
+        alone = one_stage(jax.tree.map(lambda a: a[0], args))
+        results = jax.tree.map(lambda a: jnp.asarray(a)[None], alone)
+      elif self.batched:
+        results = jax.vmap(one_stage)(args)
+      else:
+        results = jax.lax.map(one_stage, args)
+      hold, sent, kv, live = results
       # Not stage by stage: one after the other would copy the pasts.
-      past = write(state.past, kv, live)
+      past = state.past.write_each(kv, live)
       inbox = self._shift(sent, 1)
       return PipelineState(state.tick + 1, hold, inbox, past), sent[-1:]
 
@@ -428,11 +433,6 @@ class Pipeline(Stages):
       past=KV(past.k, past.v),
       frame_mask=mask,
     )
-
-
-def write(past: KVCache, kv: KV, live: jax.Array) -> KVCache:
-  """K/V [L, ...] into the pasts of L stages, where `live`, bool [L]."""
-  return jax.vmap(KVCache.write)(past, kv, live)
 
 
 def single_prompt(

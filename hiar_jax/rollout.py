@@ -459,15 +459,17 @@ def shared_block(
     return x_next, (x, x0, kv)
 
   steps = jnp.arange(sampler.config.num_steps)
+  # Unrolled: as an input of a loop every past would be copied out of its stack.
   x, (inputs, x0s, kvs) = jax.lax.scan(
-    one_step, noise(0, block), (steps, pasts)
+    one_step, noise(0, block), (steps, pasts), unroll=True
   )
   last = jax.tree.map(lambda a: a[-1], pasts)
   clean = sampler.commit_kv(x, last, jnp.zeros(()))
   context = jax.tree.map(
     lambda kv, c: jnp.concatenate([kv[1:], c[None]]), kvs, clean
   )
-  pasts = jax.vmap(lambda past, kv: past.write(kv))(pasts, context)
+  live = jnp.ones(sampler.config.num_steps, bool)
+  pasts = pasts.write_each(context, live)
   return x, pasts, (inputs, x0s, context)
 
 

@@ -161,16 +161,16 @@ class SharedPipeline(pipeline.Stages):
       x, kv = jax.vmap(one_pass)(step, slots, block, x, pasts[i])
       live = is_step(block, step)
       if i:
-        pasts[i - 1] = pipeline.write(pasts[i - 1], kv, live)
+        pasts[i - 1] = pasts[i - 1].write_each(kv, live)
       else:
         # They are due in this turn's last pass of the stage before.
-        pasts[-1] = pipeline.write(
-          pasts[-1], self._shift(kv, -1), is_step(block - 1, step + size)
+        pasts[-1] = pasts[-1].write_each(
+          self._shift(kv, -1), is_step(block - 1, step + size)
         )
       if i == num_steps % size:
         # The commit reads the past of step S - 1, in a copy of its own: the
         # step may live in another stage.
-        pasts[i] = pipeline.write(pasts[i], kv, live & (step == num_steps))
+        pasts[i] = pasts[i].write_each(kv, live & (step == num_steps))
       if i == (num_steps - 1) % size:
         exit_stage = self.exit_stage % self.stages_per_device
         finished = x[exit_stage : exit_stage + 1]

@@ -45,7 +45,7 @@ class KVCache:
 
   @property
   def slots(self) -> int:
-    return self.k.shape[2] // self.tokens_per_frame
+    return self.k.shape[-3] // self.tokens_per_frame
 
   @property
   def position(self) -> jax.Array:
@@ -66,34 +66,65 @@ class KVCache:
       live: bool scalar; False leaves everything as it is. Cheaper than a
         choice between two caches: only the written slots are looked at.
     """
-    num_frames, rest = divmod(new.k.shape[2], self.tokens_per_frame)
-    assert not rest, 'K/V of a part of a frame'
     k, v = self.k, self.v
-    if self.slots:
-      for i in range(num_frames):
-        k = self._write_frame(k, new.k, i, live)
-        v = self._write_frame(v, new.v, i, live)
-    frames = self.frames + jnp.where(live, num_frames, 0)
+    for i in range(self._num_frames(new)):
+      slot, kept = self._slot(self.frames + i)
+      k = self._put(k, new.k, i, slot, live & kept)
+      v = self._put(v, new.v, i, slot, live & kept)
+    return self._grown(k, v, new, live)
+
+  def write_each(self, new: KV, live_L: jax.Array) -> 'KVCache':
+    """`write` for L caches stacked on a leading axis of every array.
+
+    What a `vmap` of `write` gives, without the scatter that slots of their own
+    would make of it: that is slow on CPUs and copies the caches.
+
+    Args:
+      new: K/V [L, N, B, T, H, K].
+      live_L: bool [L], as in `write`.
+    """
+    k, v = self.k, self.v
+    for i in range(self._num_frames(new)):
+      for each in range(k.shape[0]):
+        slot, kept = self._slot(self.frames[each] + i)
+        k = self._put(k, new.k, i, slot, live_L[each] & kept, each)
+        v = self._put(v, new.v, i, slot, live_L[each] & kept, each)
+    return self._grown(k, v, new, live_L)
+
+  def _num_frames(self, new: KV) -> int:
+    num_frames, rest = divmod(new.k.shape[-3], self.tokens_per_frame)
+    assert not rest, 'K/V of a part of a frame'
+    return num_frames
+
+  def _grown(self, k, v, new, live) -> 'KVCache':
+    frames = self.frames + jnp.where(live, self._num_frames(new), 0)
     return self.replace(k=k, v=v, frames=frames)
 
-  def _write_frame(self, buffer, new, i, live):
-    size = self.tokens_per_frame
-    frame = jax.lax.slice_in_dim(new, i * size, (i + 1) * size, axis=2)
-    frame = frame.astype(buffer.dtype)
-    index = self.frames + i
+  def _slot(self, index) -> tuple[jax.Array, jax.Array | bool]:
+    """Slot of a frame, and whether there is one."""
     ring = self.slots - self.sink
     if ring:
       in_ring = self.sink + (index - self.sink) % ring
-      slot = jnp.where(index < self.sink, index, in_ring)
-    else:
-      slot = jnp.minimum(index, self.sink - 1)
-      live = live & (index < self.sink)
+      return jnp.where(index < self.sink, index, in_ring), True
+    return jnp.minimum(index, self.sink - 1), index < self.sink
+
+  def _put(self, buffer, new, i, slot, live, each=None):
+    """Frame i of `new` into a slot of the buffer, or of its entry `each`."""
+    if not self.slots:
+      return buffer
+    size = self.tokens_per_frame
+    if each is not None:
+      new = new[each : each + 1]
+    frame = jax.lax.slice_in_dim(new, i * size, (i + 1) * size, axis=-3)
+    frame = frame.astype(buffer.dtype)
+    start = [0] * buffer.ndim
+    start[-3] = slot * size
+    if each is not None:
+      start[0] = each
     if live is not True:
-      old = jax.lax.dynamic_slice_in_dim(buffer, slot * size, size, axis=2)
+      old = jax.lax.dynamic_slice(buffer, start, frame.shape)
       frame = jnp.where(live, frame, old)
-    return jax.lax.dynamic_update_slice_in_dim(
-      buffer, frame, slot * size, axis=2
-    )
+    return jax.lax.dynamic_update_slice(buffer, frame, start)
 
 
 def init_cache(
