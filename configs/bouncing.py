@@ -62,7 +62,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
-    num=768,
+    num=1024,
     shard_size=32,
     batch_size=8,
     seed=1,
@@ -101,7 +101,7 @@ def _teacher(c):
 
 
 def _student_start(c):
-  c.iterations = 500
+  c.iterations = 800
   c.start_context = 'matched'
   c.ema_decay = 0.98
   c.optimiser = _muon(2e-3, 1e-3, warmup=20)
@@ -109,7 +109,7 @@ def _student_start(c):
 
 
 def _distill(c, phase):
-  c.iterations = 300
+  c.iterations = 450
   c.rollout_blocks = (7, 7)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)
@@ -119,8 +119,8 @@ def _distill(c, phase):
     order='step_first',
     past_gradient='detached',
     guidance=2.0,
-    forward_kl_weight=1.0,
-    forward_kl_steps=2,
+    forward_kl_weight=2.0,
+    forward_kl_steps=4,
     forward_kl_target='velocity',
     forward_kl_attention='bidirectional',
     generator_every=3,
