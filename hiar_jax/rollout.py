@@ -468,8 +468,7 @@ def shared_block(
   context = jax.tree.map(
     lambda kv, c: jnp.concatenate([kv[1:], c[None]]), kvs, clean
   )
-  live = jnp.ones(sampler.config.num_steps, bool)
-  pasts = pasts.write_each(context, live)
+  pasts = pasts.write_each(context)
   return x, pasts, (inputs, x0s, context)
 
 

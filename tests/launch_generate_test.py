@@ -14,34 +14,11 @@ from configs import bouncing
 from hiar_jax import codecs, generate, video_io, worlds
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from tests.forked_runs import DRIVER
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PROGRAM = _ROOT / 'launch' / 'generate.py'
 _CONFIG = f'--config={_ROOT / "configs" / "bouncing.py"}'
-
-# Runs the program once for each list of arguments, in a fork of a process that
-# has made the imports already; prints [exit status, stderr] of each.
-_DRIVER = """
-import json, os, runpy, sys, tempfile, warnings
-import hiar_jax.generate
-import ml_collections.config_flags
-program, *runs = sys.argv[1:]
-# Nothing has been computed yet, so there is no thread that a fork could miss.
-warnings.filterwarnings('ignore', 'os.fork', RuntimeWarning)
-results = []
-for run in runs:
-  with tempfile.TemporaryFile('w+') as stderr:
-    pid = os.fork()
-    if not pid:
-      os.dup2(stderr.fileno(), 2)
-      os.dup2(2, 1)
-      sys.argv = [program, *json.loads(run)]
-      runpy.run_path(program, run_name='__main__')
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    stderr.seek(0)
-    results.append([status, stderr.read()])
-print(json.dumps(results))
-"""
 
 
 def _export(folder):
@@ -184,7 +161,7 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
   }
   done = subprocess.run(
     [
-      *(sys.executable, '-c', _DRIVER, _PROGRAM),
+      *(sys.executable, '-c', DRIVER, _PROGRAM),
       *(json.dumps(arguments) for arguments in cases.values()),
     ],
     cwd=tmp_path,

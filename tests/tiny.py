@@ -18,6 +18,22 @@ from hiar_jax.models.config import WanConfig
 
 PHASES = bouncing.PHASES
 
+# Two tokens a frame, for tests of one training step.
+DENOISER = Denoiser(
+  WanConfig(
+    dim=12,
+    ffn_dim=16,
+    num_heads=2,
+    num_layers=2,
+    latent_height=2,
+    latent_width=4,
+    channels=2,
+    freq_dim=8,
+    text_dim=8,
+    text_len=3,
+  )
+)
+
 
 def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   """A phase of `configs/bouncing.py` with everything below `root`.

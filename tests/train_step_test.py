@@ -19,25 +19,11 @@ from hiar_jax import (
   train_step,
 )
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models.config import WanConfig
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
-DENOISER = Denoiser(
-  WanConfig(
-    dim=12,
-    ffn_dim=16,
-    num_heads=2,
-    num_layers=2,
-    latent_height=2,
-    latent_width=4,
-    channels=2,
-    freq_dim=8,
-    text_dim=8,
-    text_len=3,
-  )
-)
+DENOISER = tiny.DENOISER
 ROLLOUT = rollout.RolloutConfig(
   levels=noise_schedule.warped_levels((1000, 750, 500, 250), 5.0),
   frames_per_block=2,

@@ -13,27 +13,12 @@ import numpy as np
 import pytest
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.denoiser import Denoiser
-from hiar_jax.models.config import WanConfig
 from hiar_jax.training_rollout import training_rollout
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
-DENOISER = Denoiser(
-  WanConfig(
-    dim=12,
-    ffn_dim=16,
-    num_heads=2,
-    num_layers=2,
-    latent_height=2,
-    latent_width=4,
-    channels=2,
-    freq_dim=8,
-    text_dim=8,
-    text_len=3,
-  )
-)
+DENOISER = tiny.DENOISER
 LEVELS = noise_schedule.warped_levels((1000, 667, 333), 5.0)
 STEPS, BLOCKS, BATCH, SIZE = len(LEVELS) - 1, 4, 2, 2
 SHAPE = (SIZE, 2, 4, 2)

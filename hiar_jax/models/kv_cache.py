@@ -73,7 +73,7 @@ class KVCache:
       v = self._put(v, new.v, i, slot, live & kept)
     return self._grown(k, v, new, live)
 
-  def write_each(self, new: KV, live_L: jax.Array) -> 'KVCache':
+  def write_each(self, new: KV, live_L: jax.Array | None = None) -> 'KVCache':
     """`write` for L caches stacked on a leading axis of every array.
 
     What a `vmap` of `write` gives, without the scatter that slots of their own
@@ -81,15 +81,16 @@ class KVCache:
 
     Args:
       new: K/V [L, N, B, T, H, K].
-      live_L: bool [L], as in `write`.
+      live_L: bool [L], as in `write`; None: all True.
     """
     k, v = self.k, self.v
     for i in range(self._num_frames(new)):
       for each in range(k.shape[0]):
+        live = True if live_L is None else live_L[each]
         slot, kept = self._slot(self.frames[each] + i)
-        k = self._put(k, new.k, i, slot, live_L[each] & kept, each)
-        v = self._put(v, new.v, i, slot, live_L[each] & kept, each)
-    return self._grown(k, v, new, live_L)
+        k = self._put(k, new.k, i, slot, live & kept, each)
+        v = self._put(v, new.v, i, slot, live & kept, each)
+    return self._grown(k, v, new, True if live_L is None else live_L)
 
   def _num_frames(self, new: KV) -> int:
     num_frames, rest = divmod(new.k.shape[-3], self.tokens_per_frame)
