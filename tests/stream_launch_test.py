@@ -36,7 +36,7 @@ _OTHER = 'a small green square over black'
 # Runs the program with a stream that needs no network. While its fifth block is
 # made, both signals arrive.
 _FAKE = """
-import os, runpy, signal, sys
+import dataclasses, os, runpy, signal, sys
 import numpy as np
 from hiar_jax import generate
 class Stream:
@@ -50,7 +50,9 @@ class Stream:
       os.kill(os.getpid(), signal.SIGINT)
       os.kill(os.getpid(), signal.SIGTERM)
     return np.full((1, 3, 64, 64, 3), 40 * self.made, np.uint8)
+@dataclasses.dataclass
 class Pipeline:
+  fps: float = 12.0
   frame_shape = (64, 64, 3)
   def stream(self, *unused, **unused_too):
     return Stream()
