@@ -2,7 +2,8 @@
 
 A source makes element i from (seed, i), nothing else; grain adds the order.
 The iterators are checkpointable (`get_state` / `set_state`, or
-`grain.checkpoint`) and restore to the exact next batch.
+`grain.checkpoint`) and restore to the exact next batch, on any number of hosts
+(see `batches`).
 
 B batch, F frames, H height, W width, L words, D text width.
 """
@@ -10,12 +11,14 @@ B batch, F frames, H height, W width, L words, D text width.
 import dataclasses
 
 import grain
+import jax
 import numpy as np
 
 from hiar_jax import text, worlds
 
 # Told apart from the Philox stream of the scene, which starts at counter 0.
 _DROPOUT_STREAM = 1
+_ENDLESS = 2**52
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,24 +123,7 @@ def video_batches(
   num_shards: int = 1,
   num_threads: int = 1,
 ) -> grain.DatasetIterator:
-  """Endless shuffled batches of videos.
-
-  Args:
-    source: the videos.
-    batch_size: per shard.
-    seed: of the order, in [0, 2**32); every epoch has another order.
-    shard_index: this host, in [0, num_shards).
-    num_shards: number of hosts; shards are disjoint and together the whole.
-    num_threads: that render ahead; 0 renders in the caller's thread. Neither
-      the batches nor the restored state depend on it.
-
-  Returns:
-    A checkpointable iterator over the elements of `source` with a leading
-    axis B.
-
-  Raises:
-    ValueError: if the shard, the batch size or the seed is out of range.
-  """
+  """Endless shuffled batches of videos; arguments as for `batches`."""
   return batches(
     source,
     batch_size=batch_size,
@@ -157,7 +143,7 @@ def prompt_batches(
   num_shards: int = 1,
   num_threads: int = 1,
 ) -> grain.DatasetIterator:
-  """Endless shuffled batches of prompts; arguments as for `video_batches`."""
+  """Endless shuffled batches of prompts; arguments as for `batches`."""
   return batches(
     source,
     batch_size=batch_size,
@@ -177,24 +163,116 @@ def batches(
   num_shards: int = 1,
   num_threads: int = 1,
 ) -> grain.DatasetIterator:
-  """Endless shuffled batches of any source; see `video_batches`."""
+  """Endless shuffled batches; each host reads its rows of them.
+
+  All elements are shuffled, cut into batches, and only then shared out: shard s
+  has rows [s, s + 1) * batch_size / num_shards of every batch. So batch i is a
+  function of (source, seed, batch_size, i), the number of hosts and of threads
+  is not in it, and nor is it in the iterator's state, which is i. A state that
+  was saved on 2 hosts goes on with the same batches on 1 or 4.
+
+  The guarantee ends with another batch_size, seed or length of the source:
+  there the same state names other elements.
+
+  Args:
+    source: the elements. Every host must be able to read all of them.
+    batch_size: rows of the whole batch, over all hosts.
+    seed: of the order, in [0, 2**32); every epoch has another order.
+    shard_index: this host, in [0, num_shards), see `host_shard`.
+    num_shards: among how many the rows are shared; divides batch_size.
+    num_threads: that read ahead; 0 reads in the caller's thread.
+
+  Returns:
+    A checkpointable iterator over the elements of `source` with a leading axis
+    of batch_size / num_shards rows.
+
+  Raises:
+    ValueError: if the shard, the batch size or the seed is out of range.
+  """
   if not 0 <= shard_index < num_shards:
     raise ValueError(
       f'shard_index={shard_index} must be in [0, num_shards={num_shards})'
     )
-  if not 1 <= batch_size <= len(source) // num_shards:
+  if not 1 <= batch_size <= len(source):
     raise ValueError(
-      f'batch_size={batch_size} must be in [1, {len(source) // num_shards}], '
-      'the number of elements of a shard'
+      f'batch_size={batch_size} must be in [1, {len(source)}], the number of '
+      'elements'
+    )
+  if batch_size % num_shards:
+    raise ValueError(
+      f'batch_size={batch_size} is not a multiple of num_shards={num_shards}'
     )
   if not 0 <= seed < 2**32:
     raise ValueError(f'seed={seed} must be in [0, 2**32)')
-  # Sharded before the shuffle: hosts stay disjoint in every epoch. Repeated
-  # before the batch: no batch is short, an epoch's end runs into the next.
-  elements = grain.MapDataset.source(source)[shard_index::num_shards]
-  in_order = elements.seed(seed).shuffle().repeat().batch(batch_size)
+  # Repeated before the batch: no batch is short, an epoch's end runs into the
+  # next. Of an endless row grain cannot take every n-th part.
+  shuffled = grain.MapDataset.source(source).seed(seed).shuffle()
+  in_order = shuffled.repeat(_ENDLESS // len(source))
+  # Hosts' parts one after another are the batch, so every num_shards-th part
+  # is this host's, and the index of a part is that of its batch.
+  own = in_order.batch(batch_size // num_shards)[shard_index::num_shards]
   # The buffer holds whole batches; a few are enough to hide the rendering.
   reading = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=4 * num_threads
   )
-  return iter(in_order.to_iter_dataset(reading))
+  return iter(own.to_iter_dataset(reading))
+
+
+def host_shard(
+  sharding: jax.sharding.Sharding, batch_size: int
+) -> tuple[int, int]:
+  """Which rows of a batch this host has to read.
+
+  Hosts that hold the same rows, as under tensor parallelism between hosts, are
+  one shard.
+
+  Args:
+    sharding: of the batch's leading axis.
+    batch_size: rows of the whole batch.
+
+  Returns:
+    (shard_index, num_shards) for `batches`.
+
+  Raises:
+    ValueError: if the rows cannot be shared evenly, or this host's are not
+      in one piece.
+  """
+  try:
+    owned = sharding.addressable_devices_indices_map((batch_size,))
+  except ValueError as error:
+    raise ValueError(
+      f'batch_size={batch_size} cannot be shared among the devices of '
+      f'{sharding}: {error}'
+    ) from error
+  pieces = {rows.indices(batch_size)[:2] for (rows,) in owned.values()}
+  start, stop = min(pieces)[0], max(pieces)[1]
+  size = stop - start
+  if sum(b - a for a, b in pieces) != size or start % size or batch_size % size:
+    raise ValueError(
+      f'the rows {sorted(pieces)} of a batch of {batch_size} on this host are '
+      'not an even share in one piece; order the devices of the mesh by host'
+    )
+  return start // size, batch_size // size
+
+
+def to_global(
+  batch: dict[str, np.ndarray],
+  sharding: jax.sharding.Sharding,
+  batch_size: int,
+) -> dict[str, jax.Array]:
+  """Makes global arrays of what every host has read of a batch.
+
+  Args:
+    batch: of `batches`, with this host's `host_shard`; any tree of arrays.
+    sharding: of the leading axis.
+    batch_size: rows of the whole batch.
+
+  Returns:
+    The same tree of arrays with batch_size rows, over all hosts.
+  """
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_process_local_data(
+      sharding, rows, (batch_size, *rows.shape[1:])
+    ),
+    batch,
+  )

@@ -1,10 +1,13 @@
-"""The grain pipelines: exact resume, disjoint shards, truth that is true."""
+"""The grain pipelines: exact resume, on any hosts, truth that is true."""
+
+import types
 
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hiar_jax import data, text, worlds
 
@@ -86,22 +89,94 @@ def test_order_is_shuffled_by_the_seed_and_by_the_epoch():
   np.testing.assert_array_equal(first, epochs(0)[0])
 
 
-@pytest.mark.parametrize('num_shards', [2, 3])
-def test_shards_are_disjoint_and_together_the_whole(num_shards):
-  source = videos(length=12, with_truth=True)
-  whole = [source[index]['truth']['speed'] for index in range(12)]
-  parts = []
-  for shard_index in range(num_shards):
-    iterator = data.video_batches(
-      source,
-      batch_size=12 // num_shards,
-      seed=0,
-      shard_index=shard_index,
-      num_shards=num_shards,
+@pytest.mark.parametrize('num_shards', [1, 2, 3])
+def test_hosts_rows_together_are_the_batch_of_one_host(num_shards):
+  source = prompts(length=13)
+
+  def hosts(count):
+    return [
+      data.prompt_batches(
+        source, batch_size=6, seed=0, shard_index=i, num_shards=count
+      )
+      for i in range(count)
+    ]
+
+  def rows(iterators):
+    return np.concatenate([next(iterator)['text'] for iterator in iterators])
+
+  whole, shared = hosts(1), hosts(num_shards)
+  # Beyond the first epoch, whose end runs into the second.
+  for _ in range(5):
+    np.testing.assert_array_equal(rows(shared), rows(whole))
+
+
+@pytest.mark.parametrize('num_threads', [0, 2])
+def test_a_state_goes_on_on_another_number_of_hosts(num_threads):
+  source = prompts(length=31)
+
+  def hosts(count):
+    return [
+      data.prompt_batches(
+        source,
+        batch_size=4,
+        seed=7,
+        shard_index=i,
+        num_shards=count,
+        num_threads=num_threads,
+      )
+      for i in range(count)
+    ]
+
+  def rows(iterators):
+    return np.concatenate([next(iterator)['text'] for iterator in iterators])
+
+  two = hosts(2)
+  for _ in range(9):
+    rows(two)
+  states = [iterator.get_state() for iterator in two]
+  assert states[0] == states[1]
+  expected = [rows(two) for _ in range(3)]
+  for count in (1, 2, 4):
+    others = hosts(count)
+    for iterator in others:
+      iterator.set_state(states[0])
+    for batch in expected:
+      np.testing.assert_array_equal(rows(others), batch)
+
+
+def batch_sharding(shape, spec, names=('data', 'tensor')):
+  mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+  return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1, 8)])
+def test_a_lone_host_reads_every_row_and_makes_the_global_batch(shape):
+  sharding = batch_sharding(shape, ['data'])
+  assert data.host_shard(sharding, 16) == (0, 1)
+  batch = next(data.prompt_batches(prompts(), batch_size=16, seed=0))
+  whole = data.to_global(batch, sharding, 16)
+  assert whole['text'].sharding.is_equivalent_to(sharding, 3)
+  assert_equal_trees(whole, batch)
+
+
+def test_a_host_reads_the_rows_that_its_devices_hold():
+  def sharding(rows):
+    """Of a host with devices that hold these rows."""
+    return types.SimpleNamespace(
+      addressable_devices_indices_map=lambda shape: {
+        i: (slice(*r),) for i, r in enumerate(rows)
+      }
     )
-    parts.extend(next(iterator)['truth']['speed'])
-  assert len(np.unique(whole)) == 12
-  np.testing.assert_array_equal(np.sort(parts), np.sort(whole))
+
+  assert data.host_shard(sharding([(4, 6), (6, 8)]), 8) == (1, 2)
+  # Tensor parallelism within the host, and between hosts.
+  assert data.host_shard(sharding([(4, 8), (4, 8)]), 8) == (1, 2)
+  assert data.host_shard(sharding([(None, None)]), 8) == (0, 1)
+  for rows in ([(0, 2), (4, 6)], [(0, 2), (2, 4), (4, 6)], [(2, 6)]):
+    with pytest.raises(ValueError, match='order the devices'):
+      data.host_shard(sharding(rows), 8)
+  with pytest.raises(ValueError, match='batch_size=6 cannot be shared'):
+    data.host_shard(batch_sharding((8, 1), ['data']), 6)
 
 
 def test_caption_dropout_blanks_the_stated_share_by_index():
@@ -145,7 +220,8 @@ def test_truth_is_what_the_video_shows():
   ('kwargs', 'message'),
   [
     ({'batch_size': 0}, 'batch_size=0'),
-    ({'batch_size': 5, 'num_shards': 2}, r'batch_size=5 must be in \[1, 4\]'),
+    ({'batch_size': 9}, r'batch_size=9 must be in \[1, 8\]'),
+    ({'batch_size': 5, 'num_shards': 2}, 'batch_size=5 is not a multiple'),
     ({'shard_index': 2, 'num_shards': 2}, 'shard_index=2'),
     ({'seed': -1}, 'seed=-1'),
   ],

@@ -481,7 +481,7 @@ def test_hosts_read_disjoint_trajectories(whole):
   seen = []
   for shard_index in range(2):
     iterator = trajectories.trajectory_batches(
-      source, batch_size=3, seed=0, shard_index=shard_index, num_shards=2
+      source, batch_size=6, seed=0, shard_index=shard_index, num_shards=2
     )
     seen += [noise.tobytes() for noise in next(iterator)['latents'][:, 0]]
   assert len(set(seen)) == 6
