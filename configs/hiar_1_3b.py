@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.name = 'hiar_1_3b'
   c.seed = 0
   # Scores of 4680 x 32,760 for 12 heads would fill an accelerator.
-  c.model = dataclasses.asdict(WanConfig.wan_1_3b(attention='splash'))
+  c.model = dataclasses.asdict(WanConfig.wan_1_3b(attention='auto'))
   c.schedule = dict(shift=5.0, indices=(1000, 750, 500, 250))
   c.rollout = dict(
     frames_per_block=3, window=21, sink=0, stepping='sde', context='matched'

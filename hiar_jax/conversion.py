@@ -83,7 +83,7 @@ class Options:
   head_dim: int = 128
   latent_size: tuple[int, int] = (60, 104)
   compute_dtype: str = 'bfloat16'
-  attention: str = 'splash'
+  attention: str = 'auto'
   shard_bytes: int = safetensors_io.SHARD_BYTES
 
   def __post_init__(self):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention
@@ -90,7 +92,7 @@ def test_the_tpu_kernel_may_be_mapped_over_stages_of_their_own_length():
   assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize('backend', ['chunked', 'splash'])
+@pytest.mark.parametrize('backend', ['chunked', 'splash', 'auto'])
 def test_the_network_is_the_same_with_every_back_end(backend):
   params, text = toy_network.params(), toy_network.text(2)
   x = toy_network.latents(2, 6)
@@ -100,6 +102,126 @@ def test_the_network_is_the_same_with_every_back_end(backend):
     for denoiser in (Denoiser(config), toy_network.DENOISER)
   )
   assert_same(ours, theirs)
+
+
+@pytest.fixture
+def has_cudnn(monkeypatch):
+  """As if there were a GPU: jax can then lower for CUDA on any machine."""
+  monkeypatch.setattr(attention, '_has_flash_gpu', lambda: True)
+  # jax asks for the version of the library before it looks at the platform.
+  monkeypatch.setattr(
+    fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
+  )
+
+
+def lowered(platform, backend, *, dtype=jnp.bfloat16, width=16, mapped=None):
+  """The program of the attention of one sample, or of three stages."""
+  shapes = [(1, 40, 2, width), (1, 72, 2, width), (1, 72, 2, width), ()]
+  function = functools.partial(attention.attend, backend=backend)
+
+  def run(q, k, v, length):
+    return function(q, k, v, length=length)
+
+  if mapped is not None:
+    run = jax.vmap(run, in_axes=mapped)
+    shapes = [
+      shape if axis is None else (*shape[:axis], 3, *shape[axis:])
+      for shape, axis in zip(shapes, mapped)
+    ]
+  *arrays, length = shapes
+  arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in arrays]
+  arguments.append(jax.ShapeDtypeStruct(length, jnp.int32))
+  return (
+    jax.jit(run)
+    .trace(*arguments)
+    .lower(lowering_platforms=(platform,))
+    .as_text()
+  )
+
+
+@pytest.mark.parametrize('backend', ['auto', 'cudnn'])
+def test_a_gpu_gets_the_kernel_of_cudnn_and_others_do_not(has_cudnn, backend):
+  program = lowered('cuda', backend)
+  assert '@__cudnn$fmhaSoftmax' in program
+  # No scores beside the kernel.
+  assert 'dot_general' not in program
+  assert 'cudnn' not in lowered('cpu', backend)
+  assert 'cudnn' not in lowered('cuda', 'splash')
+  # What the kernel does not take.
+  assert 'cudnn' not in lowered('cuda', backend, dtype=jnp.float32)
+  assert 'cudnn' not in lowered('cuda', backend, width=12)
+
+
+def test_without_a_gpu_the_kernel_of_cudnn_is_not_traced():
+  assert not attention.cudnn_takes(jnp.zeros((1, 1, 1, 8), jnp.bfloat16))
+  assert 'cudnn' not in lowered('cuda', 'auto')
+
+
+@pytest.mark.parametrize(
+  'mapped', [(0, None, None, None), (0, None, None, 0), (0, 1, 1, 0)]
+)
+def test_the_kernel_of_cudnn_may_be_mapped_over_stages(has_cudnn, mapped):
+  program = lowered('cuda', 'auto', mapped=mapped)
+  (call,) = (line for line in program.splitlines() if '@__cudnn' in line)
+  # One call for the batch of all stages, each with its own two lengths.
+  assert call.count('tensor<3xi32>') == 2
+  assert 'tensor<3x40x2x16xbf16>' in call and 'tensor<3x72x2x16xbf16>' in call
+
+
+def test_the_kernel_of_cudnn_has_a_gradient(has_cudnn):
+  def loss(q, k, v):
+    return attention.attend(q, k, v, backend='auto').astype('float32').sum()
+
+  q = jax.ShapeDtypeStruct((1, 40, 2, 16), jnp.bfloat16)
+  program = (
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    .trace(q, q, q)
+    .lower(lowering_platforms=('cuda',))
+    .as_text()
+  )
+  assert '@__cudnn$fmhaSoftmaxBackward' in program
+
+
+def test_the_network_lowers_for_a_gpu(has_cudnn):
+  config = dataclasses.replace(
+    toy_network.CONFIG, attention='auto', dtype='bfloat16'
+  )
+  denoiser = Denoiser(config)
+
+  @jax.jit
+  def flow(params, x, states):
+    return denoiser.flow(params, x, 0.5, denoiser.project_text(params, states))
+
+  program = flow.trace(
+    toy_network.params(),
+    toy_network.latents(2, 6),
+    toy_network.text_states(2),
+  ).lower(lowering_platforms=('cuda',))
+  # Own tokens, and the text.
+  assert program.as_text().count('@__cudnn$fmhaSoftmax') == 2
+
+
+def test_masked_attention_is_in_chunks_on_a_gpu_too(has_cudnn):
+  mask = np.ones((40, 72), bool)
+  q = jax.ShapeDtypeStruct((1, 40, 2, 16), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((1, 72, 2, 16), jnp.bfloat16)
+  attend = functools.partial(attention.attend, mask_TS=mask, backend='auto')
+  program = jax.jit(attend).trace(q, k, k).lower(lowering_platforms=('cuda',))
+  assert 'cudnn' not in program.as_text()
+
+
+@pytest.mark.parametrize(
+  ('capability', 'taken'), [('7.5', False), ('8.0', True), ('10.3', True)]
+)
+def test_old_gpus_have_no_flash_kernel(monkeypatch, capability, taken):
+  arrays = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
+  backend = types.SimpleNamespace(platform_version='cuda 12090')
+  devices = [
+    types.SimpleNamespace(compute_capability=c) for c in ('9.0', capability)
+  ]
+  monkeypatch.setattr('jax.extend.backend.get_backend', lambda: backend)
+  monkeypatch.setattr('jax.local_devices', lambda: devices)
+  assert attention.cudnn_takes(arrays) == taken
 
 
 def test_an_unknown_back_end_is_refused():

@@ -5,6 +5,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout
@@ -32,15 +33,23 @@ def attend(
     mask_TS: bool, True where query t sees key s.
     backend: one of `config.ATTENTIONS`. 'xla' holds all scores [B, H, T, S];
       'chunked' those of 256 queries at a time, the same numbers otherwise;
-      'splash' none, by a TPU kernel, and where there is a mask or no TPU it is
-      'chunked'.
+      'splash' none, by a TPU kernel; 'cudnn' none, by an Nvidia kernel for
+      bfloat16 and float16, see `cudnn_takes`; 'auto' is whichever of these two
+      the device has. Where there is a mask, or the kernel cannot be had, all
+      three are 'chunked'.
 
   Returns:
     [B, T, H, K] in the dtype of q.
   """
   if backend == 'xla':
     return _attend_xla(q_BTHK, k_BSHK, v_BSHK, length, mask_TS)
-  if backend == 'chunked' or mask_TS is not None:
+  kernels = {}
+  if mask_TS is None:
+    if backend in ('splash', 'auto'):
+      kernels['tpu'] = attend_splash
+    if backend in ('cudnn', 'auto') and cudnn_takes(q_BTHK, k_BSHK, v_BSHK):
+      kernels['cuda'] = attend_cudnn
+  if not kernels:
     return _attend_chunked(q_BTHK, k_BSHK, v_BSHK, length, mask_TS)
   if length is None:
     length = jnp.int32(k_BSHK.shape[1])
@@ -51,7 +60,7 @@ def attend(
     k_BSHK,
     v_BSHK,
     length,
-    tpu=attend_splash,
+    **kernels,
     default=functools.partial(_attend_chunked, mask_TS=None),
   )
 
@@ -146,13 +155,84 @@ def attend_splash(
   return jnp.swapaxes(out_BHTK, 1, 2)[:, :num_queries]
 
 
-def splash_layout(x_BSHK: jax.Array) -> jax.Array:
-  """Keys or values laid out in memory as the kernel reads them, [B, H, S, K].
+def kernel_layout(x_BSHK: jax.Array, backend: str) -> jax.Array:
+  """Keys or values laid out in memory as the splash kernel reads them.
 
-  Left to itself, XLA gives new keys another layout, and their cache with them,
-  and copies the whole cache at every pass.
+  That is [B, H, S, K]. Left to itself, XLA gives new keys another layout, and
+  their cache with them, and copies the whole cache at every pass. The other
+  back-ends take what there is.
   """
-  return layout.with_layout_constraint(x_BSHK, layout.Layout((0, 2, 1, 3)))
+  if backend not in ('splash', 'auto'):
+    return x_BSHK
+  rows_last = layout.Layout((0, 2, 1, 3))
+  return jax.lax.platform_dependent(
+    x_BSHK,
+    tpu=lambda x: layout.with_layout_constraint(x, rows_last),
+    default=lambda x: x,
+  )
+
+
+def attend_cudnn(
+  q_BTHK: jax.Array,
+  k_BSHK: jax.Array,
+  v_BSHK: jax.Array,
+  length: jax.Array,
+) -> jax.Array:
+  """Flash attention by cuDNN, through jax.
+
+  Lowered for CUDA in the tests and run on no GPU yet: of its numbers and its
+  speed nothing is claimed here. `benchmarks/gpu.py` measures both.
+
+  Args:
+    q_BTHK: queries, such that `cudnn_takes` them.
+    k_BSHK: keys.
+    v_BSHK: values.
+    length: int32 scalar, only the first `length` keys are seen.
+  """
+  # jax's rule for vmap takes arguments of which all are mapped, or none, and
+  # stages have their own queries and lengths beside common text. This zero is
+  # mapped if any argument is; XLA folds it, and the selections with it.
+  zero_B = length * 0
+  for x in (q_BTHK, k_BSHK, v_BSHK):
+    zero_B += 0 * x[:, 0, 0, 0].astype(jnp.int32)
+  own = (zero_B == 0)[:, None, None, None]
+  q, k, v = (jnp.where(own, x, 0) for x in (q_BTHK, k_BSHK, v_BSHK))
+  return jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    query_seq_lengths=zero_B + q.shape[1],
+    key_value_seq_lengths=zero_B + length,
+    implementation='cudnn',
+  )
+
+
+def cudnn_takes(*arrays: jax.Array) -> bool:
+  """Whether there is a GPU whose cuDNN has flash attention for such arrays.
+
+  That takes compute capability 8.0 or higher, one 16-bit dtype, and heads whose
+  width is a multiple of 8 up to 128.
+  """
+  dtypes = {x.dtype for x in arrays}
+  widths = {x.shape[-1] for x in arrays}
+  return (
+    len(dtypes) == len(widths) == 1
+    and dtypes <= {jnp.dtype('bfloat16'), jnp.dtype('float16')}
+    and min(widths) % 8 == 0
+    and max(widths) <= 128
+    and _has_flash_gpu()
+  )
+
+
+def _has_flash_gpu() -> bool:
+  # jax refuses to trace the kernel where there is no CUDA, so this cannot be
+  # left to the compiler as the choice for TPUs is.
+  if 'cuda' not in jax.extend.backend.get_backend().platform_version:
+    return False
+  return all(
+    tuple(map(int, device.compute_capability.split('.'))) >= (8, 0)
+    for device in jax.local_devices()
+  )
 
 
 def _block_size(size: int, largest: int, multiple: int) -> int:

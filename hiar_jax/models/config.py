@@ -4,7 +4,7 @@ import dataclasses
 
 REMAT_POLICIES = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
-ATTENTIONS = ('xla', 'chunked', 'splash')
+ATTENTIONS = ('xla', 'chunked', 'splash', 'cudnn', 'auto')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,9 @@ class WanConfig:
     unroll: layers in one iteration of the scan over layers; more makes small
       networks faster on a CPU and compiling slower.
     attention: 'xla', 'chunked' (a part of the queries at a time: for windows
-      whose scores do not fit into memory) or 'splash' (a kernel for TPUs;
-      'chunked' elsewhere); see `models.attention.attend`.
+      whose scores do not fit into memory), 'splash' (a kernel for TPUs),
+      'cudnn' (one for GPUs) or 'auto' (either, where there is one); see
+      `models.attention.attend`.
 
   Raises:
     ValueError: naming the size that does not fit.

@@ -8,12 +8,15 @@ Architecture: Wan2.1 (arXiv:2503.20314) with per-frame timesteps, as in
 CausVid and Self-Forcing. Layers are scanned and their parameters stacked on a
 leading axis N. The network reads the past and never writes it; the rollout
 writes the K/V that come out.
+
+The token stream keeps its frames apart, [B, F, P, D]: modulation is per frame,
+and a mesh divides the tokens of every frame.
 """
 
 # B batch, F frames, P tokens per frame, T = F*P tokens, D width, H heads,
 # K head width, N layers, L text tokens, S past tokens, h w rows and columns
 
-from collections.abc import Callable
+import functools
 
 import flax.struct
 import jax
@@ -21,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from hiar_jax import sharding
 from hiar_jax.models import attention, rope
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache
@@ -85,11 +89,20 @@ def _dense(config: WanConfig, features: int, name: str, init=_DENSE_INIT):
   )
 
 
-def _by_frame(function: Callable, x_BTD: jax.Array, num_frames: int):
-  """Applies function to x as [B, F, P, D], back to [B, T, D]."""
-  batch, _, dim = x_BTD.shape
-  x = function(x_BTD.reshape(batch, num_frames, -1, dim))
-  return x.reshape(x_BTD.shape)
+def _attend(
+  q_BFPHK, keys_BSHK, values_BSHK, rotation, length, mask_FPS, *, backend
+):
+  """Attention of queries by frame; `rotation` and the mask may be None."""
+  batch, _, _, *heads = q_BFPHK.shape
+  q = q_BFPHK.reshape(batch, -1, *heads)
+  if rotation is not None:
+    q = rope.rotate(q, [r.reshape(-1, r.shape[-1]) for r in rotation])
+  if mask_FPS is not None:
+    mask_FPS = mask_FPS.reshape(-1, mask_FPS.shape[-1])
+  out = attention.attend(
+    q, keys_BSHK, values_BSHK, length=length, mask_TS=mask_FPS, backend=backend
+  )
+  return out.reshape(q_BFPHK.shape)
 
 
 class SelfAttention(nn.Module):
@@ -99,20 +112,24 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD, past, rotation, length, mask_TS, straight_through: bool
+    self, x_BFPD, past, rotation, length, mask_FPS, straight_through: bool
   ):
     cfg = self.config
-    heads = (*x_BTD.shape[:2], cfg.num_heads, cfg.head_dim)
+    batch, num_frames, tokens, _ = x_BFPD.shape
+    heads = (batch, num_frames, tokens, cfg.num_heads, cfg.head_dim)
+    sequence = (batch, num_frames * tokens, *heads[3:])
     ones = nn.initializers.ones
     norm_q = self.param('norm_q', ones, (cfg.dim,))
     norm_k = self.param('norm_k', ones, (cfg.dim,))
-    q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BTD), norm_q, cfg.eps)
-    k = rms_norm(_dense(cfg, cfg.dim, 'k')(x_BTD), norm_k, cfg.eps)
-    v = _dense(cfg, cfg.dim, 'v')(x_BTD).reshape(heads)
-    q = rope.rotate(q.reshape(heads), rotation)
-    k = rope.rotate(k.reshape(heads), rotation)
-    if cfg.attention == 'splash':
-      k, v = attention.splash_layout(k), attention.splash_layout(v)
+    q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BFPD), norm_q, cfg.eps)
+    k = rms_norm(_dense(cfg, cfg.dim, 'k')(x_BFPD), norm_k, cfg.eps)
+    v = _dense(cfg, cfg.dim, 'v')(x_BFPD)
+    q = sharding.constrain(q.reshape(heads), sharding.QUERIES_BFPHK)
+    k = sharding.constrain(k.reshape(heads), sharding.KEYS_BFPHK)
+    v = sharding.constrain(v.reshape(heads), sharding.KEYS_BFPHK)
+    k = rope.rotate(k.reshape(sequence), rotation)
+    v = v.reshape(sequence)
+    k, v = (attention.kernel_layout(x, cfg.attention) for x in (k, v))
     keys, values = k, v
     if past is not None:
       past_k, past_v = past.k, past.v
@@ -124,15 +141,17 @@ class SelfAttention(nn.Module):
       values = jnp.concatenate([v, past_v.astype(v.dtype)], 1)
     if length is not None:
       length = length + k.shape[1]
-    out = attention.attend(
+    by_frame = (num_frames, tokens, -1)
+    out = sharding.split_queries(
+      functools.partial(_attend, backend=cfg.attention),
       q,
       keys,
       values,
+      rotation=[r.reshape(by_frame) for r in rotation],
       length=length,
-      mask_TS=mask_TS,
-      backend=cfg.attention,
+      mask_FPS=mask_FPS,
     )
-    out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BTD.shape))
+    out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
     return out, KV(k=k, v=v)
 
 
@@ -148,13 +167,18 @@ class CrossAttention(nn.Module):
   config: WanConfig
 
   @nn.compact
-  def __call__(self, x_BTD, text: TextKV):
+  def __call__(self, x_BFPD, text: TextKV):
     cfg = self.config
     norm_q = self.param('norm_q', nn.initializers.ones, (cfg.dim,))
-    q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BTD), norm_q, cfg.eps)
-    q = q.reshape(*x_BTD.shape[:2], cfg.num_heads, cfg.head_dim)
-    out = attention.attend(q, text.k, text.v, backend=cfg.attention)
-    return _dense(cfg, cfg.dim, 'o')(out.reshape(x_BTD.shape))
+    q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BFPD), norm_q, cfg.eps)
+    q = q.reshape(*x_BFPD.shape[:3], cfg.num_heads, cfg.head_dim)
+    out = sharding.split_queries(
+      functools.partial(_attend, backend=cfg.attention),
+      sharding.constrain(q, sharding.QUERIES_BFPHK),
+      text.k,
+      text.v,
+    )
+    return _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
 
 
 class Layer(nn.Module):
@@ -164,10 +188,9 @@ class Layer(nn.Module):
   straight_through: bool
 
   @nn.compact
-  def __call__(self, x_BTD, scanned, rotation, modulation_BF6D, length, mask):
+  def __call__(self, x_BFPD, scanned, rotation, modulation_BF6D, length, mask):
     cfg = self.config
     past, text = scanned
-    num_frames = rotation[0].shape[0] // cfg.tokens_per_frame
     own = self.param(
       'modulation',
       nn.initializers.normal(cfg.dim**-0.5),
@@ -178,32 +201,29 @@ class Layer(nn.Module):
     shift1, scale1, gate1, shift2, scale2, gate2 = parts
 
     def modulate(x, shift, scale):
-      y = _by_frame(
-        lambda x: layer_norm(x, cfg.eps) * (1 + scale) + shift, x, num_frames
-      )
+      y = layer_norm(x, cfg.eps) * (1 + scale) + shift
       return y.astype(cfg.dtype)
 
     def gated(y, gate):
-      y = _by_frame(lambda y: y.astype(jnp.float32) * gate, y, num_frames)
-      return y.astype(cfg.dtype)
+      return (y.astype(jnp.float32) * gate).astype(cfg.dtype)
 
     y, new_kv = SelfAttention(cfg, name='self_attention')(
-      modulate(x_BTD, shift1, scale1),
+      modulate(x_BFPD, shift1, scale1),
       past,
       rotation,
       length,
       mask,
       self.straight_through,
     )
-    x_BTD = x_BTD + gated(y, gate1)
+    x_BFPD = x_BFPD + gated(y, gate1)
     y = nn.LayerNorm(epsilon=cfg.eps, dtype=jnp.float32, name='cross_norm')(
-      x_BTD
+      x_BFPD
     ).astype(cfg.dtype)
-    x_BTD = x_BTD + CrossAttention(cfg, name='cross_attention')(y, text)
-    y = modulate(x_BTD, shift2, scale2)
+    x_BFPD = x_BFPD + CrossAttention(cfg, name='cross_attention')(y, text)
+    y = modulate(x_BFPD, shift2, scale2)
     y = nn.gelu(_dense(cfg, cfg.ffn_dim, 'ffn_in')(y), approximate=True)
     y = _dense(cfg, cfg.dim, 'ffn_out')(y)
-    return x_BTD + gated(y, gate2), new_kv
+    return x_BFPD + gated(y, gate2), new_kv
 
 
 _REMAT = {
@@ -270,7 +290,11 @@ class WanTransformer(nn.Module):
         f'latents of shape {x_BFhwC.shape} do not end in '
         f'{(cfg.latent_height, cfg.latent_width, cfg.channels)}'
       )
-    x = _dense(cfg, cfg.dim, 'patch_embedding')(patchify(x_BFhwC, cfg.patch))
+    x = patchify(x_BFhwC, cfg.patch)
+    x = _dense(cfg, cfg.dim, 'patch_embedding')(
+      x.reshape(batch, num_frames, cfg.tokens_per_frame, -1)
+    )
+    x = sharding.constrain(x, sharding.TOKENS_BFPD)
 
     time = sinusoid(timestep_BF, cfg.freq_dim)
     float32 = {'dtype': jnp.float32, 'kernel_init': _EMBED_INIT}
@@ -289,9 +313,14 @@ class WanTransformer(nn.Module):
       length, past_kv = past.length, KV(past.k, past.v)
     elif past is not None:
       past_kv = past
+    if past_kv is not None:
+      past_kv = jax.tree.map(
+        lambda a: sharding.constrain(a, sharding.KEYS_NBSHK), past_kv
+      )
     mask = None
     if frame_mask is not None:
       mask = attention.expand_frame_mask(frame_mask, cfg.tokens_per_frame)
+      mask = mask.reshape(num_frames, cfg.tokens_per_frame, -1)
     layer = Layer
     if cfg.remat != 'none':
       layer = nn.remat(Layer, policy=_REMAT[cfg.remat], prevent_cse=False)
@@ -317,9 +346,7 @@ class WanTransformer(nn.Module):
     shift, scale = jnp.split(
       head_modulation[None, None] + time[:, :, None], 2, axis=2
     )
-    x = _by_frame(
-      lambda x: layer_norm(x, cfg.eps) * (1 + scale) + shift, x, num_frames
-    )
+    x = layer_norm(x, cfg.eps) * (1 + scale) + shift
     x = _dense(cfg, cfg.patch_dim, 'head', nn.initializers.zeros)(
       x.astype(cfg.dtype)
     )
@@ -358,7 +385,10 @@ class StackedTextKV(nn.Module):
     k = jax.vmap(rms_norm, (0, 0, None))(project('k'), norm_k, cfg.eps)
     v = project('v')
     heads = (*k.shape[:-1], cfg.num_heads, cfg.head_dim)
-    return TextKV(k=k.reshape(heads), v=v.reshape(heads))
+    k, v = (
+      sharding.constrain(x.reshape(heads), sharding.KEYS_NBSHK) for x in (k, v)
+    )
+    return TextKV(k=k, v=v)
 
 
 def patchify(x_BFhwC: jax.Array, patch: tuple[int, int]) -> jax.Array:
