@@ -1,5 +1,7 @@
 """The small world: 64x64 videos of one moving shape.
 
+  python launch/train.py --config=configs/bouncing.py:codec
+  python launch/encode_videos.py --config=configs/bouncing.py:teacher
   python launch/train.py --config=configs/bouncing.py:teacher
   python launch/make_trajectories.py --config=configs/bouncing.py
   python launch/train.py --config=configs/bouncing.py:student_start
@@ -12,7 +14,7 @@ same program.
 
 import ml_collections
 
-PHASES = ('teacher', 'student_start', 'distill', 'self_forcing')
+PHASES = ('codec', 'teacher', 'student_start', 'distill', 'self_forcing')
 _RUNS = 'runs/bouncing'
 
 
@@ -26,15 +28,25 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.workdir = f'{_RUNS}/{phase}'
   c.seed = 0
 
-  c.world = dict(height=64, width=64, num_frames=21)
+  c.world = dict(
+    height=64,
+    width=64,
+    num_frames=81,
+    slow_speed=(0.3, 0.45),
+    fast_speed=(0.8, 1.1),
+  )
   c.world_seed = 1
   c.text = dict(dim=64, length=16)
-  c.codec = dict(
-    path=f'{_RUNS}/codec.npz',
-    channels=16,
-    whitening=0.5,
-    num_videos=512,
-    seed=0,
+  c.codec = dict(path=f'{_RUNS}/codec/weights.safetensors')
+  c.vae = dict(
+    base_dim=16,
+    z_dim=8,
+    dim_mult=(1, 2, 3),
+    num_res_blocks=1,
+    temporal_downsample=(True, True),
+    patch_size=2,
+    mean=(0.0,) * 8,
+    std=(1.0,) * 8,
   )
   c.model = dict(
     dim=128,
@@ -44,7 +56,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     unroll=4,
     latent_height=8,
     latent_width=8,
-    channels=16,
+    channels=8,
     freq_dim=64,
     text_dim=64,
     text_len=16,
@@ -52,6 +64,8 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.batch_size = 8
   c.log_every = 20
   c.checkpoint_every = 200
+  if phase == 'codec':
+    return _codec(c)
   if phase == 'teacher':
     return _teacher(c)
 
@@ -71,7 +85,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     guidance=2.0,
     points='student',
   )
-  c.generate = dict(order='step_first', fps=12.0)
+  c.generate = dict(order='step_first', fps=16.0)
   if phase == 'student_start':
     return _student_start(c)
   return _distill(c, phase)
@@ -91,9 +105,20 @@ def _muon(learning_rate: float, adam_learning_rate: float, warmup: int):
   )
 
 
+def _codec(c):
+  c.iterations = 7000
+  c.codec_training = dict(crop=32, num_frames=9, kl_weight=1e-3)
+  c.ema_decay = 0.995
+  c.optimiser = _muon(1e-2, 3e-3, warmup=50)
+  return c
+
+
 def _teacher(c):
-  c.iterations = 12000
+  c.iterations = 9000
   c.caption_dropout = 0.1
+  c.latents = dict(
+    dir=f'{_RUNS}/latents', num=8192, shard_size=256, batch_size=8
+  )
   c.timestep_shift = 2.5
   c.ema_decay = 0.999
   c.optimiser = _muon(1e-2, 2.5e-3, warmup=100)

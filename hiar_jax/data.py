@@ -90,10 +90,9 @@ class BouncingVideos:
       px, `speed` [] in px per frame.
     """
     scene = self.scene(index)
-    caption = '' if self._drops_caption(index) else scene.caption
     element = {
       'video': worlds.render(scene, self.world),
-      'text': self.encoder.encode([caption])[0],
+      'text': self.text(index),
     }
     if self.with_truth:
       names = ('positions', 'rgb', 'background_rgb', 'radius', 'speed')
@@ -105,6 +104,11 @@ class BouncingVideos:
   def scene(self, index: int) -> worlds.Scene:
     """The truth, caption included, of element `index`."""
     return worlds.sample_scene(self.world, self.seed, index)
+
+  def text(self, index: int) -> np.ndarray:
+    """The `text` of element `index`, without drawing its video."""
+    caption = '' if self._drops_caption(index) else self.scene(index).caption
+    return self.encoder.encode([caption])[0]
 
   def _drops_caption(self, index: int) -> bool:
     bits = np.random.Philox(

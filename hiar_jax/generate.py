@@ -306,10 +306,16 @@ def load(
     config = json.loads(path.read_bytes())
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
-  codec = conversion.FILES['vae'] if 'vae' in config else CODEC_FILE
   return from_config(
-    config, weights=folder / WEIGHTS_FILE, codec=folder / codec
+    config,
+    weights=folder / WEIGHTS_FILE,
+    codec=folder / codec_file(config),
   )
+
+
+def codec_file(config: Mapping[str, Any]) -> str:
+  """Name of the codec's file in a pipeline's folder."""
+  return conversion.FILES['vae'] if 'vae' in config else CODEC_FILE
 
 
 def _converted(
@@ -387,24 +393,32 @@ def export(
   *,
   config: Mapping[str, Any],
   params: Mapping[str, Any],
-  codec: codecs.LinearCodec,
+  codec: codecs.LinearCodec | vae_codec.VAECodec,
+  dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
   """Writes what `load` reads.
 
   Args:
     folder: is made if it does not exist.
-    config: of the training; its SECTIONS are written, the rest is left out.
+    config: of the training; its SECTIONS and 'vae' are written, the rest is
+      left out.
     params: of the student, averaged.
     codec: that its latents are of.
+    dtype: of the stored weights, such as float16; None keeps them as they are.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  sections = {name: config[name] for name in SECTIONS}
+  names = (*SECTIONS, 'vae') if 'vae' in config else SECTIONS
+  sections = {name: config[name] for name in names}
   (folder / CONFIG_FILE).write_text(
     json.dumps(sections, indent=2, default=dict) + '\n'
   )
-  codecs.save_linear_codec(codec, folder / CODEC_FILE)
-  checkpoint.save_weights(folder / WEIGHTS_FILE, params)
+  path = folder / codec_file(config)
+  if 'vae' in config:
+    checkpoint.save_weights(path, codec.params, dtype=dtype)
+  else:
+    codecs.save_linear_codec(codec, path)
+  checkpoint.save_weights(folder / WEIGHTS_FILE, params, dtype=dtype)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -19,15 +19,19 @@ from hiar_jax import (
   checkpoint,
   codecs,
   data,
+  latent_files,
   noise_schedule,
   rollout,
   text,
   train_state,
   train_step,
   trajectories,
+  vae_codec,
+  vae_training,
   worlds,
 )
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
 
 Config = ml_collections.ConfigDict
@@ -65,9 +69,15 @@ def build(config: Config) -> Phase:
   return _PHASES[config.phase](config)
 
 
-def world_codec(config: Config) -> codecs.LinearCodec:
-  """The small world's codec: read if it was fitted before, else fitted."""
+def world_codec(config: Config) -> Any:
+  """The small world's codec.
+
+  The VAE, if the config has one, of the phase 'codec'; else a linear codec:
+  read if it was fitted before, else fitted.
+  """
   path = pathlib.Path(config.codec.path)
+  if 'vae' in config:
+    return vae_codec.load_vae_codec(path, vae.VAEConfig(**config.vae))
   if not path.exists():
     codec = codecs.fit_linear_codec(
       worlds.WorldConfig(**config.world),
@@ -79,6 +89,38 @@ def world_codec(config: Config) -> codecs.LinearCodec:
     path.parent.mkdir(parents=True, exist_ok=True)
     codecs.save_linear_codec(codec, path)
   return codecs.load_linear_codec(path)
+
+
+def videos(config: Config) -> data.BouncingVideos:
+  """The teacher's training videos."""
+  return data.BouncingVideos(
+    worlds.WorldConfig(**config.world),
+    text.WordHashEncoder(**config.text),
+    seed=config.world_seed,
+    caption_dropout=config.caption_dropout,
+  )
+
+
+def latents_manifest(config: Config, codec: Any) -> latent_files.Manifest:
+  """What the folder `config.latents.dir` has to hold."""
+  return latent_files.Manifest(
+    num=config.latents.num,
+    shard_size=config.latents.shard_size,
+    world=dataclasses.asdict(worlds.WorldConfig(**config.world)),
+    world_seed=config.world_seed,
+    codec_sha256=trajectories.weights_sha256(codec.params),
+  )
+
+
+def latent_frames(config: Config) -> int:
+  """Frames of the world's videos, as the networks count them."""
+  frames = config.world.num_frames
+  if 'vae' not in config:
+    return frames
+  stride = vae.VAEConfig(**config.vae).time_factor
+  if frames % stride != 1:
+    raise ValueError(f'world.num_frames={frames} is not 1 + {stride} k')
+  return 1 + frames // stride
 
 
 def rollout_config(config: Config) -> rollout.RolloutConfig:
@@ -134,16 +176,73 @@ def _optimiser(config: Config, iterations: int):
   )
 
 
-def _regression(config, params, optimiser, step, batches) -> Phase:
+def _regression_state(params, optimiser) -> train_state.RegressionState:
+  return train_state.RegressionState(
+    iteration=jnp.zeros((), jnp.int32),
+    net=train_state.init_net(params, optimiser),
+    ema=train_state.copy(params),
+  )
+
+
+def _regression(params, optimiser, step, batches) -> Phase:
   return Phase(
-    state=train_state.RegressionState(
-      iteration=jnp.zeros((), jnp.int32),
-      net=train_state.init_net(params, optimiser),
-      ema=train_state.copy(params),
-    ),
+    state=_regression_state(params, optimiser),
     step=jax.jit(step, donate_argnums=0),
     batches=batches,
     weights=lambda state: state.ema,
+  )
+
+
+# Every so often the VAE sees whole frames, as many pixels as in the crops.
+_WHOLE_EVERY = 4
+_STATISTICS_VIDEOS = 64
+
+
+def _codec(config: Config) -> Phase:
+  """The learnt codec: the video VAE on crops and frames of the world."""
+  vae_config = vae.VAEConfig(**config.vae)
+  numbers = config.codec_training
+  optimiser = _optimiser(config.optimiser, config.iterations)
+  key = jax.random.key(config.seed)
+  source = data.BouncingVideos(
+    worlds.WorldConfig(
+      **(config.world.to_dict() | {'num_frames': numbers.num_frames})
+    ),
+    text.WordHashEncoder(**config.text),
+    seed=config.world_seed,
+    with_truth=True,
+  )
+  clips = vae_training.ObjectClips(source, numbers.crop)
+  side = min(config.world.height, config.world.width)
+  whole_videos = max(1, config.batch_size * numbers.crop**2 // side**2)
+  batches = data.batches(clips, batch_size=config.batch_size, seed=config.seed)
+  update = jax.jit(
+    vae_training.make_step(
+      vae_config,
+      optimiser,
+      kl_weight=numbers.kl_weight,
+      ema_decay=config.ema_decay,
+    ),
+    donate_argnums=0,
+  )
+
+  def step(state, batch, iteration):
+    whole = iteration % _WHOLE_EVERY == _WHOLE_EVERY - 1
+    video = batch['video'][:whole_videos] if whole else batch['crop']
+    return update(state, video, jax.random.fold_in(key, iteration))
+
+  def weights(state):
+    mean_C, std_C = vae_training.statistics(
+      vae_config, state.ema, source, num_videos=_STATISTICS_VIDEOS
+    )
+    return vae_training.fold_statistics(state.ema, mean_C, std_C)
+
+  params = vae_training.init(vae_config, key)
+  return Phase(
+    state=_regression_state(params, optimiser),
+    step=step,
+    batches=batches,
+    weights=weights,
   )
 
 
@@ -161,18 +260,18 @@ def _teacher(config: Config) -> Phase:
   key = jax.random.key(config.seed)
 
   def step(state, batch, iteration):
-    latents = codec.encode(codecs.pixels_to_float(batch['video']))
-    batch = {'latents': latents, 'text': batch['text']}
+    if 'latents' not in batch:
+      latents = codec.encode(codecs.pixels_to_float(batch['video']))
+      batch = {'latents': latents, 'text': batch['text']}
     return update(state, batch, jax.random.fold_in(key, iteration))
 
-  source = data.BouncingVideos(
-    worlds.WorldConfig(**config.world),
-    text.WordHashEncoder(**config.text),
-    seed=config.world_seed,
-    caption_dropout=config.caption_dropout,
-  )
+  source = videos(config)
+  if 'latents' in config:
+    source = latent_files.EncodedVideos(
+      config.latents.dir, latents_manifest(config, codec), source
+    )
   batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
-  return _regression(config, denoiser.init(key), optimiser, step, batches)
+  return _regression(denoiser.init(key), optimiser, step, batches)
 
 
 def _student_start(config: Config) -> Phase:
@@ -196,7 +295,7 @@ def _student_start(config: Config) -> Phase:
   batches = data.batches(
     trajectory_source(config), batch_size=config.batch_size, seed=config.seed
   )
-  return _regression(config, params, optimiser, step, batches)
+  return _regression(params, optimiser, step, batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +386,7 @@ def _distill(config: Config) -> Phase:
 
 
 _PHASES = {
+  'codec': _codec,
   'teacher': _teacher,
   'student_start': _student_start,
   'distill': _distill,

@@ -53,7 +53,7 @@ class OptimiserConfig:
 
 
 # Matrices that live at the edges of the network and are better left to AdamW.
-_EDGES = ('patch_embedding', 'head', 'text_in', 'time_in')
+_EDGES = frozenset({'patch_embedding', 'head', 'text_in', 'time_in', 'conv_in'})
 
 
 def _muon_dimensions(params):
@@ -61,8 +61,12 @@ def _muon_dimensions(params):
 
   def dimensions(path, leaf):
     names = [key.key for key in path]
-    if not names[-1].endswith('kernel') or names[0] in _EDGES:
+    if not names[-1].endswith('kernel') or not _EDGES.isdisjoint(names):
       return None
+    if leaf.ndim > 3:  # A convolution: all that goes into an output channel.
+      return optax.contrib.MuonDimensionNumbers(
+        tuple(range(leaf.ndim - 1)), leaf.ndim - 1
+      )
     # Stacked layers: the leading axis is a batch of matrices.
     return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 

@@ -42,7 +42,8 @@ def main(argv):
   config = _CONFIG.value
   pipeline = generate.load(_FOLDER.value or config.name)
   world = worlds.WorldConfig(**config.world)
-  frames = _NUM_BLOCKS.value * pipeline.rollout.frames_per_block
+  latents = _NUM_BLOCKS.value * pipeline.rollout.frames_per_block
+  frames = 1 + (latents - 1) * pipeline.codec.temporal_stride
   source = data.BouncingVideos(
     worlds.WorldConfig(**(config.world.to_dict() | {'num_frames': frames})),
     text.WordHashEncoder(**config.text),

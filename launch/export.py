@@ -3,8 +3,8 @@
   python launch/export.py --config=configs/bouncing.py \
     --out hiar_jax/assets/bouncing
 
-The student is stored in float32; with --with_teacher also the teacher, in
-float16, so that a distillation can start from the folder.
+Weights are stored in float16 and computed with in float32; with --with_teacher
+also the teacher's, so that a distillation can start from the folder.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import checkpoint, codecs, errors, generate, phases, train
+from hiar_jax import checkpoint, errors, generate, phases, train
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 
@@ -32,12 +32,18 @@ def main(argv):
   denoiser = Denoiser(WanConfig(**config.model))
   weights = _WEIGHTS.value or pathlib.Path(config.workdir) / train.WEIGHTS
   params = phases.load_params(weights, denoiser)
-  codec = codecs.load_linear_codec(config.codec.path)
+  codec = phases.world_codec(config)
   out = pathlib.Path(_OUT.value)
   teacher = None
   if _WITH_TEACHER.value:
     teacher = phases.load_params(config.teacher_weights, denoiser)
-  generate.export(out, config=config.to_dict(), params=params, codec=codec)
+  generate.export(
+    out,
+    config=config.to_dict(),
+    params=params,
+    codec=codec,
+    dtype=jnp.float16,
+  )
   if teacher is not None:
     checkpoint.save_weights(
       out / 'teacher.safetensors', teacher, dtype=jnp.float16

@@ -393,7 +393,7 @@ def _weights(config) -> tuple[pathlib.Path, pathlib.Path]:
     weights = pathlib.Path(_WEIGHTS.value)
     if weights.is_dir():
       weights /= generate.WEIGHTS_FILE
-  codec = weights.with_name(generate.CODEC_FILE)
+  codec = weights.with_name(generate.codec_file(_CONFIG.value))
   return weights, codec if codec.exists() else pathlib.Path(config.codec.path)
 
 

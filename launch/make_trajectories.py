@@ -20,6 +20,7 @@ from hiar_jax import (
   data,
   errors,
   noise_schedule,
+  phases,
   text,
   trajectories,
   trajectory_files,
@@ -75,7 +76,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     num=settings.num if _NUM.value is None else _NUM.value,
     shard_size=settings.shard_size,
     seed=settings.seed,
-    num_frames=config.world.num_frames,
+    num_frames=phases.latent_frames(config),
   )
   mine = dict(shard_index=_SHARD_INDEX.value, num_shards=_NUM_SHARDS.value)
   missing = trajectory_files.missing_shards(out, manifest, **mine)

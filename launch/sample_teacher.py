@@ -28,6 +28,7 @@ from hiar_jax import (
   errors,
   generate,
   metrics,
+  phases,
   sampling,
   solvers,
   teacher_sampling,
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
   generate.check_prompts([_PROMPT.value])
   defaults, num_frames = teacher_sampling.SamplingConfig(), 21
   if config is not None:
-    defaults, num_frames = _defaults(config), config.world.num_frames
+    defaults, num_frames = _defaults(config), phases.latent_frames(config)
   solver = teacher_sampling.SamplingConfig(
     solver=_SOLVER.value,
     num_steps=_given(_STEPS, defaults.num_steps),
@@ -183,7 +184,7 @@ def _weights(config) -> tuple[pathlib.Path, pathlib.Path]:
       f'no teacher at {trained}, and none of {config.name!r} comes with the '
       'package; give --weights'
     )
-  return folder / _ASSET, folder / generate.CODEC_FILE
+  return folder / _ASSET, folder / generate.codec_file(config)
 
 
 if __name__ == '__main__':

@@ -22,12 +22,12 @@ _LAYERS = (
   ('models',),  # hiar_jax/models/__init__.py
   ('text', 'codecs', 'text_umt5', 'vae_codec', 'layouts'),
   ('data', 'denoiser'),
-  ('rollout', 'trajectory_files', 'releases'),
+  ('rollout', 'trajectory_files', 'releases', 'latent_files'),
   ('losses', 'trajectories', 'training_rollout', 'evaluation', 'sampling'),
   ('conversion',),
   ('pipeline', 'train_state', 'video', 'teacher_sampling'),
   ('shared_pipeline',),
-  ('train_step', 'streaming'),
+  ('train_step', 'streaming', 'vae_training'),
   ('phases', 'generate', 'planning'),
   ('train', 'planning_parts'),
   ('',),  # hiar_jax/__init__.py

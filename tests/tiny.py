@@ -38,14 +38,25 @@ DENOISER = Denoiser(
 def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   """A phase of `configs/bouncing.py` with everything below `root`.
 
-  Two layers of width 16; 6 frames, that is 2 blocks, of 4x4 latents.
+  Two layers of width 16; 6 frames, that is 2 blocks, of 4x4 latents. The phase
+  'codec' has a VAE, the others a linear codec.
   """
   c = bouncing.get_config(phase)
   root = pathlib.Path(root)
   c.workdir = str(root / phase)
   c.world = dict(height=32, width=32, num_frames=6)
   c.text = dict(dim=8, length=4)
-  c.codec.update(dict(path=str(root / 'codec.npz'), channels=4, num_videos=8))
+  if phase == 'codec':
+    return _codec(c, root)
+  # Linear, which takes no training.
+  del c.vae
+  c.codec = dict(
+    path=str(root / 'codec.npz'),
+    channels=4,
+    whitening=0.5,
+    num_videos=8,
+    seed=0,
+  )
   c.model.update(
     dict(
       dim=16,
@@ -66,6 +77,7 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   c.checkpoint_every = 2
   c.log_every = 1
   if phase == 'teacher':
+    del c.latents
     return c
   c.rollout.window = 6
   c.teacher_weights = str(root / 'teacher' / train.WEIGHTS)
@@ -83,6 +95,21 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
     c.rollout_blocks = (2, 2)
     c.distill.generator_every = 2
     c.distill.ema_start = 2
+  return c
+
+
+def _codec(c, root):
+  c.codec.path = str(root / 'codec' / train.WEIGHTS)
+  c.vae.update(
+    dict(
+      base_dim=4, z_dim=4, dim_mult=(1, 1, 1), mean=(0.0,) * 4, std=(1.0,) * 4
+    )
+  )
+  c.codec_training.update(dict(crop=16, num_frames=5))
+  c.iterations = 6
+  c.batch_size = 2
+  c.checkpoint_every = 2
+  c.log_every = 1
   return c
 
 

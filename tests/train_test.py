@@ -70,7 +70,9 @@ def assert_equal(a, b):
 SLOW = pytest.param('self_forcing', marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('phase', ['teacher', 'student_start', 'distill', SLOW])
+@pytest.mark.parametrize(
+  'phase', ['codec', 'teacher', 'student_start', 'distill', SLOW]
+)
 def test_an_interrupted_run_ends_bit_equal(phase, inputs, tmp_path):
   config = tiny.config(phase, inputs)
   config.iterations = 5

@@ -51,6 +51,8 @@ class VAEConfig:
     mean: of the raw latents, one a channel.
     std: of the raw latents, one a channel.
     dtype: compute dtype; norms, softmax and the latents are float32.
+    patch_size: side of the pixel patches that are the first level's channels:
+      1 in Wan2.1; 2, as in Wan2.2, halves the sides once more.
 
   Raises:
     ValueError: naming the size that does not fit.
@@ -64,8 +66,11 @@ class VAEConfig:
   mean: tuple[float, ...]
   std: tuple[float, ...]
   dtype: str = 'float32'
+  patch_size: int = 1
 
   def __post_init__(self):
+    if self.patch_size < 1:
+      raise ValueError(f'patch_size={self.patch_size} is not positive')
     # A ConfigDict hands over lists, and a static argument must hash.
     for name in ('dim_mult', 'temporal_downsample', 'mean', 'std'):
       object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -111,7 +116,7 @@ class VAEConfig:
   @property
   def space_factor(self) -> int:
     """Pixels per latent along a side."""
-    return 2 ** len(self.temporal_downsample)
+    return self.patch_size * 2 ** len(self.temporal_downsample)
 
   @property
   def time_factor(self) -> int:
@@ -337,6 +342,7 @@ class Encoder(nn.Module):
     self, x_BFHWC: jax.Array, past: Cache | None
   ) -> tuple[jax.Array, Cache]:
     cfg = self.cfg
+    x_BFHWC = vae_layers.to_patches(x_BFHWC, cfg.patch_size)
     layers = [_conv3(cfg, cfg.widths[0], 'conv_in')]
     for level, width in enumerate(cfg.widths):
       for _ in range(cfg.num_res_blocks):
@@ -379,9 +385,11 @@ class Decoder(nn.Module):
         layers.append(
           vae_layers.Upsample(width, temporals[level], cfg.dtype, name=name)
         )
-    layers.append(vae_layers.Head(3, cfg.dtype, name='head'))
+    features = 3 * cfg.patch_size**2
+    layers.append(vae_layers.Head(features, cfg.dtype, name='head'))
     x, past = _thread(layers, x, past)
-    return x.astype(jnp.float32), past
+    x = vae_layers.from_patches(x.astype(jnp.float32), cfg.patch_size)
+    return x, past
 
 
 def _conv3(cfg: VAEConfig, features: int, name: str) -> vae_layers.CausalConv:

@@ -206,6 +206,26 @@ class Head(nn.Module):
     return x, {'conv': last}
 
 
+def to_patches(x_BFHWC: jax.Array, size: int) -> jax.Array:
+  """[B, F, H, W, C] -> [B, F, H / size, W / size, C * size * size]."""
+  batch, frames, height, width, channels = x_BFHWC.shape
+  x = x_BFHWC.reshape(
+    batch, frames, height // size, size, width // size, size, channels
+  )
+  x = x.transpose(0, 1, 2, 4, 6, 5, 3)
+  return x.reshape(*x.shape[:4], channels * size * size)
+
+
+def from_patches(x_BFHWC: jax.Array, size: int) -> jax.Array:
+  """Inverse of `to_patches`."""
+  batch, frames, height, width, channels = x_BFHWC.shape
+  x = x_BFHWC.reshape(batch, frames, height, width, -1, size, size)
+  x = x.transpose(0, 1, 2, 6, 3, 5, 4)
+  return x.reshape(
+    batch, frames, height * size, width * size, channels // size**2
+  )
+
+
 def _interleave(x_BFHWC: jax.Array) -> jax.Array:
   """[B, F, H, W, 2 C] -> [B, 2 F, H, W, C]: channel halves are two frames."""
   batch, frames, rows, columns, channels = x_BFHWC.shape

@@ -1,0 +1,41 @@
+"""Encodes the small world's videos once, for the teacher's training.
+
+  python launch/encode_videos.py --config=configs/bouncing.py:teacher
+
+Kill it and start it again: it goes on with the files that are missing.
+"""
+
+import tqdm
+from absl import flags
+from ml_collections import config_flags
+
+from hiar_jax import errors, latent_files, phases
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+flags.mark_flag_as_required('config')
+
+
+def main(argv):
+  del argv
+  config = _CONFIG.value
+  if 'latents' not in config:
+    raise ValueError(f'the {config.phase} config has no latents to encode')
+  codec = phases.world_codec(config)
+  manifest = phases.latents_manifest(config, codec)
+  out = config.latents.dir
+  missing = latent_files.missing_shards(out, manifest)
+  total = sum(len(manifest.indices(shard)) for shard in missing)
+  print(f'{out}: {total} of {manifest.num} videos to encode')
+  with tqdm.tqdm(total=total, unit='video', dynamic_ncols=True) as bar:
+    latent_files.make(
+      out,
+      manifest,
+      phases.videos(config),
+      codec,
+      batch_size=config.latents.batch_size,
+      progress=bar.update,
+    )
+
+
+if __name__ == '__main__':
+  errors.run_main(main)

@@ -1,0 +1,103 @@
+"""The learnt codec: trained on crops, its latents made white at the end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hiar_jax import data, text, train_state, vae_training, worlds
+from hiar_jax.models import vae
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
+WORLD = worlds.WorldConfig(num_frames=5)
+VIDEOS = data.BouncingVideos(
+  WORLD, text.WordHashEncoder(dim=4, length=4), seed=3, with_truth=True
+)
+CONFIG = vae.VAEConfig(
+  base_dim=4,
+  z_dim=3,
+  dim_mult=(1, 1),
+  num_res_blocks=1,
+  temporal_downsample=(True,),
+  mean=(0.0,) * 3,
+  std=(1.0,) * 3,
+  patch_size=4,
+)
+
+
+def shape_pixels(frames, scene):
+  distance = np.abs(frames.astype(int) - np.array(scene.background_rgb))
+  return int((distance.sum(-1) > 30).sum())
+
+
+def test_crops_have_the_object_and_follow_from_the_index():
+  clips = vae_training.ObjectClips(VIDEOS, crop=32)
+  for index in range(20):
+    element = clips[index]
+    assert element['crop'].shape == (5, 32, 32, 3)
+    scene = VIDEOS.scene(index)
+    # A fifth of what a small shape covers in five frames.
+    assert shape_pixels(element['crop'], scene) > 200
+    np.testing.assert_array_equal(clips[index]['crop'], element['crop'])
+
+
+def test_a_crop_larger_than_the_frame_is_refused():
+  with pytest.raises(ValueError, match=r'crop=65 is not in \[1, 64\]'):
+    vae_training.ObjectClips(VIDEOS, crop=65)
+
+
+def test_every_residual_branch_starts_as_nothing():
+  params = vae_training.init(CONFIG, jax.random.key(0))
+  paths, _ = jax.tree_util.tree_flatten_with_path(params)
+  silent = [
+    [key.key for key in path] for path, leaf in paths if not np.any(leaf)
+  ]
+  ends = [p for p in silent if p[-1] == 'kernel']
+  assert len(ends) == 12
+  assert {p[-2] for p in ends} == {'conv2', 'proj'}
+
+
+def test_updates_lower_the_error():
+  optimiser = optax.adam(3e-3)
+  params = vae_training.init(CONFIG, jax.random.key(0))
+  step = jax.jit(
+    vae_training.make_step(CONFIG, optimiser, kl_weight=1e-4, ema_decay=0.5)
+  )
+  state = train_state.RegressionState(
+    iteration=jnp.zeros((), jnp.int32),
+    net=train_state.init_net(params, optimiser),
+    ema=params,
+  )
+  clips = vae_training.ObjectClips(VIDEOS, crop=16)
+  video = np.stack([clips[index]['crop'] for index in range(4)])
+  errors = []
+  for iteration in range(60):
+    state, metrics = step(state, video, jax.random.key(iteration))
+    errors.append(float(metrics['absolute_error']))
+  assert np.mean(errors[-5:]) < 0.75 * errors[0]
+  assert int(state.iteration) == 60
+  assert {'loss', 'kl', 'psnr'} < metrics.keys()
+
+
+def test_folded_statistics_whiten_the_latents_and_change_no_pixel():
+  params = vae.init(CONFIG, jax.random.key(1))
+  mean_C, std_C = vae_training.statistics(CONFIG, params, VIDEOS, num_videos=4)
+  folded = vae_training.fold_statistics(params, mean_C, std_C)
+  after = vae_training.statistics(CONFIG, folded, VIDEOS, num_videos=4)
+  np.testing.assert_allclose(after[0], 0, atol=1e-4)
+  np.testing.assert_allclose(after[1], 1, atol=1e-4)
+  video = jnp.asarray(VIDEOS[0]['video'][None] / 127.5 - 1, jnp.float32)
+  decoded = [
+    vae.decode(CONFIG, p, vae.encode(CONFIG, p, video))
+    for p in (params, folded)
+  ]
+  np.testing.assert_allclose(decoded[0], decoded[1], atol=1e-4)
+  # The posterior is as wide as before, in the new unit.
+  before, log_var = (
+    vae.posterior(CONFIG, p, video)[1] for p in (params, folded)
+  )
+  np.testing.assert_allclose(
+    np.asarray(log_var), np.asarray(before) - 2 * np.log(std_C), atol=1e-4
+  )
