@@ -1,22 +1,33 @@
-"""Several processes as one machine: start-up that ends in time.
+"""Several processes as one machine: who they are, and waits that end in time.
 
-Every process runs the same program, each with a number of its own:
+Every process runs the same program. Who takes part is said by flags (see
+`define_flags`), by variables,
 
   JAX_COORDINATOR_ADDRESS=host0:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=1 ...
 
-After `start`, jax.devices() are those of all processes; on CPUs, collectives
-run over gloo.
+or by the cluster: Slurm, a TPU pod, a GKE JobSet, whatever jax detects. After
+`start`, jax.devices() are those of all processes; on CPUs, collectives run
+over gloo.
 """
 
+import collections
 import contextlib
 import dataclasses
+import os
 import socket
 import time
 from collections.abc import Mapping
 
 import jax
+from absl import flags
+
+# jax 0.10 has no public barrier with a time-out (multihost_utils' runs on the
+# devices and waits for ever), and none that tells what it has detected.
+from jax._src import clusters
+from jax._src import distributed as jax_distributed
 
 _NAMES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+_ALL_PRESENT = b'all\n'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +38,8 @@ class Processes:
     coordinator: 'host:port' of process 0, with a free port.
     num_processes: how many there are.
     process_id: which of them this is, from 0.
+    local_device_ids: of this host's accelerators, those of this process; None:
+      all of them.
 
   Raises:
     ValueError: naming the value that does not fit.
@@ -35,6 +48,7 @@ class Processes:
   coordinator: str
   num_processes: int
   process_id: int
+  local_device_ids: tuple[int, ...] | None = None
 
   def __post_init__(self):
     host, _, port = self.coordinator.rpartition(':')
@@ -69,17 +83,127 @@ def from_environment(environ: Mapping[str, str]) -> Processes | None:
   for name, value in zip(_NAMES, values):
     if not value or (name != _NAMES[0] and not value.isdecimal()):
       raise ValueError(
-        f'{name}={value!r} does not go with the others: {_NAMES}'
+        f'{name}={value!r}: {", ".join(_NAMES)} go together, or the flags '
+        '--coordinator, --num_processes, --process_id'
       )
   return Processes(values[0], int(values[1]), int(values[2]))
 
 
-def start(processes: Processes, *, timeout: float) -> None:
+def find(
+  environ: Mapping[str, str],
+  *,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  timeout: float,
+) -> Processes | None:
+  """Who takes part; None if this process is alone.
+
+  Args:
+    environ: os.environ.
+    coordinator: wins over the variables, as do the next two, and over the
+      cluster.
+    num_processes: 1 alone says that there is no one else, whatever the cluster.
+    process_id: see `Processes`.
+    timeout: seconds to wait for a cluster to know its coordinator.
+
+  Raises:
+    ValueError: if a part only is named.
+    OSError: if there is a cluster that does not answer.
+  """
+  given = (coordinator, num_processes, process_id)
+  if num_processes == 1 and coordinator is None:
+    return None
+  said = dict(environ) | {
+    name: str(value) for name, value in zip(_NAMES, given) if value is not None
+  }
+  processes = from_environment(said) or _from_cluster(timeout)
+  if processes is None or processes.num_processes == 1:
+    return None
+  return processes
+
+
+def _from_cluster(timeout: float) -> Processes | None:
+  """What jax detects: a TPU pod, a GKE JobSet, Slurm."""
+  try:
+    coordinator, count, index, local_ids = (
+      clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, round(timeout)
+      )
+    )
+  except RuntimeError as error:
+    raise OSError(f'the cluster names no processes: {error}') from error
+  if None in (coordinator, count, index):
+    return None
+  local_ids = None if local_ids is None else tuple(local_ids)
+  return Processes(coordinator, count, index, local_ids)
+
+
+def define_flags() -> None:
+  """Gives a launch program the flags that `find_by_flags` reads."""
+  flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0; default: as detected.'
+  )
+  flags.DEFINE_integer(
+    'num_processes',
+    None,
+    'Number of processes; default: as detected. 1: this one alone.',
+    lower_bound=1,
+  )
+  flags.DEFINE_integer(
+    'process_id', None, 'Which of them this is, from 0.', lower_bound=0
+  )
+  flags.DEFINE_float(
+    'join_timeout',
+    300.0,
+    'Seconds to wait at the start for all processes.',
+    lower_bound=1.0,
+  )
+  flags.DEFINE_integer(
+    'heartbeat_timeout',
+    100,
+    'Seconds of silence after which a process counts as dead; the others end.',
+    lower_bound=1,
+  )
+
+
+def find_by_flags() -> Processes | None:
+  """`find` with the program's flags and environment."""
+  values = flags.FLAGS
+  return find(
+    os.environ,
+    coordinator=values.coordinator,
+    num_processes=values.num_processes,
+    process_id=values.process_id,
+    timeout=values.join_timeout,
+  )
+
+
+def start_by_flags() -> None:
+  """Joins the processes that flags, environment or cluster name, if any.
+
+  Raises:
+    ValueError, OSError: as `find` and `start`.
+  """
+  processes = find_by_flags()
+  if processes is not None:
+    start(
+      processes,
+      timeout=flags.FLAGS.join_timeout,
+      heartbeat_timeout=flags.FLAGS.heartbeat_timeout,
+    )
+
+
+def start(
+  processes: Processes, *, timeout: float, heartbeat_timeout: int = 100
+) -> None:
   """Joins the processes; call it before anything asks for a device.
 
   Args:
     processes: who takes part.
     timeout: seconds to wait for the others, > 0.
+    heartbeat_timeout: seconds of silence after which a process counts as dead.
+      Then jax ends all others with a non-zero status, wherever they wait.
 
   Raises:
     TimeoutError: if they do not all come.
@@ -96,10 +220,63 @@ def start(processes: Processes, *, timeout: float) -> None:
     processes.coordinator,
     processes.num_processes,
     processes.process_id,
+    local_device_ids=processes.local_device_ids,
+    # Everything that it could detect is known.
+    cluster_detection_method='deactivate',
     initialization_timeout=max(30, round(timeout)),
+    heartbeat_timeout_seconds=heartbeat_timeout,
     # A process that fails waits this long for the others before it ends.
     shutdown_timeout_seconds=30,
   )
+
+
+def show_own_devices(processes: Processes) -> None:
+  """Hides other processes' GPUs of this host, for those that never `start`."""
+  if processes.local_device_ids is not None:
+    ids = ','.join(map(str, processes.local_device_ids))
+    jax.config.update('jax_cuda_visible_devices', ids)
+    jax.config.update('jax_rocm_visible_devices', ids)
+
+
+def is_writer() -> bool:
+  """Whether this is the one process that writes what there is one of.
+
+  Metrics, exported weights, sampled videos. Checkpoints are written by all.
+  """
+  return jax.process_index() == 0
+
+
+# How often each barrier was used: a name may come again, as in a loop.
+_uses: collections.Counter[str] = collections.Counter()
+
+
+def barrier(name: str, *, timeout: float) -> None:
+  """Waits until all processes are here; alone, returns at once.
+
+  The coordination service counts them: devices are not touched, and may be at
+  work. All processes must come to the barriers of a name equally often.
+
+  Args:
+    name: what is waited for; stands in the error.
+    timeout: seconds, > 0.
+
+  Raises:
+    TimeoutError: if one does not come in time.
+  """
+  joined = jax_distributed.global_state
+  if joined.client is None:
+    return
+  _uses[name] += 1
+  try:
+    joined.client.wait_at_barrier(
+      f'hiar_jax/{name}/{_uses[name]}', max(1, round(1000 * timeout))
+    )
+  except jax.errors.JaxRuntimeError as error:
+    reason = ' '.join(str(error).split())
+    raise TimeoutError(
+      f'process {joined.process_id} of {joined.num_processes}: the others '
+      f'did not come to {name!r} within {timeout:g} s ({reason})'
+    ) from error
 
 
 def _call_the_roll(processes: Processes, timeout: float) -> None:
@@ -107,9 +284,7 @@ def _call_the_roll(processes: Processes, timeout: float) -> None:
   deadline = time.monotonic() + timeout
   missing = set(range(1, processes.num_processes))
   with contextlib.ExitStack() as stack:
-    server = stack.enter_context(
-      socket.create_server(('', processes.address[1]))
-    )
+    server = stack.enter_context(_listen(processes.address[1]))
     present = []
     while missing:
       try:
@@ -129,9 +304,18 @@ def _call_the_roll(processes: Processes, timeout: float) -> None:
     for peer in present:
       # The peer closes first, so that the port is free for jax at once.
       with contextlib.suppress(OSError):
-        peer.sendall(b'all\n')
+        peer.sendall(_ALL_PRESENT)
         peer.settimeout(5.0)
         peer.recv(1)
+
+
+def _listen(port: int) -> socket.socket:
+  """Takes calls over IPv4 and, where there is one, IPv6."""
+  if socket.has_dualstack_ipv6():
+    return socket.create_server(
+      ('', port), family=socket.AF_INET6, dualstack_ipv6=True
+    )
+  return socket.create_server(('', port))
 
 
 def _report(processes: Processes, timeout: float) -> None:
@@ -144,9 +328,15 @@ def _report(processes: Processes, timeout: float) -> None:
       ) as coordinator:
         coordinator.sendall(f'{processes.process_id}\n'.encode())
         coordinator.settimeout(_left(deadline))
-        if coordinator.recv(8):
-          return
-      problem = 'gave up; see its message'
+        answer = coordinator.recv(len(_ALL_PRESENT))
+      if answer == _ALL_PRESENT:
+        return
+      # Another answer is that of jax's own service, which has the port now.
+      problem = (
+        'is in a run that began without this process; start all of them again'
+        if answer
+        else 'gave up; see its message'
+      )
     except TimeoutError:
       problem = f'did not call them all within {timeout:g} s'
     except OSError:  # Refused, or the name is not known yet.
