@@ -1,0 +1,375 @@
+"""Which device holds what: the mesh, and a PartitionSpec for every array.
+
+A mesh has four axes. Samples are divided over `data` and `fsdp`, parameters
+over `fsdp` and `tensor`, attention heads over `tensor`, and the tokens of every
+frame over `context`. Parameters, and all that is shaped like them (gradients,
+moments of optimisers, averages), find their place by their path in one table.
+Activations are constrained at three places: tokens after patchify, heads of
+q/k/v, caches. XLA does the rest.
+
+Without a mesh (`on_mesh`) every constraint here is the identity.
+"""
+
+# B batch, F frames, P tokens per frame, T queries, S keys, H heads, K head
+# width, N layers, D width
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hiar_jax.models.config import WanConfig
+
+AXES = ('data', 'fsdp', 'tensor', 'context')
+BATCH = ('data', 'fsdp')  # What the leading axis of a batch is divided over.
+
+# Specs of activations.
+TOKENS_BFPD = (BATCH, None, 'context', None)
+QUERIES_BFPHK = (BATCH, None, 'context', 'tensor', None)
+# Whole sequences: every device's queries see all keys. So a cache is written
+# at any slot without asking who has it.
+KEYS_BFPHK = (BATCH, None, None, 'tensor', None)
+KEYS_NBSHK = (None, BATCH, None, 'tensor', None)
+
+# Path of a parameter -> its spec. Exactly one rule fits each.
+PARAM_RULES = (
+  (r'layers/(self|cross)_attention/[qkv]/kernel', (None, 'fsdp', 'tensor')),
+  (r'layers/(self|cross)_attention/o/kernel', (None, 'tensor', 'fsdp')),
+  (r'layers/ffn_in/kernel', (None, 'fsdp', 'tensor')),
+  (r'layers/ffn_out/kernel', (None, 'tensor', 'fsdp')),
+  (r'layers/(self|cross)_attention/([qkv]/bias|norm_[qk])', (None, 'tensor')),
+  (r'layers/ffn_in/bias', (None, 'tensor')),
+  (r'text_kv/[kv]_kernel', (None, 'fsdp', 'tensor')),
+  (r'text_kv/([kv]_bias|norm_k)', (None, 'tensor')),
+  (r'text_in/kernel', ('fsdp', 'tensor')),
+  (r'text_in/bias', ('tensor',)),
+  (r'text_out/kernel', ('tensor', 'fsdp')),
+  (r'(time_in|time_out|patch_embedding)/kernel', (None, 'fsdp')),
+  (r'(time_projection|head)/kernel', ('fsdp', None)),
+  # Vectors of a width, added to what is whole on every device.
+  (r'layers/(modulation|cross_norm/(scale|bias))', ()),
+  (r'layers/((self|cross)_attention/o|ffn_out)/bias', ()),
+  (r'(text_out|time_in|time_out|time_projection|patch_embedding)/bias', ()),
+  (r'head/bias|head_modulation', ()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How many ways each axis divides; the product is the number of devices.
+
+  Attributes:
+    data: copies of the parameters; samples are divided over them.
+    fsdp: parts of the parameters, gathered layer by layer; samples too.
+    tensor: parts of heads and of feed-forward widths.
+    context: parts of the tokens of each frame.
+    One of them may be -1: what the devices leave.
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+  context: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+      raise ValueError(
+        f'mesh {self} has a size that is neither positive nor the only -1'
+      )
+
+  def __str__(self) -> str:
+    sizes = zip(AXES, dataclasses.astuple(self), strict=True)
+    return ' '.join(f'{axis}={size}' for axis, size in sizes)
+
+  def filled(self, num_devices: int) -> 'MeshConfig':
+    """The same with its -1 replaced.
+
+    Raises:
+      ValueError: if the sizes do not make up the number of devices.
+    """
+    sizes = dataclasses.astuple(self)
+    known = math.prod(size for size in sizes if size > 0)
+    if num_devices % known or (-1 not in sizes and known != num_devices):
+      raise ValueError(
+        f'mesh {self} does not make up {num_devices} devices: its sizes give '
+        f'{known}'
+      )
+    rest = num_devices // known
+    return MeshConfig(*(rest if size == -1 else size for size in sizes))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh over some devices; default: all there are, of all processes.
+
+  Raises:
+    ValueError: see `MeshConfig.filled`.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dataclasses.astuple(config.filled(len(devices)))
+  automatic = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, axis_types=automatic, devices=devices)
+
+
+def check_model(name: str, model: WanConfig, mesh: Mesh) -> None:
+  """Raises a ValueError if a network's sizes do not divide over the mesh."""
+  for size, axis in (('num_heads', 'tensor'), ('tokens_per_frame', 'context')):
+    if getattr(model, size) % mesh.shape[axis]:
+      raise ValueError(
+        f'{name}: {size}={getattr(model, size)} is not divisible by '
+        f'{axis}={mesh.shape[axis]}'
+      )
+
+
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+  """Raises a ValueError if the parts of a batch do not divide over the mesh."""
+  ways = math.prod(mesh.shape[axis] for axis in BATCH)
+  if batch_size % (microbatches * ways):
+    raise ValueError(
+      f'batch_size={batch_size} is not divisible by microbatches='
+      f'{microbatches} times data={mesh.shape["data"]} times '
+      f'fsdp={mesh.shape["fsdp"]}'
+    )
+
+
+# --- Parameters, and what is shaped like them.
+
+
+def param_spec(path: str) -> PartitionSpec:
+  """Spec of a parameter, by its path such as 'layers/ffn_in/kernel'.
+
+  What stands before the network's own names (a label of an optimiser) is
+  ignored.
+
+  Raises:
+    ValueError: unless exactly one rule fits.
+  """
+  fits = [
+    spec
+    for pattern, spec in PARAM_RULES
+    if re.search(rf'(?:^|/)(?:{pattern})$', path)
+  ]
+  if len(fits) != 1:
+    raise ValueError(f'{len(fits)} sharding rules fit {path!r}, not 1')
+  return PartitionSpec(*fits[0])
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """Where the arrays of a training state lie; their tree of NamedShardings.
+
+  An array under a dict is a parameter or is shaped like one. Counters and what
+  else lies outside of dicts is whole everywhere.
+
+  Args:
+    tree: of arrays or ShapeDtypeStructs: parameters, states of optimisers,
+      states of a phase.
+    mesh: from `make_mesh`.
+
+  Raises:
+    ValueError: if no rule fits, or an axis does not divide a dimension.
+  """
+
+  def place(path, leaf):
+    names = [e.key for e in path if isinstance(e, jax.tree_util.DictKey)]
+    spec = PartitionSpec()
+    if names and leaf.ndim:
+      spec = param_spec('/'.join(names))
+      _check_divides('/'.join(names), leaf.shape, spec, mesh)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _check_divides(name, shape, spec, mesh):
+  for axis, (size, over) in enumerate(zip(shape, spec)):
+    if over is not None and size % mesh.shape[over]:
+      raise ValueError(
+        f'{name} of shape {tuple(shape)}: axis {axis} is not divisible by '
+        f'{over}={mesh.shape[over]}'
+      )
+
+
+def abstract(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
+  """`tree` as placed ShapeDtypeStructs, in another dtype if one is given.
+
+  Raises:
+    ValueError: see `shardings`.
+  """
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=s),
+    tree,
+    shardings(tree, mesh),
+  )
+
+
+def put(tree: Any, mesh: Mesh) -> Any:
+  """Host arrays, the same in every process, in their places.
+
+  Raises:
+    ValueError: see `shardings`.
+  """
+
+  def place(array, sharding):
+    array = np.asarray(array)
+    return jax.make_array_from_callback(
+      array.shape, sharding, lambda index: array[index]
+    )
+
+  return jax.tree.map(place, tree, shardings(tree, mesh))
+
+
+# --- Batches.
+
+
+def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+  """(i, n): this process reads part i of n equal parts of every batch.
+
+  Processes that hold the same samples (of different heads or tokens) have the
+  same i.
+
+  Args:
+    mesh: from `make_mesh`.
+    process: index; None: this one.
+
+  Raises:
+    ValueError: if the process's samples do not follow each other.
+  """
+  process = jax.process_index() if process is None else process
+  ways = math.prod(mesh.shape[axis] for axis in BATCH)
+  places = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map(
+    (ways,)
+  )
+  rows = sorted(
+    {
+      index[0].indices(ways)[0]
+      for device, index in places.items()
+      if device.process_index == process
+    }
+  )
+  count = len(rows)
+  if rows != list(range(rows[0], rows[0] + count)) or rows[0] % count:
+    raise ValueError(
+      f'process {process} has the parts {rows} of a batch, which do not '
+      'follow each other: give data or fsdp a multiple of the processes'
+    )
+  return rows[0] // count, ways // count
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+  """This process's share of a batch as a part of the whole, see batch_share."""
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+  _, shares = batch_share(mesh)
+
+  def place(x):
+    x = np.asarray(x)
+    return jax.make_array_from_process_local_data(
+      sharding, x, (x.shape[0] * shares, *x.shape[1:])
+    )
+
+  return jax.tree.map(place, batch)
+
+
+# --- Inside of a program.
+
+
+def on_mesh(mesh: Mesh | None, function: Callable) -> Callable:
+  """`function`, traced with the mesh known to the constraints below."""
+  if mesh is None:
+    return function
+
+  @functools.wraps(function)
+  def run(*args, **kwargs):
+    with jax.set_mesh(mesh):
+      return function(*args, **kwargs)
+
+  return run
+
+
+def constrain(x: jax.Array, spec: tuple) -> jax.Array:
+  """x, laid out by a spec of activations; the identity without a mesh.
+
+  An axis that does not divide its dimension is left out: the prompt of no
+  caption is one sample.
+  """
+  mesh = _mesh()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, _dividing(x.shape, spec, mesh))
+
+
+def constrain_params(tree: Any) -> Any:
+  """Gradients laid out as their parameters; the identity without a mesh."""
+  mesh = _mesh()
+  if mesh is None:
+    return tree
+  return jax.tree.map(
+    jax.lax.with_sharding_constraint, tree, shardings(tree, mesh)
+  )
+
+
+def split_queries(
+  attend: Callable[..., jax.Array],
+  q_BFPHK: jax.Array,
+  keys_BSHK: jax.Array,
+  values_BSHK: jax.Array,
+  *,
+  rotation: Any = None,
+  length: jax.Array | None = None,
+  mask_FPS: jax.Array | None = None,
+) -> jax.Array:
+  """attend(...) with every device's own queries and heads over whole keys.
+
+  Done by hand: a TPU kernel cannot be divided by XLA, and a loop over queries
+  would be divided badly.
+
+  Args:
+    attend: from the arguments below, in their order, to an array like q.
+    q_BFPHK: queries.
+    keys_BSHK: keys.
+    values_BSHK: values.
+    rotation: of the queries, two arrays [F, P, K / 2], or None.
+    length: int32 scalar or None.
+    mask_FPS: bool or None.
+  """
+  arguments = (q_BFPHK, keys_BSHK, values_BSHK, rotation, length, mask_FPS)
+  mesh = _mesh()
+  if mesh is None:
+    return attend(*arguments)
+  queries = _dividing(q_BFPHK.shape, QUERIES_BFPHK, mesh)
+  batch, _, tokens, heads, _ = queries
+  keys = PartitionSpec(batch, None, heads)
+  by_token = PartitionSpec(None, tokens)
+  specs = (queries, keys, keys, by_token, PartitionSpec(), by_token)
+  return jax.shard_map(
+    attend,
+    in_specs=tuple(
+      jax.tree.map(lambda _, spec=spec: spec, argument)
+      for argument, spec in zip(arguments, specs, strict=True)
+    ),
+    out_specs=queries,
+    # Pallas kernels do not say over which axes their results vary.
+    check_vma=False,
+  )(*arguments)
+
+
+def _mesh():
+  """The training mesh that is being traced under, or None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if mesh.axis_names == AXES else None
+
+
+def _dividing(shape, spec, mesh) -> PartitionSpec:
+  """The spec without what does not divide its dimension."""
+
+  def kept(size, axes):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    ways = math.prod(mesh.shape[name] for name in names)
+    return axes if size % ways == 0 else None
+
+  return PartitionSpec(*map(kept, shape, spec))
