@@ -25,17 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax import layouts, releases, safetensors_io
+from hiar_jax import layouts, releases, safetensors_io, text_umt5
 from hiar_jax.models import convert, umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.releases import Config, Network, Release
 
 CONFIG_FILE = 'config.json'
-TOKENIZER = 'tokenizer'
+TOKENIZER = text_umt5.TOKENIZER
 FILES = {
   'transformer': 'student.safetensors',
   'vae': 'vae.safetensors',
-  'text_encoder': 'text_encoder.safetensors',
+  'text_encoder': text_umt5.WEIGHTS_FILE,
 }
 DTYPES = ('float32', 'bfloat16', 'float16')
 

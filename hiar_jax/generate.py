@@ -37,7 +37,7 @@ from hiar_jax import (
   vae_codec,
 )
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import umt5, vae
+from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.video import Video
 
@@ -279,6 +279,8 @@ def load(
   name_or_path: str | pathlib.Path,
   *,
   base: str | pathlib.Path | None = None,
+  text_encoder: str | pathlib.Path = 'keep',
+  text_cache: str | pathlib.Path | None = None,
 ) -> VideoPipeline:
   """Reads a pipeline with its trained weights.
 
@@ -291,6 +293,8 @@ def load(
       diffusers or Self-Forcing: a folder, a file, or a hub's 'owner/name'.
     base: published weights that have the parts which the others lack, such as
       the VAE and the text encoder of Wan2.1.
+    text_encoder: see `from_config`.
+    text_cache: likewise.
 
   Raises:
     ValueError: if there is no such pipeline, or a file of it is damaged.
@@ -310,6 +314,8 @@ def load(
     config,
     weights=folder / WEIGHTS_FILE,
     codec=folder / codec_file(config),
+    text_encoder=text_encoder,
+    text_cache=text_cache,
   )
 
 
@@ -344,6 +350,8 @@ def from_config(
   *,
   weights: str | pathlib.Path,
   codec: str | pathlib.Path,
+  text_encoder: str | pathlib.Path = 'keep',
+  text_cache: str | pathlib.Path | None = None,
 ) -> VideoPipeline:
   """Builds a pipeline from a config and two files.
 
@@ -354,6 +362,8 @@ def from_config(
       its tokenizer lie beside the weights); others are ignored.
     weights: of `checkpoint.save_weights`.
     codec: of `codecs.save_linear_codec`, or of the VAE.
+    text_encoder: 'keep', 'release' or a path, see `text_umt5.load_encoder`.
+    text_cache: a folder for the states of prompts, see there.
 
   Raises:
     ValueError: if a section is missing, a value is out of range, or a file is
@@ -366,7 +376,12 @@ def from_config(
   if missing:
     raise ValueError(f'the config has no {missing}; generation needs them')
   denoiser = Denoiser(WanConfig(**config['model']))
-  encoder = _load_encoder(config, pathlib.Path(weights).parent)
+  if 'umt5' in config or text_encoder not in text_umt5.CHOICES:
+    encoder = text_umt5.load_encoder(
+      config, pathlib.Path(weights).parent, text_encoder, text_cache
+    )
+  else:
+    encoder = text.WordHashEncoder(**config['text'])
   levels = noise_schedule.warped_levels(**config['schedule'])
   rollout_config = rollout.RolloutConfig(levels=levels, **config['rollout'])
   # The shapes alone: random weights would take longer than reading real ones.
@@ -466,17 +481,6 @@ def _encode_frames(codec, frames_BFHWC):
 def _decode_block(codec, state, latents_BFhwC):
   video, state = codec.decode_stream(state, latents_BFhwC)
   return codecs.float_to_pixels(video), state
-
-
-def _load_encoder(config: Mapping[str, Any], folder: pathlib.Path) -> Any:
-  if 'umt5' not in config:
-    return text.WordHashEncoder(**config['text'])
-  return text_umt5.UMT5TextEncoder(
-    umt5.UMT5Config(**config['umt5']),
-    folder / conversion.FILES['text_encoder'],
-    text_umt5.load_tokenizer(folder / conversion.TOKENIZER),
-    length=config['model']['text_len'],
-  )
 
 
 def _load_codec(path: str | pathlib.Path, config: Mapping[str, Any]) -> Any:

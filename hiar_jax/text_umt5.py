@@ -1,22 +1,38 @@
 """umT5 as Wan2.1 uses it: prompts to text states, behind the seam of `text`.
 
-B batch, L tokens, D width.
+An embeddings file has the states of one prompt, as safetensors: `states` [n, D]
+without the padding, and in the header as text the cleaned prompt, the length L
+and the identity of the encoder.
+
+B batch, L tokens, n tokens without padding, D width.
 """
 
+import dataclasses
 import functools
+import hashlib
 import html
+import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from hiar_jax import checkpoint
+from hiar_jax import checkpoint, safetensors_io
 from hiar_jax.models import umt5
 
 LENGTH = 512  # tokens of Wan2.1, padding included
+# What `load_encoder` takes beside the path of embeddings.
+CHOICES = ('keep', 'release')
+WEIGHTS_FILE = 'text_encoder.safetensors'
+TOKENIZER = 'tokenizer'
+
+# Of each array, for telling weights apart; all of 11 GB would take a minute.
+_IDENTITY_BYTES = 4096
 
 # Text -> ids, the end-of-text token included, not padded.
 Tokenize = Callable[[str], list[int]]
@@ -28,9 +44,9 @@ class UMT5TextEncoder:
   Unlike the small world's encoder it gives the empty prompt the states of the
   end-of-text token, as Wan2.1 does.
 
-  The weights (11 GB in bfloat16) are read when the first prompt comes and stay
-  until `release`. States of the last prompts are kept, so that the same prompt
-  is encoded once.
+  The weights (11 GB in bfloat16) are read when the first new prompt comes and
+  stay until `release`. States of the last prompts are kept, and with a cache
+  those of all prompts on disk, so that the same prompt is encoded once.
 
   Attributes:
     length: tokens L, padding included.
@@ -44,7 +60,9 @@ class UMT5TextEncoder:
     tokenize: Tokenize,
     *,
     length: int = LENGTH,
-    keep_prompts: int = 16,
+    keep_weights: bool = True,
+    keep_prompts: int = 64,
+    cache: str | os.PathLike | None = None,
   ):
     """Prepares an encoder; reads nothing.
 
@@ -53,30 +71,41 @@ class UMT5TextEncoder:
       weights: its parameters, or a file of them.
       tokenize: see `load_tokenizer`.
       length: tokens of a prompt; more are cut off, before the last one.
+      keep_weights: False: `release` after every call of `encode`.
       keep_prompts: how many prompts' states are kept.
+      cache: folder of embeddings files, made if it does not exist; shared by
+        any number of encoders and processes.
+
+    Raises:
+      ValueError: if weights that come from no file are not to be kept.
     """
     self.config, self.length, self.dim = config, length, config.dim
     self._weights, self._tokenize = weights, tokenize
     self._params = None if isinstance(weights, str | os.PathLike) else weights
+    self._keep_weights = keep_weights
     self._encode_one = functools.lru_cache(keep_prompts)(self._encode_new)
+    self._cache = None if cache is None else pathlib.Path(cache)
+    if not keep_weights:
+      self._check_file()
 
   def encode(self, captions: Sequence[str]) -> np.ndarray:
     """Encodes captions: float32 [B, L, D]."""
-    if isinstance(captions, str):
-      raise ValueError(
-        f'captions must be a sequence of strings, not one: {captions!r}'
-      )
     # One at a time: a batch of long ones would need room beside the weights.
-    return np.stack([self._encode_one(clean(text)) for text in captions])
+    states = _stack(captions, self._encode_one, self.length)
+    if not self._keep_weights:
+      self.release()
+    return states
 
   def release(self) -> None:
-    """Lets go of the weights; a new prompt reads them again.
+    """Frees the device's memory of the weights; a new prompt reads them again.
 
     Raises:
       ValueError: if they were not read from a file.
     """
-    if not isinstance(self._weights, str | os.PathLike):
-      raise ValueError('these weights come from no file and cannot be re-read')
+    self._check_file()
+    # Not left to the garbage collector: the video starts at once.
+    for array in jax.tree.leaves(self._params):
+      array.delete()
     self._params = None
 
   def ids(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -94,14 +123,237 @@ class UMT5TextEncoder:
     ids[: len(tokens)], mask[: len(tokens)] = tokens, 1
     return ids, mask
 
+  @functools.cached_property
+  def identity(self) -> str:
+    """Differs between encoders whose states differ, by config and weights.
+
+    Of each array the first bytes are looked at: other weights of the same sizes
+    differ there too.
+    """
+    digest = hashlib.sha256(repr(self.config).encode())
+    if isinstance(self._weights, str | os.PathLike):
+      reader = safetensors_io.Reader(self._weights)
+      for name, entry in sorted(reader.entries.items()):
+        digest.update(f'{name} {entry.dtype} {entry.shape}'.encode())
+        with entry.file.open('rb') as file:
+          file.seek(entry.offset)
+          digest.update(file.read(min(entry.num_bytes, _IDENTITY_BYTES)))
+    else:
+      for path, leaf in jax.tree_util.tree_leaves_with_path(self._weights):
+        digest.update(f'{jax.tree_util.keystr(path)} {leaf.dtype}'.encode())
+        first = np.asarray(leaf[0] if leaf.ndim else leaf)
+        digest.update(first.tobytes()[:_IDENTITY_BYTES])
+    return digest.hexdigest()[:32]
+
   def _encode_new(self, text: str) -> np.ndarray:
+    """States [n, D] of a clean text."""
+    ids, mask = self.ids(text)
+    path = None
+    if self._cache is not None:
+      # The ids as well, so that another tokenizer is another encoder.
+      told = json.dumps([self.identity, self.length, ids.tolist(), text])
+      name = hashlib.sha256(told.encode()).hexdigest()[:32]
+      path = self._cache / f'{name}.safetensors'
+      if path.exists():
+        return read_embeddings(path).states
     if self._params is None:
       self._params = _load_params(self._weights, self.config)
-    ids, mask = self.ids(text)
     states = _encode(self._params, ids[None], mask[None], config=self.config)
-    states_LD = np.asarray(states[0], np.float32)
-    states_LD.setflags(write=False)  # Handed out again.
-    return states_LD
+    states_nD = np.array(states[0, : mask.sum()], np.float32)
+    states_nD.setflags(write=False)  # Handed out again.
+    if path is not None:
+      embeddings = Embeddings(text, self.length, self.identity, states_nD)
+      write_embeddings(path, embeddings)
+    return states_nD
+
+  def _check_file(self) -> None:
+    if not isinstance(self._weights, str | os.PathLike):
+      raise ValueError('these weights come from no file and cannot be re-read')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embeddings:
+  """What an embeddings file has in it.
+
+  Attributes:
+    prompt: cleaned.
+    length: L.
+    encoder: `UMT5TextEncoder.identity`, or another name of what made it.
+    states: float32 [n, D].
+  """
+
+  prompt: str
+  length: int
+  encoder: str
+  states: np.ndarray
+
+
+class EmbeddedPrompts:
+  """An encoder that knows prompts whose states are in files, and no others.
+
+  Attributes:
+    length: tokens L, padding included.
+    dim: width D of the states.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    """Reads the headers, and states when they are asked for.
+
+    Args:
+      path: an embeddings file or a folder of them, as an encoder's cache is.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if a file is none, or they are of several encoders.
+    """
+    path = pathlib.Path(path)
+    files = sorted(path.glob('*.safetensors')) if path.is_dir() else [path]
+    if not files or not path.exists():
+      raise FileNotFoundError(f'no text embeddings at {path}')
+    self._path = path
+    self._files: dict[str, pathlib.Path] = {}
+    kinds = set()
+    for file in files:
+      reader = _open_embeddings(file)
+      fields = reader.metadata
+      kind = (
+        int(fields['length']),
+        reader.entries['states'].shape[1],
+        fields['encoder'],
+      )
+      if kinds and kind not in kinds:
+        raise ValueError(
+          f'{path} has embeddings of several text encoders in it, for example '
+          f'{files[0].name} and {file.name}; keep those of one'
+        )
+      kinds.add(kind)
+      self._files[fields['prompt']] = file
+    ((self.length, self.dim, _),) = kinds
+
+  def encode(self, captions: Sequence[str]) -> np.ndarray:
+    """States of captions: float32 [B, L, D].
+
+    Raises:
+      ValueError: naming a caption that no file has.
+    """
+    return _stack(captions, self._read, self.length)
+
+  def _read(self, text: str) -> np.ndarray:
+    if text not in self._files:
+      known = ', '.join(map(repr, sorted(self._files)[:3]))
+      more = ', ...' if len(self._files) > 3 else ''
+      raise ValueError(
+        f'{self._path} has no embeddings of {text!r}, only of {known}{more}'
+      )
+    return read_embeddings(self._files[text]).states
+
+
+def load_encoder(
+  config: Mapping[str, Any],
+  folder: str | os.PathLike,
+  choice: str | os.PathLike = 'keep',
+  cache: str | os.PathLike | None = None,
+) -> UMT5TextEncoder | EmbeddedPrompts:
+  """The text encoder of a converted folder, or what takes its place.
+
+  Args:
+    config: of the pipeline: its sections 'umt5' and 'model'.
+    folder: has WEIGHTS_FILE and TOKENIZER.
+    choice: 'keep' keeps the weights on the device once they were needed;
+      'release' frees them when the prompts of a call are encoded, before the
+      video starts; else the path of embeddings: the encoder is not needed.
+    cache: see `UMT5TextEncoder`.
+
+  Raises:
+    FileNotFoundError: if the tokenizer or the embeddings are missing.
+    ValueError: if the embeddings are of another encoder.
+  """
+  model = config['model']
+  if choice not in CHOICES:
+    embedded = EmbeddedPrompts(choice)
+    found = (embedded.length, embedded.dim)
+    if found != (model['text_len'], model['text_dim']):
+      raise ValueError(
+        f'{choice} has embeddings of {found[0]} tokens of width {found[1]}, '
+        f'and the network takes {model["text_len"]} of {model["text_dim"]}'
+      )
+    return embedded
+  folder = pathlib.Path(folder)
+  return UMT5TextEncoder(
+    umt5.UMT5Config(**config['umt5']),
+    folder / WEIGHTS_FILE,
+    load_tokenizer(folder / TOKENIZER),
+    length=model['text_len'],
+    keep_weights=choice == 'keep',
+    cache=cache,
+  )
+
+
+def write_embeddings(path: str | os.PathLike, embeddings: Embeddings) -> None:
+  """Writes an embeddings file, in one move."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  states = np.asarray(embeddings.states, np.float32)
+  # A folder of its own: other processes may be writing the same prompt.
+  with tempfile.TemporaryDirectory(
+    prefix='.', suffix='.part', dir=path.parent
+  ) as folder:
+    partial = pathlib.Path(folder) / path.name
+    with safetensors_io.Writer(
+      partial,
+      {'states': (states.shape, states.dtype)},
+      metadata={
+        'prompt': embeddings.prompt,
+        'length': str(embeddings.length),
+        'encoder': embeddings.encoder,
+      },
+    ) as writer:
+      writer.write('states', states)
+    partial.replace(path)
+
+
+def read_embeddings(path: str | os.PathLike) -> Embeddings:
+  """Reads an embeddings file.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is none, or damaged.
+  """
+  reader = _open_embeddings(path)
+  states = reader.read('states')
+  states.setflags(write=False)
+  fields = reader.metadata
+  return Embeddings(
+    fields['prompt'], int(fields['length']), fields['encoder'], states
+  )
+
+
+def _open_embeddings(path: str | os.PathLike) -> safetensors_io.Reader:
+  """An embeddings file whose header was checked."""
+  reader = safetensors_io.Reader(path)
+  fields, entry = reader.metadata, reader.entries.get('states')
+  if (
+    entry is None
+    or len(entry.shape) != 2
+    or entry.dtype != np.float32
+    or not {'prompt', 'encoder'} <= fields.keys()
+    or not fields.get('length', '').isdecimal()
+    or entry.shape[0] > int(fields['length'])
+  ):
+    raise ValueError(f'{path} has no text embeddings in it')
+  return reader
+
+
+def _stack(
+  captions: Sequence[str], encode_one: Callable[[str], np.ndarray], length: int
+) -> np.ndarray:
+  """States [n, D] of each caption as one array [B, L, D]."""
+  if isinstance(captions, str):
+    raise ValueError(
+      f'captions must be a sequence of strings, not one: {captions!r}'
+    )
+  states = [encode_one(clean(text)) for text in captions]
+  return np.stack([np.pad(s, ((0, length - len(s)), (0, 0))) for s in states])
 
 
 def clean(text: str) -> str:

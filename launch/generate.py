@@ -14,6 +14,10 @@ under way is finished, the file plays, the exit status is 0. Before the first
 block there is nothing to keep, and the status is 130 as for any program.
 --prompt_at 14:"..." changes the prompt from block 14 on; blocks count from 0.
 
+With published weights the text encoder (11 GB) is let go of when the prompts
+are encoded (--text_encoder=keep holds it). --text_cache=FOLDER keeps what came
+of them, and --text_encoder=FOLDER makes do with that.
+
 --continue_from FILE goes on from an image, or from a video's last
 --continue_frames, of the aspect ratio that the weights have.
 """
@@ -86,6 +90,17 @@ _WEIGHTS = flags.DEFINE_string(
   None,
   'a .safetensors file, or a folder that holds '
   f'{generate.WEIGHTS_FILE}; default: those that come with the package',
+)
+_TEXT_ENCODER = flags.DEFINE_string(
+  'text_encoder',
+  'release',
+  'release: free its memory when the prompts are encoded, before the video '
+  'starts; keep: hold it; or a path of embeddings that --text_cache left',
+)
+_TEXT_CACHE = flags.DEFINE_string(
+  'text_cache',
+  None,
+  'a folder for the states of prompts, so that each is encoded once',
 )
 _FPS = flags.DEFINE_float('fps', None, "frames a second; default: the config's")
 _CONTINUE = flags.DEFINE_string(
@@ -190,17 +205,21 @@ def main(argv: Sequence[str]) -> None:
 
 def _load(watch: _Stopwatch) -> generate.VideoPipeline:
   """The pipeline asked for, with --context and --fps in it."""
+  text = {
+    'text_encoder': _TEXT_ENCODER.value,
+    'text_cache': _TEXT_CACHE.value,
+  }
   with watch('load'):
     if _PIPELINE.value is None:
       config = _CONFIG.value
       weights, codec = _weights(config)
       pipeline = generate.from_config(
-        config.to_dict(), weights=weights, codec=codec
+        config.to_dict(), weights=weights, codec=codec, **text
       )
     else:
       if _WEIGHTS.value is not None:
         raise ValueError('--weights goes with --config, not with --pipeline')
-      pipeline = generate.load(_PIPELINE.value)
+      pipeline = generate.load(_PIPELINE.value, **text)
   changes = {}
   if _FPS.value is not None:
     changes['fps'] = _FPS.value
@@ -237,6 +256,9 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   (path,) = _paths(1)
   pipeline = _load(watch)
   given = _initial_frames(pipeline)
+  # All at once: an encoder that is released is read once.
+  with watch('text'):
+    pipeline.encoder.encode([*prompts, *(prompt for _, prompt in switches)])
   stream = pipeline.stream(
     prompts[0], seed=_SEED.value, mode=_MODE.value, initial_frames=given
   )
