@@ -11,7 +11,6 @@ B batch, F frames, H height, W width, L words, D text width.
 import dataclasses
 
 import grain
-import jax
 import numpy as np
 
 from hiar_jax import text, worlds
@@ -182,7 +181,7 @@ def batches(
     source: the elements. Every host must be able to read all of them.
     batch_size: rows of the whole batch, over all hosts.
     seed: of the order, in [0, 2**32); every epoch has another order.
-    shard_index: this host, in [0, num_shards), see `host_shard`.
+    shard_index: this host, in [0, num_shards), see `sharding.batch_share`.
     num_shards: among how many the rows are shared; divides batch_size.
     num_threads: that read ahead; 0 reads in the caller's thread.
 
@@ -220,63 +219,3 @@ def batches(
     num_threads=num_threads, prefetch_buffer_size=4 * num_threads
   )
   return iter(own.to_iter_dataset(reading))
-
-
-def host_shard(
-  sharding: jax.sharding.Sharding, batch_size: int
-) -> tuple[int, int]:
-  """Which rows of a batch this host has to read.
-
-  Hosts that hold the same rows, as under tensor parallelism between hosts, are
-  one shard.
-
-  Args:
-    sharding: of the batch's leading axis.
-    batch_size: rows of the whole batch.
-
-  Returns:
-    (shard_index, num_shards) for `batches`.
-
-  Raises:
-    ValueError: if the rows cannot be shared evenly, or this host's are not
-      in one piece.
-  """
-  try:
-    owned = sharding.addressable_devices_indices_map((batch_size,))
-  except ValueError as error:
-    raise ValueError(
-      f'batch_size={batch_size} cannot be shared among the devices of '
-      f'{sharding}: {error}'
-    ) from error
-  pieces = {rows.indices(batch_size)[:2] for (rows,) in owned.values()}
-  start, stop = min(pieces)[0], max(pieces)[1]
-  size = stop - start
-  if sum(b - a for a, b in pieces) != size or start % size or batch_size % size:
-    raise ValueError(
-      f'the rows {sorted(pieces)} of a batch of {batch_size} on this host are '
-      'not an even share in one piece; order the devices of the mesh by host'
-    )
-  return start // size, batch_size // size
-
-
-def to_global(
-  batch: dict[str, np.ndarray],
-  sharding: jax.sharding.Sharding,
-  batch_size: int,
-) -> dict[str, jax.Array]:
-  """Makes global arrays of what every host has read of a batch.
-
-  Args:
-    batch: of `batches`, with this host's `host_shard`; any tree of arrays.
-    sharding: of the leading axis.
-    batch_size: rows of the whole batch.
-
-  Returns:
-    The same tree of arrays with batch_size rows, over all hosts.
-  """
-  return jax.tree.map(
-    lambda rows: jax.make_array_from_process_local_data(
-      sharding, rows, (batch_size, *rows.shape[1:])
-    ),
-    batch,
-  )

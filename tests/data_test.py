@@ -1,13 +1,10 @@
 """The grain pipelines: exact resume, on any hosts, truth that is true."""
 
-import types
-
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hiar_jax import data, text, worlds
 
@@ -142,41 +139,6 @@ def test_a_state_goes_on_on_another_number_of_hosts(num_threads):
       iterator.set_state(states[0])
     for batch in expected:
       np.testing.assert_array_equal(rows(others), batch)
-
-
-def batch_sharding(shape, spec, names=('data', 'tensor')):
-  mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
-  return NamedSharding(mesh, PartitionSpec(*spec))
-
-
-@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1, 8)])
-def test_a_lone_host_reads_every_row_and_makes_the_global_batch(shape):
-  sharding = batch_sharding(shape, ['data'])
-  assert data.host_shard(sharding, 16) == (0, 1)
-  batch = next(data.prompt_batches(prompts(), batch_size=16, seed=0))
-  whole = data.to_global(batch, sharding, 16)
-  assert whole['text'].sharding.is_equivalent_to(sharding, 3)
-  assert_equal_trees(whole, batch)
-
-
-def test_a_host_reads_the_rows_that_its_devices_hold():
-  def sharding(rows):
-    """Of a host with devices that hold these rows."""
-    return types.SimpleNamespace(
-      addressable_devices_indices_map=lambda shape: {
-        i: (slice(*r),) for i, r in enumerate(rows)
-      }
-    )
-
-  assert data.host_shard(sharding([(4, 6), (6, 8)]), 8) == (1, 2)
-  # Tensor parallelism within the host, and between hosts.
-  assert data.host_shard(sharding([(4, 8), (4, 8)]), 8) == (1, 2)
-  assert data.host_shard(sharding([(None, None)]), 8) == (0, 1)
-  for rows in ([(0, 2), (4, 6)], [(0, 2), (2, 4), (4, 6)], [(2, 6)]):
-    with pytest.raises(ValueError, match='order the devices'):
-      data.host_shard(sharding(rows), 8)
-  with pytest.raises(ValueError, match='batch_size=6 cannot be shared'):
-    data.host_shard(batch_sharding((8, 1), ['data']), 6)
 
 
 def test_caption_dropout_blanks_the_stated_share_by_index():
