@@ -146,6 +146,7 @@ def trajectory_source(config: Config) -> trajectories.TrajectorySource:
   source = trajectories.TrajectorySource(
     config.trajectories.dir,
     trajectories.point_levels(trajectory_config(config), student.levels),
+    trajectory_config(config),
   )
   num_frames = source.manifest.latents_shape[1]
   if num_frames % student.frames_per_block:

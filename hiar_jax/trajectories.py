@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import data, noise_schedule, trajectory_files
+from hiar_jax import checkpoint, data, noise_schedule, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 
@@ -242,12 +243,14 @@ def make(
   batch_size: int,
   shard_index: int = 0,
   num_shards: int = 1,
+  devices: Sequence[jax.Device] | None = None,
   progress: Callable[[int], None] = lambda count: None,
 ) -> None:
   """Samples the trajectories that are missing.
 
   A resumed run writes the bytes that an uninterrupted one would have, given
-  the same batch size (XLA may sum a larger batch in another order).
+  the same batch size and devices (XLA may sum a larger batch in another order),
+  on any number of processes.
 
   Args:
     directory: of the set; created if needed.
@@ -257,7 +260,9 @@ def make(
     prompts: as in the manifest.
     batch_size: trajectories sampled at once.
     shard_index: this process, in [0, num_shards).
-    num_shards: number of processes, which share the files among them.
+    num_shards: number of processes, which share the files among them and never
+      speak with each other.
+    devices: of this process, that share every batch; None is the first one.
     progress: called with the number of trajectories just sampled.
 
   Raises:
@@ -267,6 +272,11 @@ def make(
   """
   if batch_size < 1:
     raise ValueError(f'batch_size={batch_size} is not at least 1')
+  devices = jax.local_devices()[:1] if devices is None else devices
+  if batch_size % len(devices):
+    raise ValueError(
+      f'batch_size={batch_size} is not a multiple of {len(devices)} devices'
+    )
   todo = trajectory_files.missing_shards(
     directory, manifest, shard_index=shard_index, num_shards=num_shards
   )
@@ -281,6 +291,9 @@ def make(
     guidance=manifest.sampler['guidance'],
   )
   null_states = prompts.encoder.encode([''])
+  mesh = Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
+  by_row = NamedSharding(mesh, PartitionSpec('data'))
+  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
   for shard in todo:
     records = []
     indices = manifest.indices(shard)
@@ -290,8 +303,11 @@ def make(
       padded = [*rows, *[rows[-1]] * (batch_size - len(rows))]
       captions = [prompts.scene(i).caption for i in padded]
       states = prompts.encoder.encode(captions)
+      rows_states, rows_indices = jax.device_put(
+        (states, np.asarray(padded, np.uint32)), by_row
+      )
       latents = np.asarray(
-        sampler(params, states, null_states, np.asarray(padded, np.uint32))
+        sampler(params, rows_states, null_states, rows_indices)
       )
       for i, index in enumerate(rows):
         records.append(
@@ -311,17 +327,22 @@ class TrajectorySource:
   """
 
   def __init__(
-    self, directory: str | os.PathLike, levels: Sequence[float]
+    self,
+    directory: str | os.PathLike,
+    levels: Sequence[float],
+    sampler: TrajectoryConfig | None = None,
   ) -> None:
     """Opens a complete set.
 
     Args:
       directory: written by `make`.
       levels: of the points that training will use, see `point_levels`.
+      sampler: that training expects them to come from; None takes any.
 
     Raises:
       FileNotFoundError: if there are no trajectories, or some are missing.
-      ValueError: if the points lie at other levels, or the set is damaged.
+      ValueError: if the points lie at other levels, come from another sampler
+        (naming what differs), or the set is damaged.
     """
     self.manifest = trajectory_files.read_manifest(directory)
     stored = self.manifest.point_levels
@@ -332,6 +353,15 @@ class TrajectorySource:
         f'trajectories in {directory} have their points at levels '
         f'{_short(stored)}, training needs them at {_short(levels)}'
       )
+    if sampler is not None:
+      changed = checkpoint.config_differences(
+        self.manifest.sampler, dataclasses.asdict(sampler)
+      )
+      if changed:
+        raise ValueError(
+          f'trajectories in {directory} were sampled otherwise than training '
+          f'expects: {"; ".join(changed)}'
+        )
     missing = trajectory_files.missing_shards(directory, self.manifest)
     if missing:
       raise FileNotFoundError(

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def settle_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
       )
     if not grows:
       return
-  partial = path.with_name(f'{path.name}.{os.getpid()}.part')
+  partial = _partial(path)
   partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
   partial.replace(path)
 
@@ -170,10 +171,19 @@ def pack(
   )
 
 
+def _partial(path: pathlib.Path) -> pathlib.Path:
+  """The name of a file until it is whole, another one for every process.
+
+  By host as well: in containers on one shared disk all have the same number.
+  """
+  return path.with_name(
+    f'{path.name}.{socket.gethostname()}-{os.getpid()}.part'
+  )
+
+
 def write_shard(path: pathlib.Path, records: Sequence[bytes]) -> None:
   """Writes a file in one move: it is whole or it is not there."""
-  # By process: two that were given the same files do not meet in one.
-  partial = path.with_name(f'{path.name}.{os.getpid()}.part')
+  partial = _partial(path)
   try:
     # One record a chunk, so that reading one does not decode its neighbours;
     # noise does not compress.
@@ -186,6 +196,10 @@ def write_shard(path: pathlib.Path, records: Sequence[bytes]) -> None:
     with partial.open('rb') as file:
       os.fsync(file.fileno())
     partial.replace(path)
+  except FileNotFoundError:
+    # Another process with the same share was first, and cleaned up below.
+    if not path.exists():
+      raise
   finally:
     # Those of killed processes as well.
     for leftover in path.parent.glob(f'{path.name}.*.part'):

@@ -2,11 +2,14 @@
 
   python launch/make_trajectories.py --config=configs/bouncing.py
 
-Kill it and start it again: it goes on with the files that are missing. Several
-processes share the files with --shard_index=0 --num_shards=4 and so on, and
---verify re-reads every trajectory.
+Kill it and start it again: it goes on with the files that are missing. The
+processes of a pod, found as in launch/train.py, share the files among them; so
+do any others with --shard_index=0 --num_shards=4 and so on. They never wait for
+each other: one that was killed is started again alone. --verify re-reads every
+trajectory.
 """
 
+import math
 import pathlib
 
 import jax
@@ -18,6 +21,7 @@ from ml_collections import config_flags
 from hiar_jax import (
   checkpoint,
   data,
+  distributed,
   errors,
   noise_schedule,
   phases,
@@ -40,16 +44,38 @@ _NUM = flags.DEFINE_integer(
   'num', None, 'How many; default: trajectories.num. A set may grow later.'
 )
 _SHARD_INDEX = flags.DEFINE_integer(
-  'shard_index', 0, 'This process, from 0.', lower_bound=0
+  'shard_index',
+  None,
+  "This process's share, from 0; default: by its place among the processes.",
+  lower_bound=0,
 )
 _NUM_SHARDS = flags.DEFINE_integer(
-  'num_shards', 1, 'Number of processes.', lower_bound=1
+  'num_shards', None, 'Number of shares; default: of processes.', lower_bound=1
 )
+distributed.define_flags()
 _VERIFY = flags.DEFINE_bool('verify', False, 'Re-read everything instead.')
+
+
+def _share() -> dict[str, int]:
+  """Which of the files are this process's."""
+  shard_index, num_shards = _SHARD_INDEX.value, _NUM_SHARDS.value
+  if shard_index is None and num_shards is None:
+    processes = distributed.find_by_flags()
+    if processes is not None:
+      distributed.show_own_devices(processes)
+      shard_index, num_shards = processes.process_id, processes.num_processes
+  return dict(
+    shard_index=0 if shard_index is None else shard_index,
+    num_shards=1 if num_shards is None else num_shards,
+  )
 
 
 def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   settings = config.trajectories
+  mine = _share()
+  devices = jax.local_devices()
+  # Every batch is shared by as many devices as divide it.
+  devices = devices[: math.gcd(len(devices), settings.batch_size)]
   denoiser = Denoiser(WanConfig(**config.model))
   params = checkpoint.load_weights(
     config.teacher_weights if _WEIGHTS.value is None else _WEIGHTS.value,
@@ -78,12 +104,12 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     seed=settings.seed,
     num_frames=phases.latent_frames(config),
   )
-  mine = dict(shard_index=_SHARD_INDEX.value, num_shards=_NUM_SHARDS.value)
   missing = trajectory_files.missing_shards(out, manifest, **mine)
   total = sum(len(manifest.indices(shard)) for shard in missing)
   print(
     f'{out}: {total} of {manifest.num} trajectories to sample, '
-    f'{len(manifest.levels) - 1} steps each'
+    f'{len(manifest.levels) - 1} steps each; share {mine["shard_index"]} of '
+    f'{mine["num_shards"]}, devices {len(devices)}'
   )
   with tqdm.tqdm(
     total=total, unit='trajectory', dynamic_ncols=True, smoothing=0.05
@@ -92,9 +118,10 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
       out,
       manifest,
       denoiser,
-      jax.device_put(params),
+      params,
       prompts,
       batch_size=settings.batch_size,
+      devices=devices,
       progress=bar.update,
       **mine,
     )

@@ -269,6 +269,44 @@ def test_processes_share_the_files(whole, tmp_path):
     make(tmp_path, shard_index=2, num_shards=2)
 
 
+def test_devices_share_every_batch(whole, tmp_path):
+  make(tmp_path, devices=jax.devices()[:2])
+  one, two = (
+    trajectories.TrajectorySource(folder, STUDENT)
+    for folder in (whole, tmp_path)
+  )
+  for index in range(7):
+    np.testing.assert_allclose(
+      two[index]['latents'], one[index]['latents'], rtol=0, atol=2e-3
+    )
+  with pytest.raises(ValueError, match='batch_size=2 .* 3 devices'):
+    make(tmp_path, devices=jax.devices()[:3])
+
+
+def test_processes_with_the_same_share_do_no_harm(whole, tmp_path, monkeypatch):
+  """As when a pod is replaced while the old one still runs."""
+  path = trajectory_files.shard_path(tmp_path, 0)
+  source = trajectory_files.shard_path(whole, 0)
+  record = [safetensors.numpy.save(r) for r in _read_records(source)]
+  sync = trajectory_files.os.fsync
+
+  def other_is_first(file):
+    sync(file)
+    with monkeypatch.context() as patch:
+      patch.setattr(trajectory_files.os, 'fsync', sync)
+      patch.setattr(trajectory_files.socket, 'gethostname', lambda: 'other')
+      trajectory_files.write_shard(path, record)
+
+  monkeypatch.setattr(trajectory_files.os, 'fsync', other_is_first)
+  trajectory_files.write_shard(path, record)
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
+  assert path.read_bytes() == source.read_bytes()
+
+
+def _read_records(path):
+  return list(trajectory_files._read_shard(path))
+
+
 @pytest.mark.parametrize('where', ['write', 'close', 'kill'])
 def test_a_killed_run_leaves_no_torn_file(where, whole, tmp_path, monkeypatch):
   class Killed(BaseException):
@@ -350,7 +388,7 @@ def _repeat(directory):
 
 def _rewrite(directory, change):
   path = directory / 'shard-00001.array_record'
-  records = list(trajectory_files._read_shard(path))
+  records = _read_records(path)
   trajectory_files.write_shard(
     path,
     [safetensors.numpy.save(r) for r in change(records)],
@@ -442,6 +480,14 @@ def test_training_at_other_levels_is_refused(whole, tmp_path):
     trajectories.TrajectorySource(whole, (1.0, 0.5, 0.0))
   with pytest.raises(FileNotFoundError, match='no trajectories in'):
     trajectories.TrajectorySource(tmp_path, STUDENT)
+
+
+def test_training_refuses_what_another_sampler_made(whole):
+  other = dataclasses.replace(CONFIG, num_steps=4, guidance=3.0)
+  with pytest.raises(ValueError) as error:
+    trajectories.TrajectorySource(whole, STUDENT, other)
+  assert 'guidance: 2.0 -> 3.0; num_steps: 3 -> 4' in str(error.value)
+  assert len(trajectories.TrajectorySource(whole, STUDENT, CONFIG)) == 7
 
 
 def test_a_teacher_that_diverges_is_an_error(tmp_path):
