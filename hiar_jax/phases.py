@@ -22,6 +22,7 @@ from hiar_jax import (
   latent_files,
   noise_schedule,
   rollout,
+  sharding,
   text,
   train_state,
   train_step,
@@ -165,9 +166,21 @@ def trajectory_config(config: Config) -> trajectories.TrajectoryConfig:
   )
 
 
-def load_params(path: str, denoiser: Denoiser) -> Any:
-  """Exported weights of an earlier phase."""
-  abstract = jax.eval_shape(denoiser.init, jax.random.key(0))
+def load_params(
+  path: str,
+  denoiser: Denoiser,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  dtype: str = 'float32',
+) -> Any:
+  """Exported weights of an earlier phase, in their places on a mesh."""
+  abstract = jax.eval_shape(
+    lambda: jax.tree.map(
+      lambda a: a.astype(dtype), denoiser.init(jax.random.key(0))
+    )
+  )
+  if mesh is not None:
+    abstract = sharding.abstract(abstract, mesh)
   return checkpoint.load_weights(path, abstract)
 
 
@@ -318,36 +331,89 @@ class PromptsAndTrajectories:
     }
 
 
-def _distill(config: Config) -> Phase:
-  """HiAR distillation, or Self-Forcing with order 'block_first'."""
+def distillation(config: Config) -> train_step.Distillation:
+  """The networks, optimisers and numbers of the distillation.
+
+  The teacher is a network of the student's size unless the config has a section
+  `teacher` with its sizes.
+  """
   student = Denoiser(WanConfig(**config.model))
+  teacher = student
+  if 'teacher' in config:
+    teacher = Denoiser(WanConfig(**config.teacher.model))
   numbers = train_step.DistillConfig(**config.distill)
   updates = -(-config.iterations // numbers.generator_every)
-  steps = train_step.Distillation(
+  return train_step.Distillation(
     student=student,
     critic=student,
-    teacher=student,
+    teacher=teacher,
     student_optimiser=_optimiser(config.optimiser, updates),
     critic_optimiser=_optimiser(config.critic_optimiser, config.iterations),
     rollout=rollout_config(config),
     config=numbers,
   )
+
+
+def _distill_mesh(config: Config, steps: train_step.Distillation):
+  """The mesh that the config asks for, None without a section `mesh`."""
+  if 'mesh' not in config:
+    return None
+  mesh = sharding.make_mesh(sharding.MeshConfig(**config.mesh))
+  sharding.check_model('model', steps.student.config, mesh)
+  sharding.check_model('teacher', steps.teacher.config, mesh)
+  sharding.check_batch(config.batch_size, steps.config.microbatches, mesh)
+  return mesh
+
+
+def _init_net(params, optimiser, mesh) -> train_state.NetState:
+  if mesh is None:
+    return train_state.init_net(params, optimiser)
+  opt_state = sharding.make(optimiser.init, mesh, params)
+  return train_state.NetState(params, opt_state)
+
+
+def _distill(config: Config) -> Phase:
+  """HiAR distillation, or Self-Forcing with order 'block_first'."""
+  steps = distillation(config)
+  student, numbers = steps.student, steps.config
+  mesh = _distill_mesh(config, steps)
   low, high = config.rollout_blocks
   if not 1 <= low <= high:
     raise ValueError(f'rollout_blocks={(low, high)} do not rise from 1')
   source = prompts(config)
   if numbers.forward_kl_weight:
     source = PromptsAndTrajectories(source, trajectory_source(config))
-  batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
-  teacher_params = load_params(config.teacher_weights, student)
-  params = load_params(config.student_weights, student)
-  generator = jax.jit(
-    steps.generator_step,
-    static_argnames=('num_blocks', 'forward_kl_step'),
-    donate_argnums=0,
+  shard, num_shards = (0, 1) if mesh is None else sharding.batch_share(mesh)
+  batches = data.batches(
+    source,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    shard_index=shard,
+    num_shards=num_shards,
   )
-  critic = jax.jit(
-    steps.critic_step, static_argnames=('num_blocks',), donate_argnums=0
+  # A teacher of the student's size is where the critic starts, too.
+  teacher_dtype, critic_weights = 'float32', config.teacher_weights
+  if 'teacher' in config:
+    teacher_dtype, critic_weights = config.teacher.dtype, config.critic_weights
+  teacher_params = load_params(
+    config.teacher_weights, steps.teacher, mesh=mesh, dtype=teacher_dtype
+  )
+  params = load_params(config.student_weights, student, mesh=mesh)
+  critic_params = load_params(critic_weights, steps.critic, mesh=mesh)
+  state = train_state.DistillState(
+    iteration=sharding.put(jnp.zeros((), jnp.int32), mesh),
+    student=_init_net(params, steps.student_optimiser, mesh),
+    critic=_init_net(critic_params, steps.critic_optimiser, mesh),
+    ema=train_state.copy(params),
+  )
+  generator = sharding.jit_step(
+    steps.generator_step,
+    state,
+    mesh,
+    static_argnames=('num_blocks', 'forward_kl_step'),
+  )
+  critic = sharding.jit_step(
+    steps.critic_step, state, mesh, static_argnames=('num_blocks',)
   )
   key = jax.random.key(config.seed)
 
@@ -356,6 +422,7 @@ def _distill(config: Config) -> Phase:
     draw = np.random.default_rng((config.seed, iteration))
     num_blocks = int(draw.integers(low, high + 1))
     keys = jax.random.split(jax.random.fold_in(key, iteration))
+    batch = sharding.put_batch(batch, mesh)
     metrics = {}
     if iteration % numbers.generator_every == 0:
       state, metrics = generator(
@@ -372,17 +439,10 @@ def _distill(config: Config) -> Phase:
     return state, metrics | critic_metrics
 
   return Phase(
-    state=train_state.DistillState(
-      iteration=jnp.zeros((), jnp.int32),
-      student=train_state.init_net(params, steps.student_optimiser),
-      critic=train_state.init_net(
-        train_state.copy(teacher_params), steps.critic_optimiser
-      ),
-      ema=train_state.copy(params),
-    ),
+    state=state,
     step=step,
     batches=batches,
-    weights=lambda state: state.ema,
+    weights=lambda state: sharding.whole(state.ema, mesh),
   )
 
 

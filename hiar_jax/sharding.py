@@ -7,7 +7,7 @@ moments of optimisers, averages), find their place by their path in one table.
 Activations are constrained at three places: tokens after patchify, heads of
 q/k/v, caches. XLA does the rest.
 
-Without a mesh (`on_mesh`) every constraint here is the identity.
+Without a mesh nothing is placed and no constraint is made.
 """
 
 # B batch, F frames, P tokens per frame, T queries, S keys, H heads, K head
@@ -144,16 +144,11 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 def param_spec(path: str) -> PartitionSpec:
   """Spec of a parameter, by its path such as 'layers/ffn_in/kernel'.
 
-  What stands before the network's own names (a label of an optimiser) is
-  ignored.
-
   Raises:
     ValueError: unless exactly one rule fits.
   """
   fits = [
-    spec
-    for pattern, spec in PARAM_RULES
-    if re.search(rf'(?:^|/)(?:{pattern})$', path)
+    spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, path)
   ]
   if len(fits) != 1:
     raise ValueError(f'{len(fits)} sharding rules fit {path!r}, not 1')
@@ -163,8 +158,8 @@ def param_spec(path: str) -> PartitionSpec:
 def shardings(tree: Any, mesh: Mesh) -> Any:
   """Where the arrays of a training state lie; their tree of NamedShardings.
 
-  An array under a dict is a parameter or is shaped like one. Counters and what
-  else lies outside of dicts is whole everywhere.
+  An array in dicts is a parameter or is shaped like one, and the keys of those
+  dicts are its path. Counters and what else is in none is whole everywhere.
 
   Args:
     tree: of arrays or ShapeDtypeStructs: parameters, states of optimisers,
@@ -176,11 +171,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   """
 
   def place(path, leaf):
-    names = [e.key for e in path if isinstance(e, jax.tree_util.DictKey)]
-    spec = PartitionSpec()
-    if names and leaf.ndim:
-      spec = param_spec('/'.join(names))
-      _check_divides('/'.join(names), leaf.shape, spec, mesh)
+    names = []
+    for entry in reversed(path):
+      if not isinstance(entry, jax.tree_util.DictKey):
+        break
+      names.insert(0, entry.key)
+    name, spec = '/'.join(names), PartitionSpec()
+    if name:
+      spec = param_spec(name)
+      _check_divides(name, leaf.shape, spec, mesh)
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(place, tree)
@@ -208,12 +207,14 @@ def abstract(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
   )
 
 
-def put(tree: Any, mesh: Mesh) -> Any:
-  """Host arrays, the same in every process, in their places.
+def put(tree: Any, mesh: Mesh | None) -> Any:
+  """Host arrays, the same in every process, in their places if there are any.
 
   Raises:
     ValueError: see `shardings`.
   """
+  if mesh is None:
+    return tree
 
   def place(array, sharding):
     array = np.asarray(array)
@@ -222,6 +223,20 @@ def put(tree: Any, mesh: Mesh) -> Any:
     )
 
   return jax.tree.map(place, tree, shardings(tree, mesh))
+
+
+def make(function: Callable, mesh: Mesh, *args: Any) -> Any:
+  """function(*args), whose result never lies anywhere but in its places."""
+  places = shardings(jax.eval_shape(function, *args), mesh)
+  return jax.jit(function, out_shardings=places)(*args)
+
+
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+  """Arrays that every process can read as a whole."""
+  if mesh is None:
+    return tree
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(lambda x: x, out_shardings=everywhere)(tree)
 
 
 # --- Batches.
@@ -261,8 +276,10 @@ def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
   return rows[0] // count, ways // count
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
+def put_batch(batch: Any, mesh: Mesh | None) -> Any:
   """This process's share of a batch as a part of the whole, see batch_share."""
+  if mesh is None:
+    return batch
   sharding = NamedSharding(mesh, PartitionSpec(BATCH))
   _, shares = batch_share(mesh)
 
@@ -278,15 +295,29 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 # --- Inside of a program.
 
 
-def on_mesh(mesh: Mesh | None, function: Callable) -> Callable:
-  """`function`, traced with the mesh known to the constraints below."""
-  if mesh is None:
-    return function
+def jit_step(step: Callable, state: Any, mesh: Mesh | None, **kwargs: Any):
+  """A training step, compiled: its state is donated and stays in its places.
 
-  @functools.wraps(function)
+  Args:
+    step: from (state, ...) to (state, metrics).
+    state: the first one, or its shapes.
+    mesh: which the constraints below are for; None: one device.
+    **kwargs: of jax.jit.
+  """
+  if mesh is None:
+    return jax.jit(step, donate_argnums=0, **kwargs)
+  metrics = NamedSharding(mesh, PartitionSpec())
+  compiled = jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(shardings(state, mesh), metrics),
+    **kwargs,
+  )
+
+  @functools.wraps(step)
   def run(*args, **kwargs):
     with jax.set_mesh(mesh):
-      return function(*args, **kwargs)
+      return compiled(*args, **kwargs)
 
   return run
 

@@ -19,6 +19,7 @@ from hiar_jax import (
   losses,
   noise_schedule,
   rollout,
+  sharding,
   train_state,
   training_rollout,
 )
@@ -188,6 +189,8 @@ class DistillConfig:
     generator_every: critic updates per generator update.
     ema_decay: of the student's average.
     ema_start: critic updates before it starts.
+    microbatches: parts that a batch is taken in, one after the other, to need
+      less memory; their gradients are averaged and make one update.
   """
 
   order: str = 'step_first'
@@ -204,6 +207,7 @@ class DistillConfig:
   generator_every: int = 5
   ema_decay: float = 0.99
   ema_start: int = 200
+  microbatches: int = 1
 
   def __post_init__(self):
     for name, allowed in (
@@ -216,7 +220,12 @@ class DistillConfig:
         raise ValueError(
           f'{name}={getattr(self, name)!r} is not one of {allowed}'
         )
-    for name in ('loss_blocks', 'forward_kl_steps', 'generator_every'):
+    for name in (
+      'loss_blocks',
+      'forward_kl_steps',
+      'generator_every',
+      'microbatches',
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is below 1')
     if not 0 <= self.min_level < self.max_level <= 1:
@@ -276,23 +285,23 @@ class Distillation:
       num_blocks: of the rollout, static.
       forward_kl_step: which of the first K steps, static.
     """
-    keys = jax.random.split(key, 3)
+    exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
-    def loss_fn(params):
-      x0, exit_step = self._rollout(params, batch['text'], keys[0], num_blocks)
-      loss, size = self._reverse_kl(state, teacher_params, batch, x0, keys[1:])
-      metrics = {
-        'reverse_kl': loss,
-        'dmd_gradient': size,
-        'exit_step': exit_step,
-      }
+    def loss_fn(params, part):
+      batch, draws = part
+      x0 = self._rollout(params, batch['text'], draws, num_blocks, exit_step)
+      loss, size = self._reverse_kl(state, teacher_params, batch, x0, draws)
+      metrics = {'reverse_kl': loss, 'dmd_gradient': size}
       if self.config.forward_kl_weight:
         forward = self._forward_kl(params, batch, forward_kl_step)
         metrics['forward_kl'] = forward
         loss = loss + self.config.forward_kl_weight * forward
       return loss, metrics
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.student.params)
+    grads, metrics = self._gradient(
+      loss_fn, state.student.params, (batch, draws)
+    )
+    metrics['exit_step'] = exit_step
     metrics['student_grad_norm'] = optax.tree.norm(grads)
     student = state.student.update(grads, self.student_optimiser)
     decay = jnp.where(
@@ -310,38 +319,77 @@ class Distillation:
     num_blocks: int,
   ) -> tuple[train_state.DistillState, Metrics]:
     """One update of the critic: flow matching on a fresh rollout."""
-    rollout_key, level_key, noise_key = jax.random.split(key, 3)
-    x0, _ = self._rollout(
-      state.student.params, batch['text'], rollout_key, num_blocks
-    )
-    x0 = jax.lax.stop_gradient(self._last_blocks(x0))
-    sigma = self._level(level_key, x0.shape[0])
-    eps = jax.random.normal(noise_key, x0.shape)
-    x = noise_schedule.add_noise(x0, eps, sigma)
+    exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
-    def loss_fn(params):
+    def loss_fn(params, part):
+      batch, draws = part
+      x0 = self._rollout(
+        state.student.params, batch['text'], draws, num_blocks, exit_step
+      )
+      x0 = jax.lax.stop_gradient(self._last_blocks(x0))
+      x = noise_schedule.add_noise(x0, draws['eps'], draws['sigma'])
       text = self.critic.project_text(params, batch['text'])
-      flow, _ = self.critic.flow(params, x, sigma, text)
-      return losses.flow_matching(flow, x0, eps)
+      flow, _ = self.critic.flow(params, x, draws['sigma'], text)
+      loss = losses.flow_matching(flow, x0, draws['eps'])
+      return loss, {'critic': loss}
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.critic.params)
+    grads, metrics = self._gradient(
+      loss_fn, state.critic.params, (batch, draws)
+    )
     critic = state.critic.update(grads, self.critic_optimiser)
     state = state.replace(critic=critic, iteration=state.iteration + 1)
-    metrics = {'critic': loss, 'critic_grad_norm': optax.tree.norm(grads)}
+    metrics['critic_grad_norm'] = optax.tree.norm(grads)
     return state, metrics
 
   def _sampler(self, params, text: TextKV) -> rollout.Sampler:
     return rollout.Sampler(self.student, params, text, self.rollout)
 
-  def _rollout(self, params, states, key, num_blocks):
-    """Self-rollout to one exit step, the same for all samples and blocks."""
-    exit_key, noise_key = jax.random.split(key)
+  def _draws(self, key, batch, num_blocks):
+    """All chance of a step: its exit step, and what is drawn per sample.
+
+    Drawn for the whole batch, so that its parts do not matter.
+    """
+    rollout_key, level_key, eps_key = jax.random.split(key, 3)
+    exit_key, noise_key = jax.random.split(rollout_key)
     exit_step = jax.random.randint(exit_key, (), 0, self.rollout.num_steps)
+    frames, *frame = self.rollout.block_shape(self.student.config)
+    frames *= min(num_blocks, self.config.loss_blocks)
+    draws = {
+      'noise_keys': jax.random.split(noise_key, batch),
+      'sigma': self._level(level_key, batch),
+      'eps': jax.random.normal(eps_key, (batch, frames, *frame)),
+    }
+    return exit_step, draws
+
+  def _gradient(self, loss_fn, params, whole):
+    """Gradient and metrics of loss_fn(params, part), averaged over the parts.
+
+    Args:
+      loss_fn: to (loss, metrics), both means over the samples of a part.
+      params: to differentiate by.
+      whole: arrays with a leading axis of samples; is cut into microbatches.
+    """
+    num_parts = self.config.microbatches
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if num_parts == 1:
+      grads, metrics = gradient(params, whole)
+      return sharding.constrain_params(grads), metrics
+
+    def one_part(total, part):
+      grads, metrics = gradient(params, part)
+      total = jax.tree.map(lambda t, g: t + g / num_parts, total, grads)
+      return sharding.constrain_params(total), metrics
+
+    zeros = sharding.constrain_params(jax.tree.map(jnp.zeros_like, params))
+    grads, metrics = jax.lax.scan(one_part, zeros, _parts(whole, num_parts))
+    return grads, jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
+
+  def _rollout(self, params, states, draws, num_blocks, exit_step):
+    """Self-rollout to one exit step, the same for all samples and blocks."""
     noise = rollout.named_noise(
-      jax.random.split(noise_key, states.shape[0]),
-      self.rollout.block_shape(self.student.config),
+      draws['noise_keys'], self.rollout.block_shape(self.student.config)
     )
-    x0 = training_rollout.training_rollout(
+    return training_rollout.training_rollout(
       self._sampler(params, self.student.project_text(params, states)),
       noise,
       num_blocks,
@@ -350,7 +398,6 @@ class Distillation:
       past_gradient=self.config.past_gradient,
       grad_blocks=min(num_blocks, self.config.loss_blocks),
     )
-    return x0, exit_step
 
   def _last_blocks(self, x0):
     return x0[:, -self.config.loss_blocks * self.rollout.frames_per_block :]
@@ -362,15 +409,14 @@ class Distillation:
     )
     return jnp.clip(sigma, self.config.min_level, self.config.max_level)
 
-  def _reverse_kl(self, state, teacher_params, batch, x0, keys):
+  def _reverse_kl(self, state, teacher_params, batch, x0, draws):
     longer = x0.shape[1] > self.config.loss_blocks * (
       self.rollout.frames_per_block
     )
     x0 = self._last_blocks(x0)
-    sigma = self._level(keys[0], x0.shape[0])
-    eps = jax.random.normal(keys[1], x0.shape)
+    sigma = draws['sigma']
     fixed = jax.lax.stop_gradient(x0)
-    x = noise_schedule.add_noise(fixed, eps, sigma)
+    x = noise_schedule.add_noise(fixed, draws['eps'], sigma)
     critic = state.critic.params
     fake_x0 = self.critic.x0(
       critic, x, sigma, self.critic.project_text(critic, batch['text'])
@@ -414,3 +460,20 @@ class Distillation:
     return losses.forward_kl(
       flow, x, sigma, levels[step + 1], answer, self.config.forward_kl_target
     )
+
+
+def _parts(tree, num_parts):
+  """[B, ...] to [num_parts, B / num_parts, ...].
+
+  Part i has the samples i, i + num_parts, ...: divided over devices, each of
+  them finds its part of every part at home.
+  """
+
+  def cut(x):
+    if x.shape[0] % num_parts:
+      raise ValueError(
+        f'a batch of {x.shape[0]} is not divisible by microbatches={num_parts}'
+      )
+    return jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0)
+
+  return jax.tree.map(cut, tree)
