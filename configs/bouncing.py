@@ -1,5 +1,6 @@
 """The small world: 64x64 videos of one moving shape.
 
+  python launch/train.py --config=configs/bouncing.py:codec_start
   python launch/train.py --config=configs/bouncing.py:codec
   python launch/encode_videos.py --config=configs/bouncing.py:teacher
   python launch/train.py --config=configs/bouncing.py:teacher
@@ -14,7 +15,14 @@ same program.
 
 import ml_collections
 
-PHASES = ('codec', 'teacher', 'student_start', 'distill', 'self_forcing')
+PHASES = (
+  'codec_start',
+  'codec',
+  'teacher',
+  'student_start',
+  'distill',
+  'self_forcing',
+)
 _RUNS = 'runs/bouncing'
 
 
@@ -24,7 +32,9 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     raise ValueError(f'phase {phase!r} is not one of {PHASES}')
   c = ml_collections.ConfigDict()
   c.name = 'bouncing'
-  c.phase = 'distill' if phase == 'self_forcing' else phase
+  c.phase = {'self_forcing': 'distill', 'codec_start': 'codec'}.get(
+    phase, phase
+  )
   c.workdir = f'{_RUNS}/{phase}'
   c.seed = 0
 
@@ -64,8 +74,8 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.batch_size = 8
   c.log_every = 20
   c.checkpoint_every = 200
-  if phase == 'codec':
-    return _codec(c)
+  if phase in ('codec_start', 'codec'):
+    return _codec(c, phase)
   if phase == 'teacher':
     return _teacher(c)
 
@@ -105,11 +115,24 @@ def _muon(learning_rate: float, adam_learning_rate: float, warmup: int):
   )
 
 
-def _codec(c):
-  c.iterations = 7000
-  c.codec_training = dict(crop=32, num_frames=9, kl_weight=1e-3)
+def _codec(c, phase):
   c.ema_decay = 0.995
-  c.optimiser = _muon(1e-2, 3e-3, warmup=50)
+  c.codec_training = dict(
+    crop=32, num_frames=9, kl_weight=1e-3, start_weights=''
+  )
+  if phase == 'codec_start':
+    c.iterations = 7000
+    c.optimiser = _muon(1e-2, 3e-3, warmup=50)
+    return c
+  # A layer sees frames before it, 70 in all; in short clips most are padding.
+  c.iterations = 1000
+  c.batch_size = 2
+  c.codec_training.update(
+    dict(
+      num_frames=73, start_weights=f'{_RUNS}/codec_start/weights.safetensors'
+    )
+  )
+  c.optimiser = _muon(3e-3, 1e-3, warmup=20)
   return c
 
 

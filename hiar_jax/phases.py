@@ -251,7 +251,10 @@ def _codec(config: Config) -> Phase:
     )
     return vae_training.fold_statistics(state.ema, mean_C, std_C)
 
-  params = vae_training.init(vae_config, key)
+  if numbers.start_weights:
+    params = vae_codec.load_vae_codec(numbers.start_weights, vae_config).params
+  else:
+    params = vae_training.init(vae_config, key)
   return Phase(
     state=_regression_state(params, optimiser),
     step=step,

@@ -46,7 +46,7 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   c.workdir = str(root / phase)
   c.world = dict(height=32, width=32, num_frames=6)
   c.text = dict(dim=8, length=4)
-  if phase == 'codec':
+  if phase in ('codec_start', 'codec'):
     return _codec(c, root)
   # Linear, which takes no training.
   del c.vae
@@ -105,7 +105,7 @@ def _codec(c, root):
       base_dim=4, z_dim=4, dim_mult=(1, 1, 1), mean=(0.0,) * 4, std=(1.0,) * 4
     )
   )
-  c.codec_training.update(dict(crop=16, num_frames=5))
+  c.codec_training.update(dict(crop=16, num_frames=5, start_weights=''))
   c.iterations = 6
   c.batch_size = 2
   c.checkpoint_every = 2
