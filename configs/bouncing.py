@@ -137,10 +137,10 @@ def _codec(c, phase):
 
 
 def _teacher(c):
-  c.iterations = 9000
+  c.iterations = 7500
   c.caption_dropout = 0.1
   c.latents = dict(
-    dir=f'{_RUNS}/latents', num=8192, shard_size=256, batch_size=8
+    dir=f'{_RUNS}/latents', num=6144, shard_size=256, batch_size=8
   )
   c.timestep_shift = 2.5
   c.ema_decay = 0.999
