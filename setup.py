@@ -68,6 +68,9 @@ setuptools.setup(
     'test': _TEST,
     'parity': _PARITY,
     'convert': _CONVERT,
+    # What `loop.tensorboard` writes with, and the viewer.
+    'tensorboard': ['tensorboardx>=2.6', 'tensorboard>=2.18'],
+    'wandb': ['wandb>=0.18'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],

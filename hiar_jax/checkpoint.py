@@ -1,21 +1,22 @@
 """Saved state: orbax checkpoints of a run, safetensors of shipped weights.
 
 Every orbax call of the project is in this file. A checkpoint is one folder a
-step with three items: `state` (any pytree: parameters, optimiser states, step,
+step with the items `state` (any pytree: parameters, optimiser states, step,
 typed PRNG keys), `data` (the grain iterator, so that the next batch is the next
-batch) and `config` (JSON, compared when the run goes on). Orbax writes into a
-temporary folder and renames it, so a killed run leaves whole checkpoints only.
+batch), `config` and `version` (JSON, compared when the run goes on) and, if the
+best one is kept, `metrics`. Orbax writes into a temporary folder and renames
+it, so a killed run leaves whole checkpoints only.
 
 Orbax neither notices a flipped bit in an array nor names a truncated file. A
 list of the files, `files.json`, is therefore committed with the checkpoint and
 checked before anything is read.
 """
 
-import dataclasses
 import json
+import math
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -26,7 +27,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from hiar_jax import safetensors_io
+from hiar_jax import provenance, safetensors_io
 
 _FILE_LIST = 'files.json'
 # Larger files are checked by their size alone: a pod's checkpoint has hundreds
@@ -39,6 +40,8 @@ def make_manager(
   *,
   max_to_keep: int | None = 3,
   keep_every: int | None = None,
+  keep_best: str | None = None,
+  best: str = 'min',
 ) -> ocp.CheckpointManager:
   """Opens, or creates, the checkpoints of one run.
 
@@ -46,6 +49,9 @@ def make_manager(
     directory: one run's own folder.
     max_to_keep: how many of the newest stay; None keeps all.
     keep_every: steps divisible by this stay as well.
+    keep_best: the step with the best value of this metric stays as well; of
+      equal ones the newest.
+    best: 'min' or 'max', which value of it is the best.
 
   Returns:
     A manager for the functions below. A thread does the writing: the next
@@ -54,6 +60,17 @@ def make_manager(
   Raises:
     NotADirectoryError: if a file is in the way.
   """
+  policies = ocp.checkpoint_managers
+  kept = [policies.LatestN(max_to_keep)]
+  if keep_every:
+    kept.append(policies.EveryNSteps(keep_every))
+  rank = _rank_by(keep_best, best) if keep_best else None
+  if rank is not None:
+    kept.append(
+      policies.BestN(
+        get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
+      )
+    )
   path = pathlib.Path(directory).expanduser().absolute()
   if path.exists() and not path.is_dir():
     raise NotADirectoryError(f'checkpoint directory {path} is a file')
@@ -65,10 +82,12 @@ def make_manager(
       'state': ocp.StandardCheckpointHandler(),
       'data': grain.checkpoint.CheckpointHandler(),
       'config': ocp.JsonCheckpointHandler(),
+      'version': ocp.JsonCheckpointHandler(),
     },
     options=ocp.CheckpointManagerOptions(
-      max_to_keep=max_to_keep,
-      keep_period=keep_every,
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+      # Without it orbax drops the metrics.
+      best_fn=rank,
       cleanup_tmp_directories=True,
       # Called between the last write and the rename that commits.
       async_options=ocp.AsyncOptions(
@@ -78,12 +97,28 @@ def make_manager(
   )
 
 
+def _rank_by(metric: str, best: str) -> Callable[[Mapping], float]:
+  """Larger is better; a checkpoint without the metric is worst."""
+  if best not in ('min', 'max'):
+    raise ValueError(f"best={best!r} is not 'min' or 'max'")
+
+  def rank(values: Mapping[str, float]) -> float:
+    if metric not in values:
+      return -math.inf
+    return values[metric] if best == 'max' else -values[metric]
+
+  return rank
+
+
 def save(
   manager: ocp.CheckpointManager,
   step: int,
   state: Any,
   data_iterator: grain.DatasetIterator,
   config: Mapping[str, Any],
+  *,
+  version: Mapping[str, str] | None = None,
+  metrics: Mapping[str, Any] | None = None,
 ) -> None:
   """Saves everything that the run needs to go on, under the given step.
 
@@ -96,15 +131,25 @@ def save(
     state: pytree of arrays.
     data_iterator: a grain iterator, as it stands.
     config: JSON-like dict (`ConfigDict.to_dict()`).
+    version: of the code, by name.
+    metrics: that the best checkpoint is chosen by; what is no finite number is
+      left out.
   """
   if step in manager.all_steps():
     return
+  numbers = {
+    name: float(value)
+    for name, value in (metrics or {}).items()
+    if isinstance(value, int | float) and math.isfinite(value)
+  }
   manager.save(
     step,
+    metrics=numbers,
     args=ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       data=grain.checkpoint.CheckpointSave(data_iterator),
-      config=ocp.args.JsonSave(_jsonable(config)),
+      config=ocp.args.JsonSave(provenance.jsonable(config)),
+      version=ocp.args.JsonSave(dict(version or {})),
     ),
     # Without it orbax drops a step below the newest one, silently.
     force=True,
@@ -159,6 +204,21 @@ def restore_config(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   ).config
 
 
+def restore_version(
+  manager: ocp.CheckpointManager, step: int
+) -> dict[str, str]:
+  """Reads which code saved a checkpoint; {} if it does not say.
+
+  Raises:
+    FileNotFoundError, ValueError: as `restore`.
+  """
+  if not (_checked_folder(manager, step) / 'version').exists():
+    return {}
+  return manager.restore(
+    step, args=ocp.args.Composite(version=ocp.args.JsonRestore())
+  ).version
+
+
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
   """The newest whole checkpoint's step, None if there is none."""
   return manager.latest_step()
@@ -174,35 +234,6 @@ def abstract(state: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return jax.tree.map(leaf, state)
-
-
-def config_differences(
-  saved: Mapping[str, Any],
-  current: Mapping[str, Any],
-  *,
-  ignore: Sequence[str] = (),
-) -> list[str]:
-  """Lists what changed between two configs.
-
-  Args:
-    saved: a restored config.
-    current: this run's config as a dict.
-    ignore: keys that may change from run to run; 'log' stands for everything
-      below it, 'train.num_iterations' for one value.
-
-  Returns:
-    One 'train.learning_rate: 0.001 -> 0.002' a change, sorted by key.
-  """
-  absent = 'absent'
-  before, after = (_flatten_config(_jsonable(c)) for c in (saved, current))
-  changes = []
-  for key in sorted(before.keys() | after.keys()):
-    if any(key == i or key.startswith(f'{i}.') for i in ignore):
-      continue
-    old, new = before.get(key, absent), after.get(key, absent)
-    if type(old) is not type(new) or old != new:
-      changes.append(f'{key}: {old} -> {new}')
-  return changes
 
 
 def save_weights(
@@ -405,27 +436,3 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
       node = node.setdefault(parent, {})
     node[last] = value
   return tree
-
-
-def _flatten_config(config: Any, prefix: str = '') -> dict[str, Any]:
-  if not isinstance(config, Mapping) or (prefix and not config):
-    return {prefix: config}
-  flat = {}
-  for key, value in config.items():
-    flat |= _flatten_config(value, f'{prefix}.{key}' if prefix else key)
-  return flat
-
-
-def _jsonable(config: Any) -> Any:
-  """What JSON makes of it: tuples become lists, keys become text."""
-
-  def other(value):
-    if dataclasses.is_dataclass(value):
-      return dataclasses.asdict(value)
-    if isinstance(value, np.generic):
-      return value.item()
-    if isinstance(value, Mapping):
-      return dict(value)
-    return str(value)
-
-  return json.loads(json.dumps(config, default=other))

@@ -9,6 +9,7 @@ B batch, F frames, H height, W width, L words, D text width.
 """
 
 import dataclasses
+from typing import Any
 
 import grain
 import numpy as np
@@ -187,7 +188,8 @@ def batches(
 
   Returns:
     A checkpointable iterator over the elements of `source` with a leading axis
-    of batch_size / num_shards rows.
+    of batch_size / num_shards rows. A dict has `index` besides, int64: the
+    numbers of the elements.
 
   Raises:
     ValueError: if the shard, the batch size or the seed is out of range.
@@ -209,7 +211,15 @@ def batches(
     raise ValueError(f'seed={seed} must be in [0, 2**32)')
   # Repeated before the batch: no batch is short, an epoch's end runs into the
   # next. Of an endless row grain cannot take every n-th part.
-  shuffled = grain.MapDataset.source(source).seed(seed).shuffle()
+
+  def number(index: int, element: Any) -> Any:
+    if not isinstance(element, dict):
+      return element
+    # grain counts on from epoch to epoch.
+    return element | {'index': np.int64(index % len(source))}
+
+  numbered = grain.MapDataset.source(source).map_with_index(number)
+  shuffled = numbered.seed(seed).shuffle()
   in_order = shuffled.repeat(_ENDLESS // len(source))
   # Hosts' parts one after another are the batch, so every num_shards-th part
   # is this host's, and the index of a part is that of its batch.

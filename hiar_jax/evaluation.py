@@ -20,6 +20,9 @@ import scipy.ndimage
 
 from hiar_jax import worlds
 
+# Fewer have no quarters to compare.
+MIN_FRAMES = 8
+
 # The least contrast of an object, in units of the colour error: half of what
 # the least distinct pair of the world's colours has.
 _MIN_CONTRAST = 0.12
@@ -32,7 +35,6 @@ _MAX_DB = 60.0
 _STEPS = (0.5, 0.25, 0.12, 0.06)
 # Frames measured at once: bounds the memory, whatever the video's length.
 _CHUNK = 64
-_MIN_FRAMES = 8
 _WORLD = worlds.WorldConfig()
 
 
@@ -430,10 +432,10 @@ def _check_video(video_FHWC, cfg):
       f'a video must be uint8 [F, {cfg.height}, {cfg.width}, 3], not '
       f'{video_FHWC.dtype} {list(video_FHWC.shape)}'
     )
-  if len(video_FHWC) < _MIN_FRAMES:
+  if len(video_FHWC) < MIN_FRAMES:
     raise ValueError(
       f'a video of {len(video_FHWC)} frames has no quarters to compare; at '
-      f'least {_MIN_FRAMES} are needed'
+      f'least {MIN_FRAMES} are needed'
     )
 
 

@@ -1,15 +1,11 @@
-"""Numbers of a run on the host: a JSONL file, running means, a progress line.
-
-Nothing here makes the host wait for the device while a step is under way:
-values stay jax.Arrays until they are due to be written.
-"""
+"""Numbers of a run on the host: a JSONL file, means, a progress line."""
 
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import jax
@@ -81,28 +77,40 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-class RunningMeans:
-  """Means of metrics between two reports, without waiting for the device.
+def means(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """The mean of each key over the records that have it."""
+  names = dict.fromkeys(name for values in records for name in values)
+  return {
+    name: float(np.mean([v[name] for v in records if name in v]))
+    for name in names
+  }
 
-  `add` keeps what a step returned as it is. `pop` fetches all of it at once;
-  by then only the newest step can still be under way.
+
+def means_by(
+  records: Sequence[Mapping[str, float]],
+  key: str,
+  names: Sequence[str],
+  *,
+  suffix: str,
+) -> dict[str, float]:
+  """Means apart for each value of a key: {'loss_exit0': .., 'loss_exit3': ..}.
+
+  Args:
+    records: of several iterations; those without the key are left out.
+    key: that has whole numbers.
+    names: of which there are means.
+    suffix: between the name and the number.
   """
-
-  def __init__(self):
-    self._added: list[Mapping[str, jax.Array | float]] = []
-
-  def add(self, values: Mapping[str, jax.Array | float]) -> None:
-    """Adds the scalars of one iteration; keys may differ between them."""
-    self._added.append(dict(values))
-
-  def pop(self) -> dict[str, float]:
-    """The mean of each key over the iterations that had it; starts anew."""
-    added, self._added = jax.device_get(self._added), []
-    names = dict.fromkeys(name for values in added for name in values)
-    return {
-      name: float(np.mean([v[name] for v in added if name in v]))
-      for name in names
-    }
+  groups = {}
+  for values in records:
+    if key in values:
+      kept = {name: values[name] for name in names if name in values}
+      groups.setdefault(int(values[key]), []).append(kept)
+  return {
+    f'{name}{suffix}{group}': value
+    for group in sorted(groups)
+    for name, value in means(groups[group]).items()
+  }
 
 
 class Progress:

@@ -4,93 +4,197 @@ It restores the last checkpoint if there is one, trains to
 `config.iterations`, saves as it goes and exports the averaged weights at the
 end. Killed at any moment and started again, it ends with bit-equal parameters:
 keys are made from (seed, iteration), and the data iterator is saved with the
-state.
+state. SIGTERM, Ctrl-C and the preemption notice of a pod are answered with a
+checkpoint of the iteration that is under way.
 """
 
 import contextlib
 import pathlib
+import sys
 
+import jax
 import ml_collections
-import numpy as np
 
-from hiar_jax import checkpoint, metrics, phases
+from hiar_jax import (
+  checkpoint,
+  guards,
+  phases,
+  profiling,
+  provenance,
+  run_log,
+  samples,
+  stopping,
+  watchdog,
+)
+from hiar_jax.loop_config import LoopConfig
 
 WEIGHTS = 'weights.safetensors'
 # What may differ between a run and its continuation.
-_FREE_KEYS = ('workdir', 'log_every', 'checkpoint_every')
+_FREE_KEYS = ('workdir', 'log_every', 'checkpoint_every', 'loop')
 
 
-def train(config: ml_collections.ConfigDict) -> pathlib.Path:
+def train(
+  config: ml_collections.ConfigDict,
+  *,
+  profile: tuple[int, int] | None = None,
+  step_timeout: float | None = None,
+) -> pathlib.Path:
   """Runs one phase to its end, from its last checkpoint if there is one.
+
+  Args:
+    config: of the phase; its section `loop`, which may be missing, is a
+      `LoopConfig`.
+    profile: first iteration (from 1) and number of iterations to trace with
+      jax.profiler into `workdir/profile`.
+    step_timeout: seconds without a finished iteration after which the process
+      dumps all stacks and exits, see `watchdog`.
 
   Returns:
     The exported weights.
 
   Raises:
-    ValueError: if a value does not fit, the run was made by another config, or
-      the loss is not finite (the last checkpoint stays as it was).
+    ValueError: if a value does not fit, the run was made by another config, a
+      value is not finite although its update was applied (the last checkpoint
+      stays as it was), or `loop.max_skipped` updates in a row were not finite
+      (the state is saved).
     FileNotFoundError: if the phase's inputs are missing.
+    SystemExit: with status 143 after SIGTERM; the state is saved.
+    KeyboardInterrupt: after Ctrl-C; the state is saved.
   """
   workdir = pathlib.Path(config.workdir)
+  loop = LoopConfig(**config.get('loop', {}))
+  trace = profiling.TraceWindow(workdir / 'profile', profile)
   phase = phases.build(config)
   # Closing waits for the checkpoint that is being written, also after an error.
   with contextlib.closing(
-    checkpoint.make_manager(workdir / 'checkpoints')
+    checkpoint.make_manager(
+      workdir / 'checkpoints',
+      max_to_keep=loop.keep_last,
+      keep_every=loop.keep_every,
+      keep_best=loop.keep_best,
+      best=loop.best,
+    )
   ) as manager:
-    state = _run(config, phase, manager, workdir)
+    state, batches, iteration = _restore(config, phase, manager)
+    with (
+      run_log.RunLog(
+        workdir, config.to_dict(), loop, restored_step=iteration
+      ) as log,
+      watchdog.Watchdog(step_timeout, start=iteration) as dog,
+      trace,
+      stopping.StopSignals() as stop,
+    ):
+      book = _Book(config, loop, phase, manager, log, dog)
+      while iteration < config.iterations:
+        batch = dict(next(batches))
+        elements = batch.pop('index', None)
+        trace.before(iteration + 1, state)
+        state, values = phase.step(state, batch, iteration)
+        iteration += 1
+        dog.step(iteration, values)
+        trace.after(iteration, state)
+        stops = stop.requested(iteration)
+        book.add(iteration, elements, values)
+        book.settle(iteration, state, batches, must_save=stops)
+        if stops:
+          stop.leave()
   weights = workdir / WEIGHTS
-  checkpoint.save_weights(weights, phase.weights(state))
-  print(f'wrote {weights}', flush=True)
+  # Collecting them from all processes takes all processes.
+  params = phase.weights(state)
+  if jax.process_index() == 0:
+    checkpoint.save_weights(weights, params)
+    print(f'wrote {weights}', flush=True)
   return weights
 
 
-def _run(config, phase, manager, workdir):
-  """From the last checkpoint to the last iteration: the last state."""
-  state, batches = phase.state, phase.batches
+def _restore(config, phase, manager):
+  """State, data iterator and number of iterations done."""
   iteration = checkpoint.latest_step(manager) or 0
-  if iteration:
-    saved = checkpoint.restore_config(manager, iteration)
-    changed = checkpoint.config_differences(
-      saved, config.to_dict(), ignore=_FREE_KEYS
+  if not iteration:
+    return phase.state, phase.batches, 0
+  changed = provenance.config_differences(
+    checkpoint.restore_config(manager, iteration),
+    config.to_dict(),
+    ignore=_FREE_KEYS,
+  )
+  if changed:
+    raise ValueError(
+      f'{config.workdir} was made by another config: ' + '; '.join(changed)
     )
-    if changed:
-      raise ValueError(
-        f'{workdir} was made by another config: ' + '; '.join(changed)
-      )
-    state, batches, _ = checkpoint.restore(
-      manager, iteration, checkpoint.abstract(state), batches
+  changed = provenance.config_differences(
+    checkpoint.restore_version(manager, iteration), provenance.code_version()
+  )
+  if changed:
+    print(
+      f'warning: the code is not what saved iteration {iteration}: '
+      + '; '.join(changed),
+      file=sys.stderr,
+      flush=True,
     )
-    print(f'{workdir}: goes on after iteration {iteration}', flush=True)
-  means = metrics.RunningMeans()
-  with (
-    metrics.MetricsFile(
-      workdir / 'metrics.jsonl', restored_step=iteration
-    ) as log,
-    metrics.Progress(
-      config.iterations, start=iteration, label=config.phase
-    ) as progress,
-  ):
-    while iteration < config.iterations:
-      state, values = phase.step(state, next(batches), iteration)
-      iteration += 1
-      means.add(values)
-      last = iteration == config.iterations
-      save = last or iteration % config.checkpoint_every == 0
-      values = None
-      if save or iteration % config.log_every == 0:
-        values = means.pop()
-        _check_finite(values, iteration, workdir)
-        log.write(iteration, values)
-      progress.update(iteration, values)
-      if save:
-        checkpoint.save(manager, iteration, state, batches, config.to_dict())
-  return state
+  state, batches, _ = checkpoint.restore(
+    manager, iteration, checkpoint.abstract(phase.state), phase.batches
+  )
+  print(f'{config.workdir}: goes on after iteration {iteration}', flush=True)
+  return state, batches, iteration
 
 
-def _check_finite(values, iteration, workdir):
-  for name, value in values.items():
-    if not np.isfinite(value):
+class _Book:
+  """What is due after some iterations: a line, samples, a checkpoint."""
+
+  def __init__(self, config, loop, phase, manager, log, dog):
+    self._config, self._loop, self._phase = config, loop, phase
+    self._manager, self._log, self._dog = manager, log, dog
+    self._guard = guards.Guard(loop.max_skipped)
+    self._version = provenance.code_version()
+    self._sampler = samples.Sampler(config, loop) if loop.sample_every else None
+
+  def add(self, iteration, elements, values):
+    """Notes an iteration; does not wait for it."""
+    self._guard.add(iteration, elements, values)
+    self._log.progress(iteration)
+
+  def settle(self, iteration, state, batches, *, must_save):
+    """Does what is due after it."""
+    config, every = self._config, self._loop.sample_every
+    save = (
+      must_save
+      or iteration == config.iterations
+      or iteration % config.checkpoint_every == 0
+    )
+    sample = self._sampler is not None and iteration % every == 0
+    if not (save or sample or iteration % config.log_every == 0):
+      return
+    try:
+      report = self._guard.report()
+    except ValueError as error:
       raise ValueError(
-        f'{name} is {value} before iteration {iteration}; {workdir} keeps its '
-        'last checkpoint'
+        f'{error}; {config.workdir} keeps its last checkpoint'
+      ) from None
+    values = report.values
+    if sample:
+      values |= self._sample(iteration, state)
+    self._log.write(iteration, values)
+    if save or report.exhausted:
+      checkpoint.save(
+        self._manager,
+        iteration,
+        state,
+        batches,
+        config.to_dict(),
+        version=self._version,
+        metrics=values,
       )
+    if report.exhausted:
+      raise ValueError(
+        f'{report.exhausted}; {config.workdir} has a checkpoint of iteration '
+        f'{iteration}'
+      )
+
+  def _sample(self, iteration, state):
+    with self._dog.paused():
+      values, sheets = self._sampler.sample(
+        self._phase.weights(state), iteration
+      )
+    for name, path in sheets.items():
+      self._log.sheet(iteration, f'samples/{name}', path)
+    return values

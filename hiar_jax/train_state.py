@@ -139,6 +139,29 @@ class RegressionState:
   net: NetState
   ema: Any
 
+  def update(
+    self,
+    loss: jax.Array,
+    grads: Any,
+    optimiser: optax.GradientTransformation,
+    ema_decay: jax.Array | float,
+  ) -> tuple['RegressionState', dict[str, jax.Array]]:
+    """One iteration; the network and the average stay if it is not finite.
+
+    Returns:
+      The next state, and the metrics `grad_norm` and `skipped`.
+    """
+    norm = optax.tree.norm(grads)
+    finite = finite_update(loss, norm)
+    net = self.net.update(grads, optimiser)
+    ema = ema_update(self.ema, net.params, ema_decay)
+    state = RegressionState(
+      iteration=self.iteration + 1,
+      net=where(finite, net, self.net),
+      ema=where(finite, ema, self.ema),
+    )
+    return state, {'grad_norm': norm, 'skipped': ~finite}
+
 
 @flax.struct.dataclass
 class DistillState:
@@ -165,6 +188,19 @@ def init_net(params: Any, optimiser: optax.GradientTransformation) -> NetState:
 def copy(tree: Any) -> Any:
   """Fresh buffers: jit refuses to donate one buffer twice."""
   return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def finite_update(*values: jax.Array) -> jax.Array:
+  """Whether an update with these losses and gradient norms may be applied."""
+  return jnp.isfinite(jnp.stack(values)).all()
+
+
+def where(finite: jax.Array, new: Any, old: Any) -> Any:
+  """The new tree, or the old one if the update is not finite.
+
+  XLA fuses the choice into the update; nothing is read or written twice.
+  """
+  return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def ema_update(ema: Any, params: Any, decay: jax.Array) -> Any:

@@ -2,6 +2,10 @@
 
 A batch holds `text` [B, L, text_dim] and what its phase adds. Keys are made
 from (seed, iteration) by the host loop; nothing random lives in the state.
+
+An update whose loss or gradient is not finite is not applied: parameters,
+optimiser state and average stay as they were, and the metric `skipped` (or
+`student_skipped`, `critic_skipped`) is 1.
 """
 
 # B batch, F frames, h w latent rows and columns, C channels
@@ -34,16 +38,11 @@ Step = Callable[[Any, dict, jax.Array], tuple[Any, Metrics]]
 def _regress(state, loss_fn, optimiser, ema_decay):
   """One update of a RegressionState by the gradient of `loss_fn`."""
   loss, grads = jax.value_and_grad(loss_fn)(state.net.params)
-  net = state.net.update(grads, optimiser)
   # A young average follows closely, or it would remember the initial weights.
   age = state.iteration.astype(jnp.float32)
   decay = jnp.minimum(ema_decay, (1 + age) / (10 + age))
-  state = train_state.RegressionState(
-    iteration=state.iteration + 1,
-    net=net,
-    ema=train_state.ema_update(state.ema, net.params, decay),
-  )
-  return state, {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+  state, metrics = state.update(loss, grads, optimiser, decay)
+  return state, {'loss': loss, **metrics}
 
 
 def teacher_step(
@@ -301,14 +300,23 @@ class Distillation:
     grads, metrics = self._gradient(
       loss_fn, state.student.params, (batch, draws)
     )
-    metrics['exit_step'] = exit_step
-    metrics['student_grad_norm'] = optax.tree.norm(grads)
+    norm = optax.tree.norm(grads)
+    finite = train_state.finite_update(norm, *metrics.values())
+    metrics |= {
+      'exit_step': exit_step,
+      'student_grad_norm': norm,
+      'student_skipped': ~finite,
+    }
     student = state.student.update(grads, self.student_optimiser)
     decay = jnp.where(
       state.iteration < self.config.ema_start, 0.0, self.config.ema_decay
     )
     ema = train_state.ema_update(state.ema, student.params, decay)
-    return state.replace(student=student, ema=ema), metrics
+    state = state.replace(
+      student=train_state.where(finite, student, state.student),
+      ema=train_state.where(finite, ema, state.ema),
+    )
+    return state, metrics
 
   def critic_step(
     self,
@@ -337,8 +345,17 @@ class Distillation:
       loss_fn, state.critic.params, (batch, draws)
     )
     critic = state.critic.update(grads, self.critic_optimiser)
-    state = state.replace(critic=critic, iteration=state.iteration + 1)
-    metrics['critic_grad_norm'] = optax.tree.norm(grads)
+    norm = optax.tree.norm(grads)
+    finite = train_state.finite_update(norm, *metrics.values())
+    state = state.replace(
+      critic=train_state.where(finite, critic, state.critic),
+      iteration=state.iteration + 1,
+    )
+    metrics |= {
+      'critic_exit_step': exit_step,
+      'critic_grad_norm': norm,
+      'critic_skipped': ~finite,
+    }
     return state, metrics
 
   def _sampler(self, params, text: TextKV) -> rollout.Sampler:

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import checkpoint, data, noise_schedule, trajectory_files
+from hiar_jax import data, noise_schedule, provenance, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 
@@ -354,7 +354,7 @@ class TrajectorySource:
         f'{_short(stored)}, training needs them at {_short(levels)}'
       )
     if sampler is not None:
-      changed = checkpoint.config_differences(
+      changed = provenance.config_differences(
         self.manifest.sampler, dataclasses.asdict(sampler)
       )
       if changed:

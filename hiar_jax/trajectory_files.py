@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 from array_record.python import array_record_module
 
-from hiar_jax import checkpoint
+from hiar_jax import provenance
 
 _MANIFEST = 'manifest.json'
 
@@ -108,7 +108,7 @@ def settle_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     stored = read_manifest(directory)
     # A set of whole files may grow: what it has stays as it is.
     grows = manifest.num > stored.num and stored.num % stored.shard_size == 0
-    changed = checkpoint.config_differences(
+    changed = provenance.config_differences(
       dataclasses.asdict(stored),
       dataclasses.asdict(manifest),
       ignore=('num',) if grows else (),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import codecs, data, train_state
+from hiar_jax import codecs, data
 from hiar_jax.models import vae
 
 # Told apart from the other streams that belong to an element, see `data`.
@@ -125,13 +125,8 @@ def make_step(
       lambda params: loss(config, params, video, key, kl_weight=kl_weight),
       has_aux=True,
     )(state.net.params)
-    net = state.net.update(grads, optimiser)
-    state = train_state.RegressionState(
-      iteration=state.iteration + 1,
-      net=net,
-      ema=train_state.ema_update(state.ema, net.params, ema_decay),
-    )
-    return state, {'loss': value, **parts}
+    state, metrics = state.update(value, grads, optimiser, ema_decay)
+    return state, {'loss': value, **parts, **metrics}
 
   return step
 

@@ -1,21 +1,59 @@
 """Trains one phase, from its last checkpoint if there is one.
 
 python launch/train.py --config=configs/bouncing.py:teacher
+
+SIGTERM saves the iteration under way and ends with status 143; start the same
+command again to go on.
 """
 
+import jax
+from absl import flags
 from ml_collections import config_flags
 
 from hiar_jax import distributed, errors, train
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_PROFILE = flags.DEFINE_string(
+  'profile',
+  None,
+  'START:COUNT: traces COUNT iterations from iteration START (from 1) on into '
+  'workdir/profile.',
+)
+_STEP_TIMEOUT = flags.DEFINE_float(
+  'step_timeout',
+  None,
+  'Seconds without a finished iteration after which all stacks are printed and '
+  'the process exits with status 124; more than the longest compilation.',
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+  'compilation_cache',
+  None,
+  'Folder of compiled programs, which a restart then need not compile.',
+)
 distributed.define_flags()
+
+
+def _profile_window() -> tuple[int, int] | None:
+  if _PROFILE.value is None:
+    return None
+  start, _, count = _PROFILE.value.partition(':')
+  if not (start.isdecimal() and count.isdecimal()):
+    raise ValueError(f'--profile={_PROFILE.value!r} is not START:COUNT')
+  return int(start), int(count)
 
 
 def main(argv):
   del argv
   distributed.start_by_flags()
-  train.train(_CONFIG.value)
+  if _COMPILATION_CACHE.value is not None:
+    jax.config.update('jax_compilation_cache_dir', _COMPILATION_CACHE.value)
+  train.train(
+    _CONFIG.value,
+    profile=_profile_window(),
+    step_timeout=_STEP_TIMEOUT.value,
+  )
 
 
 if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
   errors.run_main(main)

@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hiar_jax import checkpoint
+from hiar_jax import checkpoint, provenance
 
 
 @flax.struct.dataclass
@@ -119,6 +119,41 @@ def test_newest_checkpoints_and_every_kth_are_kept(tmp_path):
     assert sorted(manager.all_steps()) == [4, 6, 7]
 
 
+def test_the_best_checkpoint_is_kept_besides(tmp_path):
+  losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float('nan'), 5: 4.0}
+  settings = dict(max_to_keep=1, keep_best='loss')
+
+  def run(directory, **kwargs):
+    with checkpoint.make_manager(directory, **settings, **kwargs) as manager:
+      for step, loss in losses.items():
+        values = {'loss': loss, 'others': [1]}
+        checkpoint.save(
+          manager, step, {'x': jnp.ones(2)}, _data(), {}, metrics=values
+        )
+      manager.wait_until_finished()
+      return sorted(manager.all_steps())
+
+  assert run(tmp_path / 'min') == [2, 5]
+  assert run(tmp_path / 'max', best='max') == [5]
+  # A run that goes on still knows, also of steps without the metric.
+  with checkpoint.make_manager(tmp_path / 'min', **settings) as manager:
+    checkpoint.save(manager, 6, {'x': jnp.ones(2)}, _data(), {})
+    manager.wait_until_finished()
+    assert sorted(manager.all_steps()) == [2, 6]
+
+
+def test_a_checkpoint_names_the_code_that_saved_it(saved, tmp_path):
+  version = {'hiar_jax': '0.1.0', 'commit': 'a' * 40}
+  with checkpoint.make_manager(tmp_path) as manager:
+    checkpoint.save(
+      manager, 1, {'x': jnp.ones(2)}, _data(), {}, version=version
+    )
+    manager.wait_until_finished()
+    assert checkpoint.restore_version(manager, 1) == version
+  with checkpoint.make_manager(saved) as manager:
+    assert checkpoint.restore_version(manager, 3) == {}
+
+
 def test_a_half_written_checkpoint_is_ignored(saved, tmp_path):
   directory = tmp_path / 'run'
   shutil.copytree(saved, directory)
@@ -180,13 +215,13 @@ def test_every_mismatch_with_the_model_is_named_at_once(saved):
 def test_config_differences_list_changed_added_and_removed_keys():
   old = {'a': 1, 'b': {'c': (1, 2), 'd': 0.5}, 'log': {'every': 10}, 'x': 1}
   new = {'a': True, 'b': {'c': [1, 2], 'd': 0.25}, 'log': {'every': 5}, 'y': 1}
-  assert checkpoint.config_differences(old, new, ignore=['log']) == [
+  assert provenance.config_differences(old, new, ignore=['log']) == [
     'a: 1 -> True',
     'b.d: 0.5 -> 0.25',
     'x: 1 -> absent',
     'y: absent -> 1',
   ]
-  assert checkpoint.config_differences(old, old) == []
+  assert provenance.config_differences(old, old) == []
 
 
 def test_weights_return_as_they_were(tmp_path):

@@ -35,6 +35,16 @@ def test_a_batch_has_the_stated_shapes():
   assert batch['truth']['radius'].shape == (4,)
 
 
+def test_a_batch_names_its_elements():
+  source = prompts(length=10)
+  iterator = data.batches(source, batch_size=4, seed=0)
+  # Into the third epoch.
+  for batch in (next(iterator) for _ in range(6)):
+    assert batch['index'].dtype == np.int64
+    for index, states in zip(batch['index'], batch['text'], strict=True):
+      np.testing.assert_array_equal(source[int(index)]['text'], states)
+
+
 @pytest.mark.parametrize('num_threads', [0, 2])
 def test_restored_iterator_gives_the_exact_next_batches(num_threads):
   def make():

@@ -13,9 +13,10 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _LAYERS = (
   (
     *('errors', 'noise_schedule', 'worlds', 'metrics', 'models.config'),
-    *('distributed', 'safetensors_io'),
+    *('distributed', 'safetensors_io', 'loop_config', 'provenance'),
+    *('profiling', 'stopping', 'watchdog'),
   ),
-  ('video_io', 'checkpoint', 'sharding', 'solvers'),
+  ('video_io', 'checkpoint', 'sharding', 'solvers', 'guards', 'run_log'),
   ('models.rope', 'models.kv_cache', 'models.vae_layers', 'models.convert'),
   ('models.attention', 'models.vae', 'models.umt5', 'models.foreign'),
   ('models.transformer', 'models.vae_convert'),
@@ -29,7 +30,8 @@ _LAYERS = (
   ('shared_pipeline',),
   ('train_step', 'streaming', 'vae_training'),
   ('phases', 'generate', 'planning'),
-  ('train', 'planning_parts'),
+  ('samples', 'planning_parts'),
+  ('train',),
   ('',),  # hiar_jax/__init__.py
 )
 _LAYER = {name: row for row, names in enumerate(_LAYERS) for name in names}
@@ -43,6 +45,7 @@ _DISTRIBUTION = {
   'ml_collections': 'ml-collections',
   'ml_dtypes': 'ml-dtypes',
   'orbax': 'orbax-checkpoint',
+  'tensorboardX': 'tensorboardx',
 }
 
 

@@ -68,11 +68,22 @@ def test_every_line_is_strict_json(tmp_path):
 
 
 def test_means_are_over_the_iterations_that_had_the_key():
-  means = metrics.RunningMeans()
-  means.add({'loss': jnp.float32(1.0), 'critic': jnp.float32(4.0)})
-  means.add({'loss': jnp.float32(3.0)})
-  assert means.pop() == {'loss': 2.0, 'critic': 4.0}
-  assert means.pop() == {}
+  records = [{'loss': 1.0, 'critic': 4.0}, {'loss': 3.0}]
+  assert metrics.means(records) == {'loss': 2.0, 'critic': 4.0}
+  assert metrics.means([]) == {}
+
+
+def test_means_can_be_apart_for_each_exit_step():
+  records = [
+    {'step': 3, 'loss': 1.0},
+    {'step': 0, 'loss': 5.0},
+    {'step': 3, 'loss': 2.0, 'other': 7.0},
+    {'loss': 100.0},
+  ]
+  assert metrics.means_by(records, 'step', ['loss'], suffix='_exit') == {
+    'loss_exit0': 5.0,
+    'loss_exit3': 1.5,
+  }
 
 
 def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left():

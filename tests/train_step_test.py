@@ -99,6 +99,12 @@ def test_teacher_step_lowers_the_loss_on_a_fixed_batch():
     trace.append(metrics['loss'])
   assert state.iteration == 21
   assert trace[-1] < 0.7 * trace[0], np.array(trace)
+  # A batch that is not finite counts as an iteration, and changes nothing else.
+  poisoned = fixed | {'text': np.full_like(fixed['text'], np.nan)}
+  after, metrics = step(state, poisoned, jax.random.key(1))
+  assert metrics['skipped'] and not np.isfinite(metrics['loss'])
+  assert equal((after.net, after.ema), (state.net, state.ema))
+  assert after.iteration == 22
 
 
 @pytest.fixture(scope='module')
@@ -236,9 +242,10 @@ def generator():
   return jax.jit(steps.generator_step, static_argnames='num_blocks')
 
 
-def generate(state, key=0):
+def generate(state, key=0, inputs=None):
+  inputs = batch() if inputs is None else inputs
   return generator()(
-    state, networks()[2], batch(), jax.random.key(key), num_blocks=BLOCKS
+    state, networks()[2], inputs, jax.random.key(key), num_blocks=BLOCKS
   )
 
 
@@ -283,6 +290,25 @@ def test_critic_step_moves_the_critic_alone():
   for _ in range(10):
     after, later = step(after, text, jax.random.key(0), num_blocks=BLOCKS)
   assert later['critic'] < metrics['critic']
+  assert not later['critic_skipped']
+  # From a text that is not finite it learns nothing.
+  text = {'text': jnp.full_like(text['text'], jnp.inf)}
+  last, metrics = step(after, text, jax.random.key(0), num_blocks=BLOCKS)
+  assert metrics['critic_skipped'] and not np.isfinite(metrics['critic'])
+  assert equal(last.critic, after.critic)
+  assert last.iteration == after.iteration + 1
+
+
+@pytest.mark.parametrize('name', ['text', 'trajectory'])
+def test_a_generator_step_that_is_not_finite_changes_nothing(name):
+  state = distill_state(networks()[1])
+  value = jnp.asarray(batch()[name])
+  value = value.at[(0,) * value.ndim].set(jnp.nan)
+  after, metrics = generate(state, inputs=batch() | {name: value})
+  assert metrics['student_skipped']
+  assert equal(after, state)
+  after, metrics = generate(state)
+  assert not metrics['student_skipped'] and not equal(after, state)
 
 
 def test_a_critic_that_is_the_teacher_leaves_no_gradient():

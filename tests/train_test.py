@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +106,13 @@ def test_an_interrupted_run_ends_bit_equal(phase, inputs, tmp_path):
 # A phase that costs nothing: the loop alone.
 
 
-def counting_phase(bad_iteration=None):
+def counting_phase(bad_iteration=None, raises=()):
+  """`raises`: an iteration, and the signal that arrives during it."""
+
   def step(state, batch, iteration):
     bad = iteration == bad_iteration
+    if raises and iteration == raises[0]:
+      signal.raise_signal(raises[1])
     state = {'sum': state['sum'] + batch['text'].sum() + iteration}
     return state, {'loss': np.nan if bad else float(iteration)}
 
@@ -126,14 +131,15 @@ def counting_phase(bad_iteration=None):
 def count(monkeypatch, tmp_path):
   """Trains the counting phase with some settings changed."""
 
-  def count(bad_iteration=None, **settings):
+  def count(bad_iteration=None, raises=(), kwargs=None, **settings):
     config = tiny.config('teacher', tmp_path)
     config.update(dict(iterations=10, checkpoint_every=4, log_every=3))
+    config.loop = {}
     config.update(settings)
     monkeypatch.setattr(
-      phases, 'build', lambda config: counting_phase(bad_iteration)
+      phases, 'build', lambda config: counting_phase(bad_iteration, raises)
     )
-    return train.train(config)
+    return train.train(config, **(kwargs or {}))
 
   return count
 
@@ -163,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_checkpoint(
   workdir = tmp_path / 'teacher'
   message = errors.users_mistake(caught.value)
   assert message == (
-    f'loss is nan before iteration 8; {workdir} keeps its last checkpoint'
+    f'loss is nan in iteration 7; {workdir} keeps its last checkpoint'
   )
   with contextlib.closing(
     checkpoint.make_manager(workdir / 'checkpoints')
@@ -204,6 +210,80 @@ def test_how_often_is_logged_and_where_may_change(count, tmp_path):
   shutil.copytree(tmp_path / 'teacher', moved)
   weights = count(workdir=str(moved), log_every=1, checkpoint_every=2)
   assert safetensors.numpy.load_file(weights)['sum'] > 0
+
+
+def saved_steps(workdir):
+  with contextlib.closing(
+    checkpoint.make_manager(workdir / 'checkpoints')
+  ) as manager:
+    return sorted(manager.all_steps())
+
+
+@pytest.mark.parametrize(
+  ('number', 'error', 'code'),
+  [
+    (signal.SIGTERM, SystemExit, 143),
+    (signal.SIGINT, KeyboardInterrupt, None),
+  ],
+)
+def test_a_signal_saves_the_iteration_under_way(
+  count, tmp_path, number, error, code
+):
+  before = signal.getsignal(number)
+  with pytest.raises(error) as caught:
+    count(raises=(5, number))
+  assert getattr(caught.value, 'code', None) == code
+  assert signal.getsignal(number) is before
+  # Iterations 0 to 5 are done, one more than the usual checkpoint.
+  assert saved_steps(tmp_path / 'teacher') == [4, 6]
+  weights = count()
+  whole = count(workdir=str(tmp_path / 'whole'))
+  assert weights.read_bytes() == whole.read_bytes()
+
+
+def test_checkpoints_are_kept_by_policy(count, tmp_path):
+  # The loss grows, so the first checkpoint is the best.
+  settings = dict(keep_last=1, keep_every=4, keep_best='loss')
+  count(checkpoint_every=1, loop=settings)
+  assert saved_steps(tmp_path / 'teacher') == [1, 4, 8, 10]
+  # And the policy may change from run to run.
+  count(loop=dict(keep_last=2))
+
+
+def test_other_code_goes_on_with_a_warning(count, monkeypatch, capsys):
+  count()
+  capsys.readouterr()
+  count()
+  assert 'warning' not in capsys.readouterr().err
+  version = train.provenance.code_version() | {'commit': 'another'}
+  monkeypatch.setattr(train.provenance, 'code_version', lambda: version)
+  count()
+  (line,) = [
+    line
+    for line in capsys.readouterr().err.splitlines()
+    if line.startswith('warning')
+  ]
+  assert line.startswith(
+    'warning: the code is not what saved iteration 10: commit: '
+  )
+  assert line.endswith(' -> another')
+
+
+def test_a_window_of_iterations_is_profiled(count, tmp_path, capsys):
+  folder = tmp_path / 'teacher' / 'profile'
+  count(kwargs=dict(profile=(11, 1)))
+  assert not folder.exists()
+  count(workdir=str(tmp_path / 'teacher2'), kwargs=dict(profile=(3, 2)))
+  folder = tmp_path / 'teacher2' / 'profile'
+  assert f'profile in {folder}' in capsys.readouterr().out
+  assert list(folder.glob('plugins/profile/*/*.xplane.pb'))
+  with pytest.raises(ValueError, match='profile=0:2: START and COUNT'):
+    count(kwargs=dict(profile=(0, 2)))
+
+
+def test_videos_cannot_be_sampled_from_a_teacher(count):
+  with pytest.raises(ValueError, match="sample_every=2: phase 'teacher'"):
+    count(loop=dict(sample_every=2))
 
 
 def test_an_unwritable_workdir_is_one_sentence(count, tmp_path):

@@ -1,0 +1,174 @@
+"""Everything that a run writes about itself, by one process.
+
+  metrics.jsonl   what training computed; the same for a run that was cut
+  speed.jsonl     what the machine made of it: speed and peaks of memory
+  tensorboard/    both, with the sheets of the samples, if asked for
+  wandb/          the same for Weights & Biases, if asked for
+
+and a progress bar, or lines, on stderr.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import math
+import pathlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from PIL import Image
+
+from hiar_jax import loop_config, metrics, profiling
+
+METRICS = 'metrics.jsonl'
+SPEED = 'speed.jsonl'
+
+
+class RunLog:
+  """The files and services of one run; a context. Other processes' are mute."""
+
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    config: Mapping[str, Any],
+    loop: loop_config.LoopConfig,
+    *,
+    restored_step: int,
+  ):
+    """Opens everything.
+
+    Args:
+      workdir: of the run.
+      config: of the training; has 'name', 'phase' and 'iterations'.
+      loop: says which services.
+      restored_step: iterations done; what was written beyond them is dropped.
+
+    Raises:
+      ValueError: if the package of a service is not installed.
+      OSError: if the workdir cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    self._stack = contextlib.ExitStack()
+    self._files, self._services = [], []
+    self._progress = None
+    self._speed = profiling.Speed(restored_step)
+    if jax.process_index() != 0:
+      return
+    with contextlib.ExitStack() as stack:
+      for name in (METRICS, SPEED):
+        file = metrics.MetricsFile(workdir / name, restored_step=restored_step)
+        self._files.append(stack.enter_context(file))
+      if loop.tensorboard:
+        service = TensorBoard(workdir / 'tensorboard', restored_step)
+        self._services.append(stack.enter_context(service))
+      if loop.wandb:
+        service = WeightsAndBiases(workdir, config)
+        self._services.append(stack.enter_context(service))
+      self._progress = stack.enter_context(
+        metrics.Progress(
+          config['iterations'], start=restored_step, label=config['phase']
+        )
+      )
+      self._stack = stack.pop_all()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._stack.__exit__(*error)
+
+  def progress(self, step: int) -> None:
+    """Moves the bar."""
+    if self._progress is not None:
+      self._progress.update(step)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes one line of metrics and one of speed, and shows the scalars."""
+    if self._progress is None:
+      return
+    speed = self._speed.look(step)
+    for file, line in zip(self._files, (values, speed), strict=True):
+      file.write(step, line)
+    scalars = {k: v for k, v in values.items() if not isinstance(v, list)}
+    for service in self._services:
+      service.write(step, scalars | {f'speed/{k}': v for k, v in speed.items()})
+    # Most updates are not skipped, and a line is short.
+    shown = {k: v for k, v in scalars.items() if v or 'skipped' not in k}
+    self._progress.update(step, shown)
+
+  def sheet(self, step: int, name: str, path: pathlib.Path) -> None:
+    """Shows a picture that lies in a file."""
+    for service in self._services:
+      service.sheet(step, name, path)
+
+
+class TensorBoard:
+  """An event file of scalars and pictures, written without TensorFlow."""
+
+  def __init__(self, directory: pathlib.Path, restored_step: int):
+    module = _import('tensorboardX', 'tensorboard')
+    self._writer = module.SummaryWriter(
+      str(directory),
+      # Events of a run that was cut, beyond its checkpoint, are hidden.
+      purge_step=restored_step + 1 if restored_step else None,
+    )
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      if math.isfinite(value):
+        self._writer.add_scalar(name, value, step)
+    self._writer.flush()
+
+  def sheet(self, step: int, name: str, path: pathlib.Path) -> None:
+    with Image.open(path) as image:
+      pixels = np.asarray(image.convert('RGB'))
+    self._writer.add_image(name, pixels, step, dataformats='HWC')
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused_error) -> None:
+    self._writer.close()
+
+
+class WeightsAndBiases:
+  """A run of wandb that goes on when the training does."""
+
+  def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+    self._wandb = _import('wandb', 'wandb')
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = str(workdir.absolute())
+    self._run = self._wandb.init(
+      project=config['name'],
+      name=workdir.name,
+      id=hashlib.sha256(path.encode()).hexdigest()[:16],
+      resume='allow',
+      dir=path,
+      config=dict(config),
+    )
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    finite = {k: v for k, v in values.items() if math.isfinite(v)}
+    self._run.log(finite, step=step)
+
+  def sheet(self, step: int, name: str, path: pathlib.Path) -> None:
+    self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, error_type, *unused) -> None:
+    self._run.finish(exit_code=0 if error_type is None else 1)
+
+
+def _import(module: str, extra: str) -> ModuleType:
+  try:
+    return importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f'config.loop.{extra}=True needs the package {module!r}: '
+      f"pip install 'hiar_jax[{extra}]'"
+    ) from error

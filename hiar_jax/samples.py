@@ -1,0 +1,138 @@
+"""Videos of the averaged student while it trains, and what they measure.
+
+The same noise and prompts every time and in both orders, so that the files of
+a folder differ by the training alone.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hiar_jax import (
+  evaluation,
+  generate,
+  phases,
+  sampling,
+  text,
+  video,
+  video_io,
+  worlds,
+)
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.loop_config import LoopConfig
+from hiar_jax.models.config import WanConfig
+
+ORDERS = ('step_first', 'block_first')
+_NUM_PROMPTS = 4
+# Scenes of the next seed: as the training's, but none of them.
+_UNSEEN = 1
+_MAX_WIDTH = 2048  # px, of the prompts side by side.
+_MEASURES = (
+  'motion',
+  'motion_drift',
+  'ideal_db',
+  'ideal_db_drift',
+  'shape_correct',
+  'colour_error',
+)
+
+
+class Sampler:
+  """Samples a phase's student into `workdir/samples`."""
+
+  def __init__(self, config: ml_collections.ConfigDict, loop: LoopConfig):
+    """Prepares what does not change.
+
+    Args:
+      config: of a phase that trains a causal student.
+      loop: says which prompts and how many blocks.
+
+    Raises:
+      ValueError: if the phase has no student.
+    """
+    if 'rollout' not in config or 'generate' not in config:
+      raise ValueError(
+        f'loop.sample_every={loop.sample_every}: phase {config.phase!r} trains '
+        'no network that videos could be sampled from block by block'
+      )
+    self._world = worlds.WorldConfig(**config.world)
+    self._folder = pathlib.Path(config.workdir) / 'samples'
+    self._prompts = loop.sample_prompts or tuple(
+      worlds.sample_scene(
+        self._world, config.world_seed + _UNSEEN, index
+      ).caption
+      for index in range(_NUM_PROMPTS)
+    )
+    generate.check_prompts(self._prompts)
+    self._request = sampling.Request(
+      num_blocks=loop.sample_blocks, seed=config.seed
+    )
+    # The parameters come later, and so does the order.
+    self._pipeline = generate.VideoPipeline(
+      name=config.name,
+      denoiser=Denoiser(WanConfig(**config.model)),
+      params={},
+      encoder=text.WordHashEncoder(**config.text),
+      codec=phases.world_codec(config),
+      rollout=phases.rollout_config(config),
+      **config.generate,
+    )
+
+  def sample(
+    self, params: Any, iteration: int
+  ) -> tuple[dict[str, float], dict[str, pathlib.Path]]:
+    """Writes `0000200_step_first.mp4`, `.png` and the same of block_first.
+
+    Args:
+      params: averaged, of the student. Several processes all call this, and
+        process 0 alone samples.
+      iteration: names the files.
+
+    Returns:
+      What `evaluation` measures, such as 'step_first/motion' in px a frame,
+      unless the videos are too short for it; and the contact sheets by order.
+    """
+    if jax.process_count() > 1:
+      params = multihost_utils.process_allgather(params, tiled=True)
+      if jax.process_index() != 0:
+        return {}, {}
+    params = jax.device_put(params, jax.local_devices()[0])
+    self._folder.mkdir(parents=True, exist_ok=True)
+    values, sheets = {}, {}
+    for order in ORDERS:
+      pipeline = dataclasses.replace(self._pipeline, params=params)
+      latents = pipeline.sample(
+        self._prompts,
+        dataclasses.replace(self._request, order=order),
+        progress=False,
+      )
+      frames = pipeline.decode(latents)
+      path = self._folder / f'{iteration:07d}_{order}.mp4'
+      # One picture of all prompts side by side, frame by frame.
+      joined = np.concatenate(frames, axis=2)
+      scale = video.watchable_scale(joined.shape[1])
+      scale = max(1, min(scale, _MAX_WIDTH // joined.shape[2]))
+      video.Video(joined, pipeline.fps).save(path, scale=scale)
+      sheets[order] = path.with_suffix('.png')
+      video_io.contact_sheet(
+        sheets[order],
+        frames,
+        captions=self._prompts,
+        scale=min(scale, 2),
+      )
+      values |= self._measure(order, frames)
+    return values, sheets
+
+  def _measure(self, order, frames):
+    world = (self._world.height, self._world.width)
+    if frames.shape[2:4] != world or frames.shape[1] < evaluation.MIN_FRAMES:
+      return {}
+    measured = evaluation.evaluate_prompts(
+      list(frames), self._prompts, self._world
+    )
+    return {f'{order}/{name}': measured[name] for name in _MEASURES}

@@ -1,0 +1,75 @@
+"""Videos of the student are made while it trains, in both orders."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hiar_jax import phases, samples, train, video_io
+from hiar_jax.loop_config import LoopConfig
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
+
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+  root = tmp_path_factory.mktemp('inputs')
+  tiny.write_inputs(root)
+  return root
+
+
+def test_a_run_samples_both_orders_and_measures_them(
+  inputs, tmp_path, monkeypatch
+):
+  config = tiny.config('student_start', inputs)
+  config.workdir = str(tmp_path)
+  config.iterations = 4
+  config.log_every = 4
+  config.loop = dict(sample_every=2, sample_blocks=3)
+  # The network that is trained changes nothing here; the step is saved.
+  build = phases.build
+
+  def without_training(config):
+    phase = build(config)
+    object.__setattr__(phase, 'step', lambda state, *_: (state, {'loss': 1.0}))
+    return phase
+
+  monkeypatch.setattr(phases, 'build', without_training)
+  train.train(config)
+  names = [f'{i:07d}_{order}' for i in (2, 4) for order in samples.ORDERS]
+  folder = tmp_path / 'samples'
+  assert {path.name for path in folder.iterdir()} == {
+    f'{name}{suffix}' for name in names for suffix in ('.mp4', '.png')
+  }
+  frames, fps = video_io.read_video(folder / '0000002_step_first.mp4')
+  # Four prompts side by side, 3 blocks of 3 frames.
+  assert len(frames) == 9 and fps == config.generate.fps
+  assert frames.shape[2] == 4 * frames.shape[1]
+  other, _ = video_io.read_video(folder / '0000002_block_first.mp4')
+  assert not np.array_equal(frames, other)
+  lines = [
+    json.loads(line)
+    for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  ]
+  # Samples are due more often than lines, and bring their own.
+  assert [line['step'] for line in lines] == [2, 4]
+  for name in ('step_first/motion', 'block_first/ideal_db_drift'):
+    assert name in lines[0]
+  # The same noise: what was not trained looks as before.
+  assert lines[0]['step_first/ideal_db'] == lines[1]['step_first/ideal_db']
+
+
+def test_short_videos_are_not_measured(inputs, tmp_path):
+  config = tiny.config('distill', inputs)
+  config.workdir = str(tmp_path)
+  loop = LoopConfig(
+    sample_every=1, sample_blocks=1, sample_prompts=('a red disc',)
+  )
+  params = tiny.random_params(
+    samples.Denoiser(samples.WanConfig(**config.model)), 0
+  )
+  values, sheets = samples.Sampler(config, loop).sample(params, 7)
+  assert values == {}
+  assert sheets['step_first'] == tmp_path / 'samples/0000007_step_first.png'
+  assert all(path.exists() for path in sheets.values())
