@@ -2,6 +2,7 @@
 
   python benchmarks/convert_memory.py --dir /a/disk/with/room
   python benchmarks/convert_memory.py --num_layers 4   # smaller, faster
+  python benchmarks/convert_memory.py --format orbax
 
 Writes random bfloat16 weights of Wan2.1-T2V-1.3B under Wan2.1's names,
 converts them, loads them, and prints the peak of this process's memory after
@@ -32,26 +33,32 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--dir', help='where to write; default: temporary')
   parser.add_argument('--num_layers', type=int, default=30)
+  parser.add_argument(
+    '--format', choices=conversion.FORMATS, default='safetensors'
+  )
   parser.add_argument('--part', choices=_PARTS, help='one part only')
   args = parser.parse_args()
   config = WanConfig.wan_1_3b(num_layers=args.num_layers)
   if args.part:
-    run(args.part, pathlib.Path(args.dir), config)
+    run(args.part, pathlib.Path(args.dir), config, args.format)
     return
   with tempfile.TemporaryDirectory(dir=args.dir) as folder:
     for part in _PARTS:
       subprocess.run(
         [
           *(sys.executable, __file__, '--part', part, '--dir', folder),
-          *('--num_layers', str(args.num_layers)),
+          *('--num_layers', str(args.num_layers), '--format', args.format),
         ],
         check=True,
       )
 
 
-def run(part: str, folder: pathlib.Path, config: WanConfig) -> None:
+def run(
+  part: str, folder: pathlib.Path, config: WanConfig, written: str
+) -> None:
   started = time.monotonic()
-  globals()[f'_{part}'](folder, config)
+  extra = (written,) if part == 'convert' else ()
+  globals()[f'_{part}'](folder, config, *extra)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   size = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
   print(
@@ -83,10 +90,13 @@ def _create(folder, config):
   )
 
 
-def _convert(folder, config):
+def _convert(folder, config, written):
   del config
   conversion.to_ours(
-    releases.find(folder / 'in'), folder / 'ours', name='random'
+    releases.find(folder / 'in'),
+    folder / 'ours',
+    name='random',
+    options=conversion.Options(format=written),
   )
 
 

@@ -1,11 +1,11 @@
 """Saved state: orbax checkpoints of a run, safetensors of shipped weights.
 
-Every orbax call of the project is in this file. A checkpoint is one folder a
-step with the items `state` (any pytree: parameters, optimiser states, step,
-typed PRNG keys), `data` (the grain iterator, so that the next batch is the next
-batch), `config` and `version` (JSON, compared when the run goes on) and, if the
-best one is kept, `metrics`. Orbax writes into a temporary folder and renames
-it, so a killed run leaves whole checkpoints only.
+Every orbax call of the project is in this file and in `orbax_weights`. A
+checkpoint is one folder a step with the items `state` (any pytree: parameters,
+optimiser states, step, typed PRNG keys), `data` (the grain iterator, so that
+the next batch is the next batch), `config` and `version` (JSON, compared when
+the run goes on) and, if the best one is kept, `metrics`. Orbax writes into a
+temporary folder and renames it, so a killed run leaves whole checkpoints only.
 
 Orbax neither notices a flipped bit in an array nor names a truncated file. A
 list of the files, `files.json`, is therefore committed with the checkpoint and
@@ -15,6 +15,7 @@ checked before anything is read.
 import json
 import math
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from hiar_jax import provenance, safetensors_io
+from hiar_jax import orbax_weights, provenance, safetensors_io
 
 _FILE_LIST = 'files.json'
 # Larger files are checked by their size alone: a pod's checkpoint has hundreds
@@ -268,13 +269,12 @@ def save_weights(
 
 
 def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
-  """Reads a safetensors file into the structure of `abstract_params`.
+  """Reads stored weights into the structure of `abstract_params`.
 
   One array at a time: beside the result, memory is needed for the largest.
 
   Args:
-    path: written by `save_weights`, or of shards with an index, see
-      `safetensors_io.Reader`.
+    path: see `open_weights`.
     abstract_params: nested dict of arrays or ShapeDtypeStructs; values are
       cast to its dtypes and, where it has shardings, put onto the devices.
 
@@ -288,17 +288,41 @@ def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
   """
   wanted = _flatten_params(abstract_params)
   try:
-    reader = safetensors_io.Reader(path)
+    reader = open_weights(path)
   except FileNotFoundError as error:
     # A missing shard has its own words.
-    message = str(error) if 'shard' in str(error) else f'no weights at {path}'
+    own = re.search('shard|incomplete', str(error))
+    message = str(error) if own else f'no weights at {path}'
     raise FileNotFoundError(message) from None
   except ValueError as error:
     raise ValueError(f'weights {path} are damaged ({error})') from error
   _check_structure(path, _shapes(reader.entries), _shapes(wanted))
+  if isinstance(reader, orbax_weights.Reader):
+    return _unflatten(reader.load(wanted))
   return _unflatten(
     {name: _place(reader.read(name), leaf) for name, leaf in wanted.items()}
   )
+
+
+def open_weights(
+  path: str | pathlib.Path,
+) -> safetensors_io.Reader | orbax_weights.Reader:
+  """Opens weights of either format.
+
+  Args:
+    path: a .safetensors file, written by `save_weights` or of shards with an
+      index. Where there is none but a folder of that name and `.orbax`, that
+      is opened.
+
+  Raises:
+    FileNotFoundError: if there is no such file, or a part of it is missing.
+    ValueError: if a file is damaged.
+  """
+  path = pathlib.Path(path)
+  folder = path.with_suffix(orbax_weights.SUFFIX)
+  if not path.exists() and folder.is_dir():
+    return orbax_weights.Reader(folder)
+  return safetensors_io.Reader(path)
 
 
 def _place(array: np.ndarray, like: Any) -> np.ndarray | jax.Array:

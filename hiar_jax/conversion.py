@@ -9,7 +9,8 @@ them, whatever the size of the network. A folder in our format:
   text_encoder.safetensors     likewise
   tokenizer/                   likewise
 
-Large files are split into shards with an index.
+Large files are split into shards with an index. Instead of a .safetensors file
+there may be a folder of that name and .orbax, an orbax checkpoint.
 """
 
 import dataclasses
@@ -25,7 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax import layouts, releases, safetensors_io, text_umt5
+from hiar_jax import (
+  checkpoint,
+  layouts,
+  orbax_weights,
+  releases,
+  safetensors_io,
+  text_umt5,
+)
 from hiar_jax.models import convert, umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.releases import Config, Network, Release
@@ -38,6 +46,7 @@ FILES = {
   'text_encoder': text_umt5.WEIGHTS_FILE,
 }
 DTYPES = ('float32', 'bfloat16', 'float16')
+FORMATS = ('safetensors', 'orbax')
 
 # The section of config.json with a network's sizes, and their class.
 _SECTIONS = {
@@ -72,7 +81,9 @@ class Options:
     latent_size: rows and columns of the latent frames to make.
     compute_dtype: that the networks run in.
     attention: see `WanConfig`.
-    shard_bytes: largest size of a file.
+    shard_bytes: largest size of a file; of orbax's about that.
+    format: of the weights, one of FORMATS. An orbax checkpoint is written
+      array by array, and an array here has all layers.
 
   Raises:
     ValueError: naming the value that does not fit.
@@ -85,8 +96,11 @@ class Options:
   compute_dtype: str = 'bfloat16'
   attention: str = 'auto'
   shard_bytes: int = safetensors_io.SHARD_BYTES
+  format: str = 'safetensors'
 
   def __post_init__(self):
+    if self.format not in FORMATS:
+      raise ValueError(f'format={self.format!r} is not one of {FORMATS}')
     if self.dtype is not None and self.dtype not in DTYPES:
       raise ValueError(f'dtype={self.dtype!r} is not one of {DTYPES}')
 
@@ -242,7 +256,8 @@ def network_to_foreign(
   """Writes one network's weights, and its config.json, under other names.
 
   Args:
-    weights: file of ours, such as a training's student.safetensors.
+    weights: file of ours, such as a training's student.safetensors; see
+      `checkpoint.open_weights`.
     config: of the network.
     path: the .safetensors file to write.
     naming: one of releases.NAMINGS.
@@ -264,7 +279,9 @@ def network_to_foreign(
   }
   _check_space(path.parent, [arrays])
   with safetensors_io.Writer(path, arrays, shard_bytes=shard_bytes) as writer:
-    for done, (name, slot) in enumerate(slots.items()):
+    # By our paths: of an orbax checkpoint arrays are read whole, and once.
+    in_order = sorted(slots.items(), key=lambda item: item[1].path)
+    for done, (name, slot) in enumerate(in_order):
       if report is not None:
         report(path.stem, done, len(slots))
       if slot.index is None:
@@ -278,14 +295,14 @@ def network_to_foreign(
 
 def open_ours(
   weights: str | os.PathLike, config: Config
-) -> safetensors_io.Reader:
+) -> safetensors_io.Reader | orbax_weights.Reader:
   """Opens weights of ours and checks every name and shape.
 
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: naming every array that does not fit.
   """
-  reader = safetensors_io.Reader(weights)
+  reader = checkpoint.open_weights(weights)
   wanted = convert.flatten(releases.abstract_params(config))
   stored = {name: entry.shape for name, entry in reader.entries.items()}
   problems = [f'{k} is missing' for k in wanted if k not in stored]
@@ -433,15 +450,18 @@ def _write_ours(
   options: Options,
   report: Report | None,
 ) -> None:
-  state = network.state
-  with safetensors_io.Writer(
-    path, arrays, shard_bytes=options.shard_bytes
-  ) as writer:
-    # In the order of the file, which is then read from its beginning to end.
-    for done, name in enumerate(state.shapes):
+  state, slots = network.state, network.slots
+  # In the order of the file, which is then read from its beginning to end.
+  names, kind = list(state.shapes), safetensors_io.Writer
+  if options.format == 'orbax':
+    # Its arrays are held until all of their layers are there.
+    names.sort(key=lambda name: slots[name].path)
+    path, kind = path.with_suffix(orbax_weights.SUFFIX), orbax_weights.Writer
+  with kind(path, arrays, shard_bytes=options.shard_bytes) as writer:
+    for done, name in enumerate(names):
       if report is not None:
-        report(network.kind, done, len(state.shapes))
-      slot = network.slots[name]
+        report(network.kind, done, len(names))
+      slot = slots[name]
       array = slot.to_ours(state.read(name))
       writer.write(
         slot.path, array.astype(arrays[slot.path][1], copy=False), slot.index

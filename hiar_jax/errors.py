@@ -13,7 +13,10 @@ from absl import app, flags
 # inside jax or NumPy is a bug of ours and keeps its traceback.
 _OWN = re.compile(r'__main__$|hiar_jax(\.|$)|configs?(\W|_|$)')
 
-_CAUGHT = (AttributeError, KeyError, OSError, TypeError, ValueError)
+_CAUGHT = (
+  *(AttributeError, KeyError, OSError, TypeError, ValueError),
+  jax.errors.JaxRuntimeError,
+)
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -48,6 +51,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def users_mistake(error: BaseException) -> str | None:
   """The one line to show for an error that a user can mend, else None."""
   text = _one_line(error)
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    # What a device has no room for; anything else is a bug.
+    exhausted = text.startswith('RESOURCE_EXHAUSTED')
+    return f'the device has not enough memory: {text}' if exhausted else None
   frames = list(traceback.walk_tb(error.__traceback__))
   raised_in = frames[-1][0].f_globals.get('__name__', '') if frames else ''
   if isinstance(error, OSError):

@@ -169,6 +169,9 @@ class VideoPipeline:
     states_PLD = self.encoder.encode(prompts)
     size = len(prompts) * request.num_videos
     batches = _batches(size)
+    sampling.check_memory(
+      *(self.denoiser, self.rollout, self.params, request, len(batches[0]))
+    )
     latents = []
     with _progress(len(batches) * passes, progress) as report:
       for samples in batches:

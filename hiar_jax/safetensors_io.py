@@ -13,6 +13,7 @@ dtype, shape, [begin, end) in the data), the data.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _SHARD = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.safetensors')
 # More would not be a header but a damaged length.
 _MAX_HEADER = 100 * 2**20
+_DIGEST_BYTES = 4096  # Of each array.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,20 @@ class Reader:
     start, stop, _ = part.indices(entry.shape[0])
     row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
     return self._read(entry, start * row, (stop - start, *entry.shape[1:]))
+
+  def digest(self) -> str:
+    """Differs between weights: a hash of names, shapes and some numbers.
+
+    Of each array the first numbers are taken: all of a large network would
+    take a minute, and other weights of the same sizes differ there too.
+    """
+    digest = hashlib.sha256()
+    for name, entry in sorted(self.entries.items()):
+      digest.update(f'{name} {entry.dtype} {entry.shape}'.encode())
+      with entry.file.open('rb') as file:
+        file.seek(entry.offset)
+        digest.update(file.read(min(entry.num_bytes, _DIGEST_BYTES)))
+    return digest.hexdigest()
 
   def _read(self, entry: Entry, skip: int, shape: tuple) -> np.ndarray:
     # Read, not mapped: mapped pages would count as this process's memory.

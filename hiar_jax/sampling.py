@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import rollout
+from hiar_jax import memory, rollout
 from hiar_jax.denoiser import Denoiser
 
 
@@ -143,6 +143,42 @@ def sample(
   given = [] if initial is None else [initial.repeat(len(keys_B), 0)]
   # Joined by NumPy: a device would compile a program for every length.
   return np.concatenate([*given, *map(np.asarray, x)], 1)
+
+
+def check_memory(
+  denoiser: Denoiser,
+  config: rollout.RolloutConfig,
+  params: dict,
+  request: Request,
+  batch_size: int,
+) -> None:
+  """Raises ValueError if `sample` does not fit; see `memory.check_fits`."""
+  need = estimate_memory(denoiser, config, params, request, batch_size)
+  device = jax.local_devices()[0]
+  memory.check_fits(need, denoiser.config, config, device)
+
+
+def estimate_memory(
+  denoiser: Denoiser,
+  config: rollout.RolloutConfig,
+  params: dict,
+  request: Request,
+  batch_size: int,
+) -> memory.Memory:
+  """What `sample` holds at a time, the latents of the video left out.
+
+  That is the past with the given frames and the one that is worked on, which a
+  pass copies.
+  """
+  model = denoiser.config
+  past = memory.past_bytes(model, config, batch_size)
+  if _is_shared(request, config):
+    past *= config.num_steps  # One a step.
+  return memory.Memory(
+    weights=memory.weights_bytes(params),
+    caches=2 * past,
+    temporaries=memory.pass_temporaries(model, config, batch_size) + past,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

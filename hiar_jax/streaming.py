@@ -14,7 +14,6 @@ asks for the same blocks, sends the same prompts, and gets all frames.
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hiar_jax import codecs, pipeline, rollout, shared_pipeline
+from hiar_jax import codecs, memory, pipeline, rollout, shared_pipeline
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 
@@ -126,41 +125,16 @@ class Engine:
     return rollout.Sampler(self.denoiser, params, text, self.config, origin)
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes of one device that a stream needs; see `estimate_memory`.
-
-  Attributes:
-    weights: of the network.
-    caches: of the pasts of the device's stages.
-    temporaries: of the passes that it makes at a time.
-  """
-
-  weights: int
-  caches: int
-  temporaries: int
-
-  @property
-  def total(self) -> int:
-    return self.weights + self.caches + self.temporaries
-
-
-def estimate_memory(engine: Engine, params: dict, batch_size: int) -> Memory:
+def estimate_memory(
+  engine: Engine, params: dict, batch_size: int
+) -> memory.Memory:
   """What the turns of a stream hold at a time, decoding left out.
 
-  Weights and caches are counted. With T tokens in the blocks of a pass, W in
-  the window, width D, feed-forward width E, H heads, N layers and b bytes a
-  number, the temporaries of a pass are taken to be
-
-    T (8 D + 2 E) 4    a layer's activations, in float32
-    2 H Q W 4          scores and their softmax, Q = T, or 256 of them where
-                       attention does not hold all
-    2 N T D b          its keys and values
-
-  times the passes that run at a time. Stages one after the other copy the past
-  of the one under way, stages as a batch all of them, as XLA compiles it. For
-  1.3B with one stage a chip that is 2.2 GB of temporaries; XLA makes do with
-  1.6 to 1.9 GB there (docs/tpu.md).
+  Weights and caches are counted, the temporaries are those of
+  `memory.pass_temporaries` times the passes that run at a time. Stages one
+  after the other copy the past of the one under way, stages as a batch all of
+  them, as XLA compiles it. For 1.3B with one stage a chip that is 2.2 GB of
+  temporaries; XLA makes do with 1.6 to 1.9 GB there (docs/tpu.md).
   """
   model, config = engine.denoiser.config, engine.config
   stages = engine.stages
@@ -169,19 +143,8 @@ def estimate_memory(engine: Engine, params: dict, batch_size: int) -> Memory:
   pasts = config.num_steps
   if engine.mode == 'shared' and stages is not None:
     pasts = stages.passes * num_stages
-  width = jnp.dtype(model.dtype).itemsize
-  slots = config.past_frames * model.tokens_per_frame
-  past = 2 * model.num_layers * batch_size * slots * model.dim * width
-  queries = config.frames_per_block * model.tokens_per_frame
-  tokens = batch_size * queries
-  if model.attention != 'xla':
-    queries = min(queries, 256)
-  window = config.window * model.tokens_per_frame
-  one_pass = (
-    tokens * (8 * model.dim + 2 * model.ffn_dim) * 4
-    + 2 * batch_size * model.num_heads * queries * window * 4
-    + 2 * model.num_layers * tokens * model.dim * width
-  )
+  past = memory.past_bytes(model, config, batch_size)
+  one_pass = memory.pass_temporaries(model, config, batch_size)
   in_turn = engine.mode == 'serial' or stages is None
   at_a_time = 1 if in_turn else num_stages // devices
   caches = past * pasts // devices
@@ -190,10 +153,8 @@ def estimate_memory(engine: Engine, params: dict, batch_size: int) -> Memory:
     copied = past
   elif at_a_time > 1:
     copied = caches
-  return Memory(
-    weights=sum(
-      math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params)
-    ),
+  return memory.Memory(
+    weights=memory.weights_bytes(params),
     caches=caches,
     temporaries=one_pass * at_a_time + copied,
   )
@@ -201,7 +162,7 @@ def estimate_memory(engine: Engine, params: dict, batch_size: int) -> Memory:
 
 def device_memory(device: jax.Device) -> int:
   """Bytes of memory of a device; of the machine where it keeps no account."""
-  stats = device.memory_stats() or {}
+  stats = memory.account(device)
   if 'bytes_limit' in stats:
     return stats['bytes_limit']
   return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
@@ -228,19 +189,29 @@ def choose_mode(
 
   Returns:
     One of MODES, and why, for people.
+
+  Raises:
+    ValueError: if the device has no room for any, see `memory.check_fits`.
   """
-  if config.context == 'shared':
-    return 'shared', 'the weights are for shared context'
   device = jax.local_devices()[0]
   if mesh is not None:
     device = mesh.local_devices[0]
-  batched = Engine(denoiser, config, 'batched', mesh)
-  need = estimate_memory(batched, params, batch_size).total
-  room = device_memory(device)
-  fits = need <= _USABLE * room
-  return 'batched' if fits else 'serial', (
+
+  def need(mode: str) -> memory.Memory:
+    engine = Engine(denoiser, config, mode, mesh)
+    return estimate_memory(engine, params, batch_size)
+
+  def check(mode: str) -> str:
+    memory.check_fits(need(mode), denoiser.config, config, device)
+    return mode
+
+  if config.context == 'shared':
+    return check('shared'), 'the weights are for shared context'
+  total, room = need('batched').total, device_memory(device)
+  fits = total <= _USABLE * room
+  return 'batched' if fits else check('serial'), (
     f'stages as a batch {"fit" if fits else "do not fit"}: about '
-    f'{need / _GB:.2g} of {room / _GB:.3g} GB ({device.device_kind})'
+    f'{total / _GB:.2g} of {room / _GB:.3g} GB ({device.device_kind})'
   )
 
 

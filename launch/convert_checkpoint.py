@@ -6,6 +6,9 @@
   # encoder:
   python launch/convert_checkpoint.py --weights hiar.pt \
     --base Wan2.1-T2V-1.3B --out hiar
+  # As orbax checkpoints, for pods whose hosts read their own shards:
+  python launch/convert_checkpoint.py --weights Wan2.1-T2V-1.3B --out wan \
+    --format orbax
   # Back, for other programs:
   python launch/convert_checkpoint.py --weights hiar --to diffusers --out there
 
@@ -28,6 +31,9 @@ _BASE = flags.DEFINE_string(
 )
 _TO = flags.DEFINE_enum(
   'to', 'hiar_jax', ['hiar_jax', *releases.NAMINGS], 'whose format to write'
+)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'safetensors', conversion.FORMATS, 'of the files of --to hiar_jax'
 )
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, conversion.DTYPES, "of the stored weights; default: each's own"
@@ -84,6 +90,11 @@ def main(argv):
     raise ValueError(f'--out={out} is a file')
   if out.is_dir() and any(out.iterdir()):
     raise ValueError(f'--out={out} is not empty')
+  if _FORMAT.value != 'safetensors' and _TO.value != 'hiar_jax':
+    raise ValueError(
+      f'--format={_FORMAT.value} goes with --to=hiar_jax; {_TO.value} reads '
+      'safetensors'
+    )
   bar = _Bar()
   if _TO.value == 'hiar_jax':
     _to_ours(out, bar)
@@ -97,9 +108,18 @@ def main(argv):
       report=bar,
     )
   bar.close()
-  for path in sorted(out.rglob('*')):
-    if path.is_file():
-      print(f'wrote {path} ({path.stat().st_size / 1e6:.1f} MB)')
+  for path, size in sorted(_written(out).items()):
+    print(f'wrote {path} ({size / 1e6:.1f} MB)')
+
+
+def _written(out: pathlib.Path) -> dict[pathlib.Path, int]:
+  """Files and their bytes; an orbax checkpoint counts as one."""
+  sizes: dict[pathlib.Path, int] = {}
+  for file in out.rglob('*'):
+    path = next((p for p in file.parents if p.suffix == '.orbax'), file)
+    if file.is_file():
+      sizes[path] = sizes.get(path, 0) + file.stat().st_size
+  return sizes
 
 
 def _to_ours(out: pathlib.Path, bar: _Bar) -> None:
@@ -112,6 +132,7 @@ def _to_ours(out: pathlib.Path, bar: _Bar) -> None:
     head_dim=_HEAD_DIM.value,
     latent_size=(_latent('height', _HEIGHT), _latent('width', _WIDTH)),
     compute_dtype=_COMPUTE_DTYPE.value,
+    format=_FORMAT.value,
     shard_bytes=int(_SHARD_GB.value * 1e9),
   )
   sections = {'generate': {'order': _ORDER.value, 'fps': 16.0}}

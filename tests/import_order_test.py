@@ -13,8 +13,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _LAYERS = (
   (
     *('errors', 'noise_schedule', 'worlds', 'metrics', 'models.config'),
-    *('distributed', 'safetensors_io', 'loop_config', 'provenance'),
-    *('profiling', 'stopping', 'watchdog'),
+    *('distributed', 'orbax_weights', 'safetensors_io', 'loop_config'),
+    *('profiling', 'provenance', 'stopping', 'watchdog'),
   ),
   ('video_io', 'checkpoint', 'sharding', 'solvers', 'guards', 'run_log'),
   ('models.rope', 'models.kv_cache', 'models.vae_layers', 'models.convert'),
@@ -24,6 +24,7 @@ _LAYERS = (
   ('text', 'codecs', 'text_umt5', 'vae_codec', 'layouts'),
   ('data', 'denoiser'),
   ('rollout', 'trajectory_files', 'releases', 'latent_files'),
+  ('memory',),
   ('losses', 'trajectories', 'training_rollout', 'evaluation', 'sampling'),
   ('conversion',),
   ('pipeline', 'train_state', 'video', 'teacher_sampling'),

@@ -38,7 +38,7 @@ _OTHER = 'a small green square over black'
 _FAKE = """
 import dataclasses, os, runpy, signal, sys
 import numpy as np
-from hiar_jax import generate
+from hiar_jax import generate, text
 class Stream:
   mode, reason = 'fake', 'which makes nothing'
   made = 0
@@ -54,6 +54,7 @@ class Stream:
 class Pipeline:
   fps: float = 12.0
   frame_shape = (64, 64, 3)
+  encoder = text.WordHashEncoder()
   def stream(self, *unused, **unused_too):
     return Stream()
 generate.from_config = lambda *unused, **unused_too: Pipeline()
