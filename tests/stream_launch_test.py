@@ -134,11 +134,12 @@ def test_a_prompt_shows_from_its_block_on_and_not_before(arguments, tmp_path):
     [*arguments, f'--prompt_at=3:{_OTHER}'], tmp_path / 'switched'
   )
   assert before.shape == after.shape == (6 * _FRAMES, 64, 64, 3)
-  cut = 3 * _FRAMES
-  difference = np.abs(before.astype(int) - after)
-  # Decoded frames: x264 looks ahead, so the cut moves earlier frames a little.
-  assert difference[:cut].mean() < 2
-  assert difference[cut:].mean() > 10
+  kept, changed = np.split(np.abs(before.astype(int) - after), [3 * _FRAMES])
+  # Decoded frames: x264 looks ahead, so the cut moves earlier frames a little
+  # (streaming_test compares the blocks themselves, to the bit). Without a cut
+  # the two files are one; how much a prompt does is a matter of the weights.
+  assert kept.mean() < 2
+  assert changed.mean() > 2 * kept.mean()
   assert sorted(path.name for path in (tmp_path / 'one').iterdir()) == [
     *('video.mp4', 'video.png')
   ]
