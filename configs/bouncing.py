@@ -13,7 +13,11 @@
 same program.
 """
 
+import dataclasses
+
 import ml_collections
+
+from hiar_jax.loop_config import LoopConfig
 
 PHASES = (
   'codec_start',
@@ -74,6 +78,8 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.batch_size = 8
   c.log_every = 20
   c.checkpoint_every = 200
+  # What does not change the result: checkpoints kept, services, samples.
+  c.loop = dataclasses.asdict(LoopConfig())
   if phase in ('codec_start', 'codec'):
     return _codec(c, phase)
   if phase == 'teacher':

@@ -21,16 +21,22 @@ class StopSignals:
           save()
           stop.leave()
 
-  Several processes have to stop at the same iteration: there jax's preemption
-  service takes the SIGTERM of any of them and agrees on one, which `requested`
-  names to all. A second Ctrl-C is not waited with. Outside of the main thread,
-  which alone gets signals, nothing is noted.
+  Several processes that train together have to stop at the same iteration:
+  there jax's preemption service takes the SIGTERM of any of them and agrees on
+  one, which `requested` names to all. A second Ctrl-C is not waited with.
+  Outside of the main thread, which alone gets signals, nothing is noted.
   """
 
-  def __init__(self):
+  def __init__(self, *, together: bool = True):
+    """Prepares; entering the context takes the signals over.
+
+    Args:
+      together: processes of `jax.distributed`, if there are several, stop at
+        the same iteration.
+    """
     self._received = None
     self._before = {}
-    self._together = jax.process_count() > 1
+    self._together = together and jax.process_count() > 1
 
   def __enter__(self) -> Self:
     if threading.current_thread() is threading.main_thread():

@@ -245,7 +245,8 @@ def make(
   num_shards: int = 1,
   devices: Sequence[jax.Device] | None = None,
   progress: Callable[[int], None] = lambda count: None,
-) -> None:
+  should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
   """Samples the trajectories that are missing.
 
   A resumed run writes the bytes that an uninterrupted one would have, given
@@ -264,6 +265,10 @@ def make(
       speak with each other.
     devices: of this process, that share every batch; None is the first one.
     progress: called with the number of trajectories just sampled.
+    should_stop: asked before every batch; True drops the file under way.
+
+  Returns:
+    Whether all were made, and none was stopped.
 
   Raises:
     ValueError: if the folder has another manifest's trajectories (naming the
@@ -298,6 +303,8 @@ def make(
     records = []
     indices = manifest.indices(shard)
     for start in range(0, len(indices), batch_size):
+      if should_stop():
+        return False
       rows = indices[start : start + batch_size]
       # One compiled program: a short batch repeats its last row.
       padded = [*rows, *[rows[-1]] * (batch_size - len(rows))]
@@ -317,6 +324,7 @@ def make(
     trajectory_files.write_shard(
       trajectory_files.shard_path(directory, shard), records
     )
+  return True
 
 
 class TrajectorySource:

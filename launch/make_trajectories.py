@@ -2,7 +2,8 @@
 
   python launch/make_trajectories.py --config=configs/bouncing.py
 
-Kill it and start it again: it goes on with the files that are missing. The
+Kill it and start it again: it goes on with the files that are missing. SIGTERM
+finishes the batch under way, drops its file and ends with status 143. The
 processes of a pod, found as in launch/train.py, share the files among them; so
 do any others with --shard_index=0 --num_shards=4 and so on. They never wait for
 each other: one that was killed is started again alone. --verify re-reads every
@@ -25,6 +26,7 @@ from hiar_jax import (
   errors,
   noise_schedule,
   phases,
+  stopping,
   text,
   trajectories,
   trajectory_files,
@@ -111,10 +113,13 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     f'{len(manifest.levels) - 1} steps each; share {mine["shard_index"]} of '
     f'{mine["num_shards"]}, devices {len(devices)}'
   )
-  with tqdm.tqdm(
-    total=total, unit='trajectory', dynamic_ncols=True, smoothing=0.05
-  ) as bar:
-    trajectories.make(
+  with (
+    stopping.StopSignals(together=False) as stop,
+    tqdm.tqdm(
+      total=total, unit='trajectory', dynamic_ncols=True, smoothing=0.05
+    ) as bar,
+  ):
+    done = trajectories.make(
       out,
       manifest,
       denoiser,
@@ -123,8 +128,11 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
       batch_size=settings.batch_size,
       devices=devices,
       progress=bar.update,
+      should_stop=lambda: stop.requested(bar.n),
       **mine,
     )
+    if not done:
+      stop.leave()
 
 
 def _verify(out: pathlib.Path) -> None:

@@ -1,7 +1,8 @@
-"""Programs killed with SIGKILL and started again end where all others do.
+"""Programs ended by a signal and started again end where all others do.
 
-Real processes on the tiny configs. The moment of the kill is drawn: some
+Real processes on the tiny configs. The moment of the signal is drawn: some
 checkpoints (or files of trajectories) after the first, and a moment later.
+SIGKILL strikes anywhere; SIGTERM is answered by saving what is under way.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax import checkpoint, phases, train
+from hiar_jax import checkpoint, phases, stopping, train
+from hiar_jax.run_log import METRICS
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -51,7 +53,7 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope='module')
 def table(request):
   """Lines that are shown after the last test."""
-  lines = [f'{"program":18}{"killed at":>10}{"saved":>7}{"of":>4}{"s":>7}']
+  lines = [f'{"program":18}{"signal":>8}{"saved":>7}{"of":>4}{"s":>7}']
   yield lines
   capture = request.config.pluginmanager.getplugin('capturemanager')
   with capture.global_and_fixture_disabled():
@@ -78,25 +80,29 @@ class Program:
     assert self._process.returncode == 0, output[-2000:]
     return output
 
-  def kill_after(self, count, number, delay):
-    """Kills it `delay` seconds after count() has reached a number."""
+  def end_after(self, ending, count, number, delay):
+    """Ends it by a signal `delay` seconds after count() reached a number."""
     while count() < number:
       assert self._process.poll() is None, self._log.read_text()[-2000:]
       time.sleep(0.01)
     time.sleep(delay)
-    self._process.send_signal(signal.SIGKILL)
+    self._process.send_signal(ending)
     self._process.wait()
-    assert self._process.returncode == -signal.SIGKILL, 'it had ended before'
+    status = stopping.SIGTERM_STATUS if ending == signal.SIGTERM else -ending
+    assert self._process.returncode == status, self._log.read_text()[-2000:]
 
 
-def run_three(command, whole, cut, count, total, environment, folder, rng):
-  """A whole run, a killed one, and its continuation.
+def run_three(
+  command, whole, cut, ending, count, total, environment, folder, rng
+):
+  """A whole run, one ended by a signal, and its continuation.
 
   Args:
     command: of the program.
     whole: arguments that send the first run to its folder.
-    cut: the same of the run to be killed.
-    count: how many checkpoints or files the latter has.
+    cut: the same of the run to be ended.
+    ending: the signal.
+    count: how many iterations or files the latter has saved.
     total: how many it would have in the end.
     environment: of the processes.
     folder: for what they write.
@@ -105,10 +111,10 @@ def run_three(command, whole, cut, count, total, environment, folder, rng):
   Returns:
     How many there were, and the continuation's output.
   """
-  number, delay = int(rng.integers(1, total // 2)), rng.uniform(0, 0.1)
+  number, delay = int(rng.integers(2, total // 2)), rng.uniform(0, 0.1)
   first = Program([*command, *whole], environment, folder / 'whole.log')
-  second = Program([*command, *cut], environment, folder / 'killed.log')
-  second.kill_after(count, number, delay)
+  second = Program([*command, *cut], environment, folder / 'ended.log')
+  second.end_after(ending, count, number, delay)
   first.finish()
   left = count()
   assert number <= left < total
@@ -129,9 +135,15 @@ def last_state(config):
   return state, next(batches)
 
 
-@pytest.mark.parametrize('phase', tiny.PHASES)
-def test_a_killed_phase_ends_bit_equal(
-  phase, inputs, environment, table, tmp_path
+@pytest.mark.parametrize(
+  ('phase', 'ending'),
+  [
+    *((phase, signal.SIGKILL) for phase in tiny.PHASES),
+    ('distill', signal.SIGTERM),
+  ],
+)
+def test_an_ended_phase_ends_bit_equal(
+  phase, ending, inputs, environment, table, tmp_path
 ):
   began = time.monotonic()
   command = [
@@ -145,20 +157,21 @@ def test_a_killed_phase_ends_bit_equal(
   def count():
     saved = (folders['cut'] / 'checkpoints').glob('[0-9]*')
     # Older checkpoints are deleted, folders of unfinished ones have a suffix.
-    return max([int(p.name) // _EVERY for p in saved if p.name.isdigit()] + [0])
+    return max([int(p.name) for p in saved if p.name.isdigit()] + [0])
 
   left, output = run_three(
     command,
     [f'--config.workdir={folders["whole"]}'],
     [f'--config.workdir={folders["cut"]}'],
+    ending,
     count,
-    _ITERATIONS // _EVERY,
+    _ITERATIONS,
     environment,
     tmp_path,
-    np.random.default_rng((_SEED, tiny.PHASES.index(phase))),
+    np.random.default_rng((_SEED, tiny.PHASES.index(phase), ending)),
   )
   restored = re.search(r'goes on after iteration (\d+)', output)
-  assert restored and int(restored[1]) == left * _EVERY
+  assert restored and int(restored[1]) == left
   states = []
   for folder in folders.values():
     config = tiny.config(phase, inputs)
@@ -166,17 +179,25 @@ def test_a_killed_phase_ends_bit_equal(
     config.workdir = str(folder)
     states.append(last_state(config))
   jax.tree.map(np.testing.assert_array_equal, *states)
-  for name in (train.WEIGHTS, 'metrics.jsonl'):
-    whole, cut = (folder / name for folder in folders.values())
-    assert whole.read_bytes() == cut.read_bytes(), name
-  table.append(
-    f'{phase:18}{left * _EVERY:>10}{left:>7}{_ITERATIONS // _EVERY:>4}'
-    f'{time.monotonic() - began:7.1f}'
+  whole, cut = (
+    {name: (folder / name).read_bytes() for name in (train.WEIGHTS, METRICS)}
+    for folder in folders.values()
   )
+  assert whole[train.WEIGHTS] == cut[train.WEIGHTS]
+  # A stop on request writes a line where the other run has none.
+  assert whole[METRICS] == cut[METRICS] or ending == signal.SIGTERM
+  table.append(_line(phase, ending, left, _ITERATIONS, began))
 
 
-def test_killed_trajectories_end_bit_equal(
-  inputs, environment, table, tmp_path
+def _line(program, ending, saved, total, began):
+  name = signal.Signals(ending).name
+  seconds = time.monotonic() - began
+  return f'{program:18}{name:>8}{saved:>7}{total:>4}{seconds:7.1f}'
+
+
+@pytest.mark.parametrize('ending', [signal.SIGKILL, signal.SIGTERM])
+def test_ended_trajectories_end_bit_equal(
+  ending, inputs, environment, table, tmp_path
 ):
   began = time.monotonic()
   command = [
@@ -194,11 +215,12 @@ def test_killed_trajectories_end_bit_equal(
     command,
     [f'--out={folders[0]}'],
     [f'--out={folders[1]}'],
+    ending,
     count,
     _TRAJECTORIES // _SHARD,
     environment,
     tmp_path,
-    np.random.default_rng((_SEED, len(tiny.PHASES))),
+    np.random.default_rng((_SEED, len(tiny.PHASES), ending)),
   )
   missing = _TRAJECTORIES - left * _SHARD
   assert f'{missing} of {_TRAJECTORIES} trajectories to sample' in output
@@ -209,6 +231,11 @@ def test_killed_trajectories_end_bit_equal(
   assert whole.keys() == cut.keys()
   assert [name for name in whole if whole[name] != cut[name]] == []
   table.append(
-    f'{"make_trajectories":18}{left * _SHARD:>10}{left:>7}'
-    f'{_TRAJECTORIES // _SHARD:>4}{time.monotonic() - began:7.1f}'
+    _line(
+      'make_trajectories',
+      ending,
+      left * _SHARD,
+      _TRAJECTORIES,
+      began,
+    )
   )

@@ -67,7 +67,7 @@ def manifest(config=CONFIG, **kwargs):
 
 
 def make(directory, info=None, **kwargs):
-  trajectories.make(
+  return trajectories.make(
     directory,
     info or manifest(),
     DENOISER,
@@ -259,6 +259,19 @@ def test_a_removed_file_is_made_again_bit_by_bit(whole, copied):
   make(copied, progress=counts.append)
   assert counts == [2, 1]
   assert contents(copied) == contents(whole)
+
+
+def test_a_stop_on_request_drops_the_file_under_way(whole, tmp_path):
+  counts = []
+  # Three files take 2 + 2 + 1 batches.
+  done = make(
+    tmp_path, progress=counts.append, should_stop=lambda: len(counts) == 3
+  )
+  assert not done
+  assert len(list(tmp_path.glob('*.array_record'))) == 1
+  assert not list(tmp_path.glob('*.part'))
+  assert make(tmp_path)
+  assert contents(tmp_path) == contents(whole)
 
 
 def test_processes_share_the_files(whole, tmp_path):
