@@ -25,6 +25,8 @@ _MODULES = (
   'models',
   'noise_schedule',
   'rollout',
+  'solvers',
+  'teacher_sampling',
   'text',
   'train',
   'video_io',
