@@ -96,7 +96,8 @@ class Denoiser:
   ) -> jax.Array:
     """Classifier-free guidance, uncond + scale (cond - uncond).
 
-    Both halves run as one batch. `scale` is the usual convention: 1 is no
+    Both run as one batch, in which a sample's two stand side by side, so that
+    samples stay on their devices. `scale` is the usual convention: 1 is no
     guidance; the DMD papers' "cond + 3 (cond - uncond)" is scale 4.
 
     Source: Ho & Salimans 2022 (arXiv:2207.12598).
@@ -104,18 +105,19 @@ class Denoiser:
     sigma = jnp.broadcast_to(
       jnp.asarray(sigma, jnp.float32).reshape(-1, 1), (x_BFhwC.shape[0], 1)
     )
-    both = jax.tree.map(
-      lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape)], 1),
-      text,
-      null_text,
-    )
+
+    def pairs(cond, uncond):
+      pair = jnp.stack([cond, jnp.broadcast_to(uncond, cond.shape)], 2)
+      return pair.reshape(pair.shape[0], -1, *pair.shape[3:])
+
     flow, _ = self.flow(
       params,
-      jnp.concatenate([x_BFhwC, x_BFhwC]),
-      jnp.concatenate([sigma, sigma]),
-      both,
+      jnp.repeat(x_BFhwC, 2, axis=0),
+      jnp.repeat(sigma, 2, axis=0),
+      jax.tree.map(pairs, text, null_text),
     )
-    cond, uncond = jnp.split(flow, 2)
+    flow = flow.reshape(-1, 2, *flow.shape[1:])
+    cond, uncond = flow[:, 0], flow[:, 1]
     return uncond + scale * (cond - uncond)
 
   def guided_x0(

@@ -6,6 +6,13 @@ Compiles the streaming tick for that topology on this machine, which needs the
 extra `tpu` and no TPU, and prints what a chip has to hold and to do. Compiling
 takes half a minute of one core. `--part=vae` and `--part=text` compile the
 decoding of a block and the encoding of a prompt for one chip instead.
+
+`--part=generator`, `critic` and `trajectory` compile what training runs on all
+chips, divided as `config.mesh` says; `--part=training` both steps, and sums
+them up:
+
+  python launch/plan.py --config=configs/hiar_1_3b.py --topology v5p:4x4x4 \\
+    --part=training --config.mesh.context=2
 """
 
 import os
@@ -16,7 +23,14 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import errors, phases, planning, planning_parts
+from hiar_jax import (
+  errors,
+  phases,
+  planning,
+  planning_parts,
+  planning_train,
+  sharding,
+)
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
@@ -27,7 +41,10 @@ _TOPOLOGY = flags.DEFINE_string(
   'topology', None, "chip and shape, such as v5p:2x2x1; default: the config's"
 )
 _PART = flags.DEFINE_enum(
-  'part', 'stream', ('stream', 'vae', 'text'), 'what is compiled'
+  'part',
+  'stream',
+  ('stream', 'vae', 'text', 'training', *planning_train.PARTS),
+  'what is compiled',
 )
 
 
@@ -59,6 +76,9 @@ def main(argv):
       latent_width=config.model.latent_width,
       weights_dtype=settings['weights_dtype'],
     )
+  elif _PART.value != 'text':
+    _plan_training(config, topology)
+    return
   else:
     plan = planning_parts.plan_text_encoder(
       umt5.UMT5Config.xxl(),
@@ -67,6 +87,33 @@ def main(argv):
       weights_dtype=settings['weights_dtype'],
     )
   print(plan.table())
+
+
+def _plan_training(config, topology):
+  """Prints the table of every part asked for as soon as it is known."""
+  training = planning_train.Training(
+    steps=phases.distillation(config),
+    mesh=sharding.MeshConfig(**config.mesh),
+    batch_size=config.batch_size,
+    num_blocks=config.rollout_blocks[1],
+    iterations=config.iterations,
+    teacher_dtype=config.teacher.dtype,
+    trajectory=phases.trajectory_config(config),
+    trajectory_batch=config.trajectories.batch_size,
+  )
+  parts = (_PART.value,)
+  if _PART.value == 'training':
+    parts = ('generator', 'critic')
+  print(
+    f'{config.name}, {training.batch_size} videos in '
+    f'{training.microbatches} parts'
+  )
+  plans = []
+  for part in parts:
+    plans.append(planning_train.plan_part(training, part, topology))
+    print(f'\n{plans[-1].table()}', flush=True)
+  if len(plans) == 2:
+    print(f'\n{planning_train.summary(*plans)}')
 
 
 if __name__ == '__main__':

@@ -31,8 +31,8 @@ _LAYERS = (
   ('shared_pipeline',),
   ('train_step', 'streaming', 'vae_training'),
   ('phases', 'generate', 'planning'),
-  ('samples', 'planning_parts'),
-  ('train',),
+  ('samples', 'planning_parts', 'planning_traffic'),
+  ('train', 'planning_train'),
   ('',),  # hiar_jax/__init__.py
 )
 _LAYER = {name: row for row, names in enumerate(_LAYERS) for name in names}

@@ -1,0 +1,497 @@
+"""Does a distillation fit a TPU pod? Answered by compiling it, see planning.py.
+
+Three programs: the generator's step, the critic's step, and the teacher's
+sampling of trajectories, each divided over all chips of a topology as training
+divides it (sharding.py). Times are modelled: FLOPs at the chips' peak rate, and
+collectives at the full rate of their links, whichever is longer.
+"""
+
+# B batch, F latent frames, P tokens per frame, N layers, S steps, D width
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hiar_jax import (
+  planning,
+  planning_traffic,
+  sharding,
+  train_state,
+  train_step,
+  trajectories,
+)
+from hiar_jax.models.config import WanConfig
+
+PARTS = ('generator', 'critic', 'trajectory')
+_DAY = 86400.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What is planned.
+
+  Attributes:
+    steps: networks, optimisers, numbers.
+    mesh: how the chips are divided.
+    batch_size: videos of an update.
+    num_blocks: blocks of a rollout.
+    iterations: critic updates of the run.
+    teacher_dtype: in which the frozen teacher is held.
+    trajectory: how the teacher's trajectories are sampled.
+    trajectory_batch: of them at a time.
+  """
+
+  steps: train_step.Distillation
+  mesh: sharding.MeshConfig
+  batch_size: int
+  num_blocks: int
+  iterations: int
+  teacher_dtype: str
+  trajectory: trajectories.TrajectoryConfig
+  trajectory_batch: int
+
+  @property
+  def num_frames(self) -> int:
+    return self.num_blocks * self.steps.rollout.frames_per_block
+
+  @property
+  def loss_frames(self) -> int:
+    blocks = min(self.num_blocks, self.steps.config.loss_blocks)
+    return blocks * self.steps.rollout.frames_per_block
+
+  @property
+  def microbatches(self) -> int:
+    return self.steps.config.microbatches
+
+  def with_mesh(
+    self, mesh: sharding.MeshConfig, microbatches: int
+  ) -> 'Training':
+    numbers = dataclasses.replace(self.steps.config, microbatches=microbatches)
+    steps = dataclasses.replace(self.steps, config=numbers)
+    return dataclasses.replace(self, mesh=mesh, steps=steps)
+
+
+# --- FLOPs.
+
+
+def forward_flops(model: WanConfig, frames: int, key_frames: int) -> float:
+  """Of one pass of one video's frames; terms as in planning.pass_flops."""
+  rows = model.num_layers * frames * model.tokens_per_frame
+  products = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
+  keys = key_frames * model.tokens_per_frame + model.text_len
+  return float(2 * rows * products + 4 * rows * keys * model.dim)
+
+
+def _trained(model: WanConfig) -> int:
+  """Passes that a forward and backward pass cost."""
+  return 4 if model.remat == 'full' else 3
+
+
+def part_flops(training: Training, part: str) -> dict[str, float]:
+  """FLOPs of a part by what they are for, all chips together.
+
+  generator   rollout + exit pass + fake score + real score + forward KL
+  critic      rollout + exit pass + critic
+  trajectory  all steps of the teacher, with guidance
+
+  The rollout is counted with its mean exit step: 2 (S - 1) / 2 passes a block
+  before the recorded sweep's 2, at the full window, because the cache's empty
+  slots are computed too. A trained pass counts 3 times, 4 with remat 'full'.
+  """
+  steps = training.steps
+  student, teacher = steps.student.config, steps.teacher.config
+  batch, frames = training.batch_size, training.loss_frames
+  if part == 'trajectory':
+    levels, _ = trajectories.solver_levels(
+      training.trajectory, steps.rollout.levels
+    )
+    passes = 2 * (len(levels) - 1) * training.trajectory_batch
+    one = forward_flops(teacher, training.num_frames, training.num_frames)
+    return {'teacher': passes * one}
+  block = forward_flops(
+    student, steps.rollout.frames_per_block, steps.rollout.window
+  )
+  rollout = (steps.rollout.num_steps + 1) * training.num_blocks * block
+  leave = forward_flops(student, frames, frames + training.num_frames)
+  score = forward_flops(steps.critic.config, frames, frames)
+  if part == 'critic':
+    parts = {
+      'rollout': rollout,
+      'exit pass': leave,
+      'critic': _trained(steps.critic.config) * score,
+    }
+  else:
+    parts = {
+      'rollout': rollout,
+      'exit pass': _trained(student) * leave,
+      'fake score': score,
+      'real score': 2 * forward_flops(teacher, frames, frames),
+    }
+    if steps.config.forward_kl_weight:
+      parts['forward KL'] = _trained(student) * forward_flops(
+        student, training.num_frames, training.num_frames
+      )
+  return {name: batch * flops for name, flops in parts.items()}
+
+
+# --- Plans.
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+  """What a part needs of one chip; bytes are a chip's.
+
+  Attributes:
+    part: one of PARTS.
+    topology: such as 'v5p:4x4x4'.
+    training: what was planned, its mesh filled up.
+    held: bytes of the arguments by what they are.
+    temporaries: see planning.Plan.
+    flops: of a call, all chips together, by what they are for.
+    traffic: of a call, one chip's.
+    compile_seconds: see planning.Plan.
+    refusal: see planning.Plan.
+    proposal: see `propose`, where this does not fit.
+  """
+
+  part: str
+  topology: str
+  training: Training
+  held: dict[str, int]
+  temporaries: int | None
+  flops: dict[str, float]
+  traffic: list[planning_traffic.Traffic]
+  compile_seconds: float
+  refusal: str = ''
+  proposal: str = ''
+
+  @property
+  def kind(self) -> str:
+    return self.topology.partition(':')[0]
+
+  @property
+  def chip(self) -> planning.Chip:
+    return planning.CHIPS[self.kind]
+
+  @property
+  def num_chips(self) -> int:
+    return math.prod(dataclasses.astuple(self.training.mesh))
+
+  @property
+  def total(self) -> int:
+    """Bytes of one chip, as far as they are known."""
+    return sum(self.held.values()) + (self.temporaries or 0)
+
+  @property
+  def fits(self) -> bool:
+    return self.temporaries is not None and self.total <= self.chip.hbm
+
+  @property
+  def compute_seconds(self) -> float:
+    flops = sum(self.flops.values())
+    return flops / self.num_chips / self.chip.peak
+
+  @property
+  def link_seconds(self) -> float:
+    return (
+      sum(t.num_bytes for t in self.traffic) / planning_traffic.LINKS[self.kind]
+    )
+
+  @property
+  def seconds(self) -> float:
+    """Modelled time of a call, as if all ran at its peak: a lower bound."""
+    return max(self.compute_seconds, self.link_seconds)
+
+  def table(self) -> str:
+    """A Markdown table."""
+    gigabytes, link = planning.gigabytes, planning_traffic.LINKS[self.kind]
+    room = f'{gigabytes(self.total)} of {gigabytes(self.chip.hbm)} a chip'
+    fits = f'yes: {room}' if self.fits else f'no: {self.refusal or room}'
+    temporaries = 'unknown'
+    if self.temporaries is not None:
+      temporaries = gigabytes(self.temporaries)
+    flops = ' + '.join(
+      f'{name} {value / 1e15:.3g}' for name, value in self.flops.items()
+    )
+    sent = '; '.join(
+      f'{t.kind} {t.count:.0f} times, {gigabytes(t.num_bytes)}'
+      for t in self.traffic
+    )
+    rows = [
+      (f'{self.part} on {self.topology}', str(self.training.mesh)),
+      ('fits', fits),
+      *((name, gigabytes(size)) for name, size in self.held.items()),
+      ('temporaries', temporaries),
+      (
+        'FLOPs, all chips',
+        f'{sum(self.flops.values()) / 1e15:.4g} P: {flops}',
+      ),
+      (
+        'at peak rate (modelled)',
+        f'{self.compute_seconds:.2f} s at {self.chip.peak / 1e12:.0f} TFLOP/s',
+      ),
+      ('a chip sends', sent or 'nothing'),
+      (
+        'at full link rate (modelled)',
+        f'{self.link_seconds:.2f} s at {link / 1e9:.0f} GB/s',
+      ),
+      ('compiling took', f'{self.compile_seconds:.0f} s'),
+    ]
+    if self.proposal:
+      rows.append(('instead', self.proposal))
+    return planning.markdown(rows)
+
+
+def summary(generator: TrainingPlan, critic: TrainingPlan) -> str:
+  """One line: the run's time if all went at its peak."""
+  training = generator.training
+  every = training.steps.config.generator_every
+  iteration = critic.seconds + generator.seconds / every
+  days = training.iterations * iteration / _DAY
+  return (
+    f'{iteration:.2f} s an iteration (a critic step, and a generator step '
+    f'every {every}), {days:.1f} days for {training.iterations} iterations: '
+    'modelled, at the peak rate of chips or links, so a lower bound'
+  )
+
+
+def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
+  """Compiles a part for all chips of a topology.
+
+  Args:
+    training: what is planned.
+    part: one of PARTS.
+    topology: see planning.describe.
+
+  Raises:
+    ValueError: see planning.describe and sharding; also for an unknown part.
+  """
+  if part not in PARTS:
+    raise ValueError(f'part {part!r} is not one of {PARTS}')
+  mesh, training = _on_topology(training, topology)
+  run, arguments, named = _program(training, part, mesh)
+  with jax.set_mesh(mesh):
+    program = planning.compile_program(run, arguments)
+  held = {name: planning.bytes_per_chip(tree) for name, tree in named.items()}
+  # The compiler pads arrays to its tiles.
+  held['other arguments'] = program.arguments - sum(held.values())
+  plan = TrainingPlan(
+    part=part,
+    topology=topology,
+    training=training,
+    held=held,
+    temporaries=program.temporaries,
+    flops=part_flops(training, part),
+    traffic=planning_traffic.traffic(
+      program.hlo, unknown_trips=(training.steps.rollout.num_steps - 1) / 2
+    ),
+    compile_seconds=program.compile_seconds,
+    refusal=program.refusal,
+  )
+  if plan.fits:
+    return plan
+  return dataclasses.replace(plan, proposal=propose(training, topology))
+
+
+def _on_topology(training, topology) -> tuple[Mesh, Training]:
+  devices = planning.describe(topology).devices
+  filled = training.mesh.filled(len(devices))
+  mesh = sharding.make_mesh(filled, devices)
+  _check(training, mesh)
+  return mesh, dataclasses.replace(training, mesh=filled)
+
+
+def _check(training: Training, mesh: Mesh) -> None:
+  """Raises a ValueError if anything does not divide."""
+  steps = training.steps
+  sharding.check_model('model', steps.student.config, mesh)
+  sharding.check_model('teacher', steps.teacher.config, mesh)
+  sharding.check_batch(training.batch_size, training.microbatches, mesh)
+  for denoiser in (steps.student, steps.teacher):
+    sharding.shardings(_params(denoiser), mesh)
+
+
+def _program(training: Training, part: str, mesh: Mesh):
+  """A jitted function, its abstract arguments, and some of those by name."""
+  steps = training.steps
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  by_sample = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+
+  def array(*shape, dtype='float32'):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=by_sample)
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+  teacher = sharding.abstract(
+    _params(steps.teacher), mesh, jnp.dtype(training.teacher_dtype)
+  )
+  if part == 'trajectory':
+    return _trajectory_program(training, teacher, array)
+  size, model = training.batch_size, steps.student.config
+  text = array(size, model.text_len, model.text_dim)
+  state = sharding.abstract(jax.eval_shape(lambda: _first_state(steps)), mesh)
+  named = {
+    'student': state.student.params,
+    'its optimiser': state.student.opt_state,
+    'its average': state.ema,
+    'critic': state.critic.params,
+    "critic's optimiser": state.critic.opt_state,
+  }
+  places = (sharding.shardings(state, mesh), everywhere)
+  jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
+  if part == 'critic':
+    run = functools.partial(steps.critic_step, num_blocks=training.num_blocks)
+    # What the step does not use stays on the chip as well.
+    return (
+      jit(lambda state, teacher, *rest: run(state, *rest), keep_unused=True),
+      (state, teacher, {'text': text}, key),
+      {**named, 'teacher': teacher},
+    )
+  batch = {'text': text}
+  if steps.config.forward_kl_weight:
+    batch['trajectory_text'] = text
+    batch['trajectory'] = array(
+      size,
+      steps.rollout.num_steps + 1,
+      training.num_frames,
+      *_latent(model),
+      dtype='float16',
+    )
+  run = functools.partial(steps.generator_step, num_blocks=training.num_blocks)
+  return (
+    jit(run),
+    (state, teacher, batch, key),
+    {**named, 'teacher': teacher, 'batch': batch},
+  )
+
+
+def _trajectory_program(training: Training, teacher: Any, array):
+  denoiser, size = training.steps.teacher, training.trajectory_batch
+  model = denoiser.config
+  levels, kept = trajectories.solver_levels(
+    training.trajectory, training.steps.rollout.levels
+  )
+
+  def sample(params, states, noise):
+    null = jnp.zeros_like(states[:1])
+    return trajectories.sample(
+      denoiser,
+      params,
+      denoiser.project_text(params, states),
+      denoiser.project_text(params, null),
+      noise,
+      levels=levels,
+      save_indices=kept,
+      guidance=training.trajectory.guidance,
+    ).astype(jnp.float16)
+
+  states = array(size, model.text_len, model.text_dim)
+  noise = array(size, training.num_frames, *_latent(model))
+  return jax.jit(sample), (teacher, states, noise), {'teacher': teacher}
+
+
+def _latent(model: WanConfig) -> tuple[int, int, int]:
+  return model.latent_height, model.latent_width, model.channels
+
+
+@functools.cache
+def _params(denoiser):
+  return jax.eval_shape(denoiser.init, jax.random.key(0))
+
+
+def _first_state(steps: train_step.Distillation) -> train_state.DistillState:
+  def zeros(denoiser):
+    return jax.tree.map(
+      lambda a: jnp.zeros(a.shape, a.dtype), _params(denoiser)
+    )
+
+  student, critic = zeros(steps.student), zeros(steps.critic)
+  return train_state.DistillState(
+    iteration=jnp.zeros((), jnp.int32),
+    student=train_state.init_net(student, steps.student_optimiser),
+    critic=train_state.init_net(critic, steps.critic_optimiser),
+    ema=student,
+  )
+
+
+# --- A mesh that fits.
+
+
+def propose(training: Training, topology: str) -> str:
+  """A mesh and microbatches that should fit, as flags of launch/plan.py.
+
+  Candidates are ranked by how little they divide inside of a sample, and then
+  by how few microbatches they need; the first whose bytes, by a formula and not
+  by the compiler, leave a quarter of a chip free is proposed.
+  """
+  devices = planning.describe(topology).devices
+  hbm = planning.CHIPS[topology.partition(':')[0]].hbm
+  tried = []
+  for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
+    for microbatches in (1, 2, 4, 8, 16):
+      if len(devices) % (tensor * context):
+        continue
+      config = sharding.MeshConfig(1, -1, tensor, context).filled(len(devices))
+      other = training.with_mesh(config, microbatches)
+      try:
+        _check(other, sharding.make_mesh(config, devices))
+      except ValueError:  # Does not divide.
+        continue
+      tried.append((tensor * context, microbatches, -context, other))
+  tried.sort(key=lambda entry: entry[:3])
+  for *_, other in tried:
+    if (size := estimated_bytes(other)) <= 0.75 * hbm:
+      flags = ' '.join(
+        f'--config.mesh.{axis}={ways}'
+        for axis, ways in dataclasses.asdict(other.mesh).items()
+      )
+      return (
+        f'{flags} --config.distill.microbatches={other.microbatches}: '
+        f'{planning.gigabytes(size)} a chip by a formula, not compiled'
+      )
+  return f'no mesh of {topology} that a formula would let fit: take more chips'
+
+
+def estimated_bytes(training: Training) -> float:
+  """Bytes of one chip in the generator's step, roughly; its mesh is filled up.
+
+  Parameters and optimisers exactly. For each sample at a time: the cache, the
+  recorded context with its copies, the inputs of the layers, the scores of a
+  chunk, and one layer's own temporaries.
+  """
+  steps, sizes = training.steps, training.mesh
+  model = steps.student.config
+  width = jnp.dtype(model.dtype).itemsize
+
+  def parameters(tree):
+    return sum(
+      math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+
+  state = jax.eval_shape(lambda: _first_state(steps))
+  # Gradients beside the state.
+  held = parameters(state) + 2 * parameters(state.student.params)
+  scale = jnp.dtype(training.teacher_dtype).itemsize / 4
+  held += scale * parameters(_params(steps.teacher))
+  held /= sizes.fsdp * sizes.tensor
+  ways = sizes.data * sizes.fsdp * training.microbatches
+  samples = max(1, training.batch_size // ways)
+  tokens = training.num_frames * model.tokens_per_frame
+  cached = steps.rollout.past_frames * model.tokens_per_frame
+  keys = 2 * width * model.num_layers * model.dim / sizes.tensor
+  inputs = width * model.num_layers * tokens * model.dim / sizes.context
+  scores = 3 * 4 * 256 * 2 * tokens * model.num_heads / sizes.tensor
+  layer = 6 * width * tokens * (model.dim + model.ffn_dim / sizes.tensor)
+  mask = 2 * tokens**2 / sizes.context
+  return (
+    held
+    + mask
+    + samples
+    * (keys * (cached + 3 * tokens) + inputs + scores + layer / sizes.context)
+  )

@@ -1,0 +1,169 @@
+"""Plans of training: what is counted by hand, and what the compiler says."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import hiar_1_3b
+from hiar_jax import (
+  phases,
+  planning,
+  planning_traffic,
+  planning_train,
+  sharding,
+  trajectories,
+)
+from tests import sharded_update
+
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs the extra tpu'
+)
+
+
+def tiny(**mesh) -> planning_train.Training:
+  return planning_train.Training(
+    steps=sharded_update.steps(),
+    mesh=sharding.MeshConfig(**mesh),
+    batch_size=4,
+    num_blocks=3,
+    iterations=100,
+    teacher_dtype='bfloat16',
+    trajectory=trajectories.TrajectoryConfig(num_steps=4),
+    trajectory_batch=4,
+  )
+
+
+def full_size(**mesh) -> planning_train.Training:
+  c = hiar_1_3b.get_config()
+  return dataclasses.replace(
+    tiny(**mesh),
+    steps=phases.distillation(c),
+    batch_size=c.batch_size,
+    num_blocks=c.rollout_blocks[1],
+    iterations=c.iterations,
+    trajectory=phases.trajectory_config(c),
+    trajectory_batch=c.trajectories.batch_size,
+  )
+
+
+# --- Counting.
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+  mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
+  split = NamedSharding(mesh, PartitionSpec('fsdp'))
+
+  def body(carry, _):
+    total = jax.lax.with_sharding_constraint(
+      carry * 2, NamedSharding(mesh, PartitionSpec())
+    )
+    return jax.lax.with_sharding_constraint(jnp.sin(total), split), None
+
+  def three_times_five(x):
+    def outer(x, _):
+      return jax.lax.scan(body, x, None, length=5)
+
+    return jax.lax.scan(outer, x, None, length=3)[0]
+
+  x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=split)
+  hlo = jax.jit(three_times_five).lower(x).compile().as_text()
+  (gathers,) = planning_traffic.traffic(hlo, unknown_trips=1.0)
+  assert (gathers.kind, gathers.count) == ('all-gather', 15)
+  # 7 of 8 parts of 64 numbers, each time.
+  assert gathers.num_bytes == 15 * 7 / 8 * 64 * 4
+
+
+@pytest.mark.parametrize(
+  ('line', 'num_bytes'),
+  [
+    ('%a = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2,3}}', 48),
+    ('%a = f32[8]{0} all-gather(%x), replica_groups=[2,4]<=[8]', 24),
+    ("%a = f32[8]{0} all-gather(%x), replica_groups=mesh['a'=2] {'a'}", 16),
+    (
+      "%a = f32[8] all-gather(%x), replica_groups=mesh['a'=2,'b'=8] "
+      "{'a','b':(1)2}",
+      24,
+    ),
+    ('%a = f32[2]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]', 24),
+    ('%a = f32[8]{0} collective-permute(%x), source_target_pairs={}', 32),
+  ],
+)
+def test_bytes_that_a_chip_sends_in_a_ring(line, num_bytes):
+  hlo = f'ENTRY %main (x: f32[8]) -> f32[8] {{\n  {line}\n}}'
+  (one,) = planning_traffic.traffic(hlo, unknown_trips=1.0)
+  assert one.num_bytes == num_bytes
+
+
+def test_full_size_flops_are_the_papers():
+  training = full_size()
+  generator = planning_train.part_flops(training, 'generator')
+  critic = planning_train.part_flops(training, 'critic')
+  # 5 passes of 7 blocks of 40.4 TFLOP, see planning_test.
+  assert generator['rollout'] == pytest.approx(64 * 35 * 40.4e12, rel=0.002)
+  assert critic['rollout'] == generator['rollout']
+  # Two passes over 32,760 tokens of 40 layers: 28.9 T linear and cross, and
+  # 4 * 40 * 32760^2 * 5120 / 1e12 of attention each.
+  linear = 2 * 40 * 32760 * (6 * 5120**2 + 2 * 5120 * 13824)
+  attention = 4 * 40 * 32760 * (32760 + 512) * 5120
+  assert generator['real score'] == pytest.approx(
+    64 * 2 * (linear + attention), rel=1e-6
+  )
+  # Critic: a forward, that again, and twice as much backward.
+  one = planning_train.forward_flops(training.steps.critic.config, 21, 21)
+  assert critic['critic'] == 64 * 4 * one
+
+
+def test_an_iteration_has_a_part_of_a_generator_step():
+  def plan(part, flops):
+    return planning_train.TrainingPlan(
+      part=part,
+      topology='v5p:2x2x1',
+      training=tiny(fsdp=4),
+      held={},
+      temporaries=0,
+      flops={'all': flops * 4 * planning.CHIPS['v5p'].peak},
+      traffic=[],
+      compile_seconds=0.0,
+    )
+
+  said = planning_train.summary(plan('generator', 10.0), plan('critic', 3.0))
+  assert said.startswith('5.00 s an iteration')
+  assert 'modelled' in said
+
+
+# --- What the compiler says.
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  'part',
+  [
+    'trajectory',
+    pytest.param('critic', marks=pytest.mark.slow),
+    pytest.param('generator', marks=pytest.mark.slow),
+  ],
+)
+def test_a_small_distillation_is_compiled_for_a_pod(part):
+  plan = planning_train.plan_part(tiny(fsdp=2, context=2), part, 'v5e:2x2')
+  assert plan.fits and not plan.proposal
+  assert {'all-gather'} <= {t.kind for t in plan.traffic}
+  # In bfloat16, over two chips that divide parameters.
+  whole = sum(
+    2 * a.size
+    for a in jax.tree.leaves(planning_train._params(sharded_update.TEACHER))
+  )
+  assert 0.5 <= plan.held['teacher'] / whole < 0.75
+  assert f'{part} on v5e:2x2' in plan.table()
+
+
+@needs_compiler
+def test_a_mesh_that_should_fit_is_proposed():
+  said = planning_train.propose(full_size(fsdp=-1), 'v5p:4x4x4')
+  assert '--config.mesh.fsdp=' in said and 'not compiled' in said
+  assert planning_train.propose(full_size(fsdp=-1), 'v5e:2x2').startswith(
+    'no mesh of v5e:2x2'
+  )
