@@ -24,6 +24,7 @@ _TEST = [
   'nbclient>=0.10',
   'nbformat>=5.10',
   'pytest>=8.0',
+  'pytest-xdist>=3.6',
   'pyyaml>=6.0',
   'ruff>=0.12',
   'sentencepiece>=0.2',
