@@ -30,7 +30,7 @@ from hiar_jax.loop_config import LoopConfig
 
 WEIGHTS = 'weights.safetensors'
 # What may differ between a run and its continuation.
-_FREE_KEYS = ('workdir', 'log_every', 'checkpoint_every', 'loop')
+_FREE_KEYS = ('workdir', 'log_every', 'checkpoint_every', 'loop', 'mesh')
 
 
 def train(
