@@ -158,6 +158,7 @@ def _process(address: str, count: int, i: int, devices: int) -> None:
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', devices)
   jax.config.update('jax_default_matmul_precision', 'highest')
+  jax.config.update('jax_disable_most_optimizations', True)
   distributed.start(distributed.Processes(address, count, i), timeout=120)
   mesh = sharding.make_mesh(
     sharding.MeshConfig(data=2, fsdp=2, tensor=2, context=1)
