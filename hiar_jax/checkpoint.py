@@ -3,15 +3,17 @@
 Every orbax call of the project is in this file and in `orbax_weights`. A
 checkpoint is one folder a step with the items `state` (any pytree: parameters,
 optimiser states, step, typed PRNG keys), `data` (the grain iterator, so that
-the next batch is the next batch), `config` and `version` (JSON, compared when
-the run goes on) and, if the best one is kept, `metrics`. Orbax writes into a
-temporary folder and renames it, so a killed run leaves whole checkpoints only.
+the next batch is the next batch, on any number of hosts), `config` and
+`version` (JSON, compared when the run goes on) and, if the best one is kept,
+`metrics`. Orbax writes into a temporary folder and renames it, so a killed run
+leaves whole checkpoints only.
 
 Orbax neither notices a flipped bit in an array nor names a truncated file. A
 list of the files, `files.json`, is therefore committed with the checkpoint and
 checked before anything is read.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -31,9 +33,39 @@ import safetensors.numpy
 from hiar_jax import orbax_weights, provenance, safetensors_io
 
 _FILE_LIST = 'files.json'
+# As grain would name it for one process.
+_ITERATOR_FILE = 'process_0-of-1.json'
 # Larger files are checked by their size alone: a pod's checkpoint has hundreds
 # of gigabytes, and every process checks before it reads.
 _CHECKSUM_BYTES = 64 * 2**20
+
+
+class IteratorHandler(ocp.CheckpointHandler):
+  """One file for all processes, whose iterators have the same state.
+
+  grain's own handler writes one for each, named by how many there are, and so
+  finds none on another number of hosts.
+  """
+
+  def save(self, directory, args):
+    if jax.process_index() == 0:
+      state = json.dumps(args.iterator.get_state(), indent=4)
+      (directory / _ITERATOR_FILE).write_text(state)
+
+  def restore(self, directory, args):
+    state = json.loads((directory / _ITERATOR_FILE).read_text())
+    args.iterator.set_state(state)
+    return args.iterator
+
+
+@ocp.args.register_with_handler(
+  IteratorHandler, for_save=True, for_restore=True
+)
+@dataclasses.dataclass
+class IteratorArgs(ocp.args.CheckpointArgs):
+  """The iterator that is saved or moved."""
+
+  iterator: grain.DatasetIterator
 
 
 def make_manager(
@@ -81,7 +113,7 @@ def make_manager(
     # Named here so that a new process can read the saved shapes as well.
     item_handlers={
       'state': ocp.StandardCheckpointHandler(),
-      'data': grain.checkpoint.CheckpointHandler(),
+      'data': IteratorHandler(),
       'config': ocp.JsonCheckpointHandler(),
       'version': ocp.JsonCheckpointHandler(),
     },
@@ -148,7 +180,7 @@ def save(
     metrics=numbers,
     args=ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      data=grain.checkpoint.CheckpointSave(data_iterator),
+      data=IteratorArgs(data_iterator),
       config=ocp.args.JsonSave(provenance.jsonable(config)),
       version=ocp.args.JsonSave(dict(version or {})),
     ),
@@ -188,7 +220,7 @@ def restore(
     'config': ocp.args.JsonRestore(),
   }
   if data_iterator is not None:
-    items['data'] = grain.checkpoint.CheckpointRestore(data_iterator)
+    items['data'] = IteratorArgs(data_iterator)
   restored = manager.restore(step, args=ocp.args.Composite(**items))
   return restored.state, data_iterator, restored.config
 

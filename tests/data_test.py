@@ -6,7 +6,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from hiar_jax import data, text, worlds
+from hiar_jax import checkpoint, data, text, worlds
 
 WORLD = worlds.WorldConfig(num_frames=3)
 ENCODER = text.WordHashEncoder(dim=8)
@@ -80,6 +80,35 @@ def test_checkpointed_iterator_gives_the_exact_next_batch(tmp_path):
       ),
     )
   assert_equal_trees(next(restored), expected)
+
+
+def test_a_checkpoint_of_two_hosts_is_read_by_any_of_three(
+  tmp_path, monkeypatch
+):
+  """Without the hosts: what each of them writes and reads of its iterator."""
+
+  def hosts(count):
+    """(process index, its iterator)"""
+    for i in range(count):
+      monkeypatch.setattr(jax, 'process_index', lambda i=i: i)
+      yield data.prompt_batches(
+        prompts(), batch_size=6, seed=5, shard_index=i, num_shards=count
+      )
+
+  handler = checkpoint.IteratorHandler()
+  expected = []
+  for iterator in hosts(2):
+    next(iterator)
+    handler.save(tmp_path, checkpoint.IteratorArgs(iterator))
+    expected.append(next(iterator)['text'])
+  assert len(list(tmp_path.iterdir())) == 1
+  restored = []
+  for iterator in hosts(3):
+    handler.restore(tmp_path, checkpoint.IteratorArgs(iterator))
+    restored.append(next(iterator)['text'])
+  np.testing.assert_array_equal(
+    np.concatenate(restored), np.concatenate(expected)
+  )
 
 
 def test_order_is_shuffled_by_the_seed_and_by_the_epoch():
