@@ -5,6 +5,7 @@ JAX_COMPILATION_CACHE_DIR by itself for whoever wants one at the desk.
 """
 
 import functools
+import os
 import pathlib
 
 import jax
@@ -16,6 +17,13 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
+# Most of the tests' time is compilation. Without XLA's polish, and with fusions
+# written as LLVM at once rather than through MLIR, it takes a quarter; the
+# programs are slower and mean the same. By the environment: child processes
+# inherit it.
+os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+jax.config.update('jax_disable_most_optimizations', True)
 
 _GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
@@ -37,15 +45,3 @@ def _load_golden(name: str) -> dict[str, np.ndarray]:
 def golden():
   """A loader: golden('scheduler') -> {name: array} of golden/scheduler.npz."""
   return _load_golden
-
-
-@pytest.fixture(scope='module')
-def compiled_quickly():
-  """For modules whose time goes to compilation: programs without XLA's polish.
-
-  Half the time to compile; the programs are slower and mean the same.
-  """
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)

@@ -123,7 +123,7 @@ def released(tmp_path_factory):
   return folder
 
 
-def test_converted_release_makes_a_streamed_video(released, compiled_quickly):
+def test_converted_release_makes_a_streamed_video(released):
   pipe = hiar_jax.load(released / 'ours')
   pipe = dataclasses.replace(
     pipe,
@@ -149,7 +149,7 @@ def test_converted_release_makes_a_streamed_video(released, compiled_quickly):
   )
 
 
-def test_prompts_are_cleaned_cut_and_padded(released, compiled_quickly):
+def test_prompts_are_cleaned_cut_and_padded(released):
   tokenize = text_umt5.load_tokenizer(released / 'ours' / 'tokenizer')
   assert text_umt5.clean(' a \n&amp;amp;  red\t') == 'a & red'
   config = fake_release.CONFIGS['text_encoder']

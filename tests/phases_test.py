@@ -18,8 +18,6 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):

@@ -9,8 +9,6 @@ from hiar_jax import phases, samples, train, video_io
 from hiar_jax.loop_config import LoopConfig
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):

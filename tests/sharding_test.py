@@ -20,8 +20,6 @@ from hiar_jax.models import kv_cache
 from hiar_jax.models.config import WanConfig
 from tests import sharded_update, tiny
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 _ROOT = pathlib.Path(__file__).parents[1]
 MeshConfig = sharding.MeshConfig
 

@@ -13,8 +13,6 @@ from hiar_jax import noise_schedule, pipeline, rollout
 from hiar_jax.shared_pipeline import SharedPipeline
 from tests import toy_network as toy
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 LEVELS = {
   steps: noise_schedule.warped_levels(indices, 5.0)
   for steps, indices in (

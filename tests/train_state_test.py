@@ -10,8 +10,6 @@ from hiar_jax import train_state
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 RATE = 0.01
 DENOISER = Denoiser(
   WanConfig(

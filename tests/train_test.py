@@ -15,8 +15,6 @@ import safetensors.numpy
 from hiar_jax import checkpoint, data, errors, phases, text, train, worlds
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):

@@ -16,8 +16,6 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.training_rollout import training_rollout
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 DENOISER = tiny.DENOISER
 LEVELS = noise_schedule.warped_levels((1000, 667, 333), 5.0)
 STEPS, BLOCKS, BATCH, SIZE = len(LEVELS) - 1, 4, 2, 2
