@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -11,6 +12,7 @@ from jax.sharding import AxisType
 from hiar_jax import codecs, noise_schedule, rollout, streaming
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from tests import toy_network
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 DENOISER = Denoiser(
@@ -44,11 +46,7 @@ jax.tree_util.register_static(PlainCodec)
 
 @functools.cache
 def params():
-  leaves, treedef = jax.tree.flatten(DENOISER.init(jax.random.key(0)))
-  rng = np.random.default_rng(0)
-  return treedef.unflatten(
-    [x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-  )
+  return jax.tree.map(jnp.asarray, toy_network.draw_params(DENOISER, scale=0.2))
 
 
 def encode(prompts):

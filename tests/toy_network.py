@@ -34,17 +34,25 @@ jit = functools.partial(
 )
 
 
-@functools.cache
-def params() -> dict:
-  """Weights that let every input reach the flow (a fresh head is zero)."""
+def draw_params(denoiser: Denoiser, scale: float = 0.3) -> dict:
+  """Weights that let every input reach the flow (a fresh head is zero).
+
+  NumPy arrays: nothing is compiled, and any mesh takes them.
+  """
   rng = np.random.default_rng(0)
 
   def draw(path, leaf):
     centre = 1.0 if 'norm' in jax.tree_util.keystr(path) else 0.0
-    return jnp.asarray(rng.normal(centre, 0.3, leaf.shape), jnp.float32)
+    return rng.normal(centre, scale, leaf.shape).astype(np.float32)
 
-  shapes = jax.eval_shape(DENOISER.init, jax.random.key(0))
+  shapes = jax.eval_shape(denoiser.init, jax.random.key(0))
   return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def params() -> dict:
+  """Weights of DENOISER."""
+  return jax.tree.map(jnp.asarray, draw_params(DENOISER))
 
 
 def text_states(batch: int) -> jax.Array:

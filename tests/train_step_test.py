@@ -21,8 +21,6 @@ from hiar_jax import (
 from hiar_jax.denoiser import Denoiser
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 DENOISER = tiny.DENOISER
 ROLLOUT = rollout.RolloutConfig(
   levels=noise_schedule.warped_levels((1000, 750, 500, 250), 5.0),
@@ -71,7 +69,7 @@ def test_teacher_step_lowers_the_loss_on_a_fixed_batch():
   optimiser = train_state.make_optimiser(
     train_state.OptimiserConfig('adamw', learning_rate=0.02, b1=0.9), 20
   )
-  params = DENOISER.init(jax.random.key(0))
+  params = jax.jit(DENOISER.init)(jax.random.key(0))
   state = train_state.RegressionState(
     iteration=jnp.zeros((), jnp.int32),
     net=train_state.init_net(params, optimiser),
