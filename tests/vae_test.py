@@ -279,7 +279,10 @@ def test_blocks_that_do_not_fill_are_refused():
 
 def test_pixel_patches_are_the_first_levels_channels():
   cfg = dataclasses.replace(SMALL, patch_size=2)
-  params = vae.init(cfg, jax.random.key(0))
+  init, encode, decode = (
+    jit(f, static_argnums=0) for f in (vae.init, vae.encode, vae.decode)
+  )
+  params = init(cfg, jax.random.key(0))
   video = jax.random.uniform(jax.random.key(1), (1, 5, 8, 16, 3), minval=-1)
   patches = vae_layers.to_patches(video, 2)
   assert patches.shape == (1, 5, 4, 8, 12)
@@ -287,9 +290,9 @@ def test_pixel_patches_are_the_first_levels_channels():
   np.testing.assert_array_equal(patches[..., 0], video[:, :, ::2, ::2, 0])
   np.testing.assert_array_equal(patches[..., 3], video[:, :, 1::2, 1::2, 0])
   np.testing.assert_array_equal(vae_layers.from_patches(patches, 2), video)
-  latents = vae.encode(cfg, params, video)
+  latents = encode(cfg, params, video)
   assert latents.shape == (1, 3, 2, 4, 2)
-  decoded = vae.decode(cfg, params, latents)
+  decoded = decode(cfg, params, latents)
   assert decoded.shape == video.shape
   step = functools.partial(decode_block, cfg, params)
   first, cache = step(None, latents[:, :1], first=True)

@@ -9,8 +9,6 @@ import pytest
 from hiar_jax import data, text, train_state, vae_training, worlds
 from hiar_jax.models import vae
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 WORLD = worlds.WorldConfig(num_frames=5)
 VIDEOS = data.BouncingVideos(
   WORLD, text.WordHashEncoder(dim=4, length=4), seed=3, with_truth=True
@@ -25,6 +23,8 @@ CONFIG = vae.VAEConfig(
   std=(1.0,) * 3,
   patch_size=4,
 )
+
+init = jax.jit(vae_training.init, static_argnums=0)
 
 
 def shape_pixels(frames, scene):
@@ -49,7 +49,7 @@ def test_a_crop_larger_than_the_frame_is_refused():
 
 
 def test_every_residual_branch_starts_as_nothing():
-  params = vae_training.init(CONFIG, jax.random.key(0))
+  params = init(CONFIG, jax.random.key(0))
   paths, _ = jax.tree_util.tree_flatten_with_path(params)
   silent = [
     [key.key for key in path] for path, leaf in paths if not np.any(leaf)
@@ -61,7 +61,7 @@ def test_every_residual_branch_starts_as_nothing():
 
 def test_updates_lower_the_error():
   optimiser = optax.adam(3e-3)
-  params = vae_training.init(CONFIG, jax.random.key(0))
+  params = init(CONFIG, jax.random.key(0))
   step = jax.jit(
     vae_training.make_step(CONFIG, optimiser, kl_weight=1e-4, ema_decay=0.5)
   )
@@ -82,22 +82,22 @@ def test_updates_lower_the_error():
 
 
 def test_folded_statistics_whiten_the_latents_and_change_no_pixel():
-  params = vae.init(CONFIG, jax.random.key(1))
+  params = jax.jit(vae.init, static_argnums=0)(CONFIG, jax.random.key(1))
   mean_C, std_C = vae_training.statistics(CONFIG, params, VIDEOS, num_videos=4)
   folded = vae_training.fold_statistics(params, mean_C, std_C)
   after = vae_training.statistics(CONFIG, folded, VIDEOS, num_videos=4)
   np.testing.assert_allclose(after[0], 0, atol=1e-4)
   np.testing.assert_allclose(after[1], 1, atol=1e-4)
   video = jnp.asarray(VIDEOS[0]['video'][None] / 127.5 - 1, jnp.float32)
-  decoded = [
-    vae.decode(CONFIG, p, vae.encode(CONFIG, p, video))
-    for p in (params, folded)
-  ]
-  np.testing.assert_allclose(decoded[0], decoded[1], atol=1e-4)
+
+  @jax.jit
+  def decoded(params):
+    return vae.decode(CONFIG, params, vae.encode(CONFIG, params, video))
+
+  np.testing.assert_allclose(decoded(params), decoded(folded), atol=1e-4)
   # The posterior is as wide as before, in the new unit.
-  before, log_var = (
-    vae.posterior(CONFIG, p, video)[1] for p in (params, folded)
-  )
+  posterior = jax.jit(vae.posterior, static_argnums=0)
+  before, log_var = (posterior(CONFIG, p, video)[1] for p in (params, folded))
   np.testing.assert_allclose(
     np.asarray(log_var), np.asarray(before) - 2 * np.log(std_C), atol=1e-4
   )
