@@ -146,6 +146,7 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
       *(*good, '--continue_frames=2')
     ],
     'fps=0.0 is not positive': [*good, '--fps=0'],
+    'no text embeddings at nowhere': [*good, '--text_encoder=nowhere'],
     "unknown config key 'rolout'": [*good, '--config.rolout.window=9'],
     'window=20 is not a positive multiple of frames_per_block=3': [
       *(*good, '--config.rollout.window=20')

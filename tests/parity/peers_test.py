@@ -1,4 +1,7 @@
-"""Ours equals the classes of diffusers and transformers, at small widths."""
+"""Ours equals the classes of diffusers and transformers."""
+
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +11,14 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('diffusers')
 pytest.importorskip('transformers')
 
-from tests.parity import peers_lib, peers_networks, peers_solvers  # noqa: E402
+from tests.parity import (  # noqa: E402
+  peers,
+  peers_lib,
+  peers_networks,
+  peers_solvers,
+)
+
+_PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'parity.md'
 
 # torch and its companions are not written for warnings that are errors.
 pytestmark = pytest.mark.filterwarnings('default')
@@ -53,6 +63,31 @@ def test_text_to_video_equals_the_peer():
   check(
     peers_networks.sampler_comparisons(num_heads=2, ffn_dim=96, num_steps=4)
   )
+
+
+@pytest.mark.slow
+def test_every_row_of_the_page_holds_at_its_own_size():
+  """Minutes, and 4 GB: the released widths, 50 steps of the solvers."""
+  page, seen = _PAGE.read_text(), 0
+  for comparison in peers.comparisons(small=False):
+    start = [comparison.part, comparison.output, comparison.peer]
+    assert f'| {" | ".join(start)} |' in page, comparison
+    assert comparison.passes(), (str(comparison), comparison.errors())
+    seen += 1
+  assert seen == len(_rows(page))
+
+
+def test_the_page_says_what_is_allowed():
+  rows = _rows(_PAGE.read_text())
+  assert len(rows) > 10
+  for cells in rows:
+    assert float(cells[4]) <= peers_lib.FLOAT32, cells
+
+
+def _rows(page: str) -> list[list[str]]:
+  """Cells of the table of peers."""
+  table = re.search(r'\n## Peers\n.*?\n\|---[^\n]*\n(.*?)\n\n', page, re.S)[1]
+  return [line.strip('| ').split(' | ') for line in table.splitlines()]
 
 
 def test_a_difference_is_told():
