@@ -45,6 +45,11 @@ def _profile_window() -> tuple[int, int] | None:
 def main(argv):
   del argv
   distributed.start_by_flags()
+  if jax.process_count() > 1 and 'mesh' not in _CONFIG.value:
+    raise ValueError(
+      f'{jax.process_count()} processes, but the {_CONFIG.value.phase} config '
+      'has no mesh; train it with --num_processes=1'
+    )
   if _COMPILATION_CACHE.value is not None:
     jax.config.update('jax_compilation_cache_dir', _COMPILATION_CACHE.value)
   train.train(
