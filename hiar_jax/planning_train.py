@@ -303,16 +303,16 @@ def _on_topology(training, topology) -> tuple[Mesh, Training]:
   devices = planning.describe(topology).devices
   filled = training.mesh.filled(len(devices))
   mesh = sharding.make_mesh(filled, devices)
-  _check(training, mesh)
+  _check_networks(training, mesh)
+  sharding.check_batch(training.batch_size, training.microbatches, mesh)
   return mesh, dataclasses.replace(training, mesh=filled)
 
 
-def _check(training: Training, mesh: Mesh) -> None:
-  """Raises a ValueError if anything does not divide."""
+def _check_networks(training: Training, mesh: Mesh) -> None:
+  """Raises a ValueError if a size of a network does not divide."""
   steps = training.steps
   sharding.check_model('model', steps.student.config, mesh)
   sharding.check_model('teacher', steps.teacher.config, mesh)
-  sharding.check_batch(training.batch_size, training.microbatches, mesh)
   for denoiser in (steps.student, steps.teacher):
     sharding.shardings(_params(denoiser), mesh)
 
@@ -434,16 +434,18 @@ def propose(training: Training, topology: str) -> str:
   hbm = planning.CHIPS[topology.partition(':')[0]].hbm
   tried = []
   for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
+    if len(devices) % (tensor * context):
+      continue
+    config = sharding.MeshConfig(1, -1, tensor, context).filled(len(devices))
+    mesh = sharding.make_mesh(config, devices)
+    try:
+      _check_networks(training, mesh)
+    except ValueError:  # Does not divide.
+      continue
     for microbatches in (1, 2, 4, 8, 16):
-      if len(devices) % (tensor * context):
-        continue
-      config = sharding.MeshConfig(1, -1, tensor, context).filled(len(devices))
-      other = training.with_mesh(config, microbatches)
-      try:
-        _check(other, sharding.make_mesh(config, devices))
-      except ValueError:  # Does not divide.
-        continue
-      tried.append((tensor * context, microbatches, -context, other))
+      if training.batch_size % (microbatches * config.fsdp) == 0:
+        other = training.with_mesh(config, microbatches)
+        tried.append((tensor * context, microbatches, -context, other))
   tried.sort(key=lambda entry: entry[:3])
   for *_, other in tried:
     if (size := estimated_bytes(other)) <= 0.75 * hbm:

@@ -145,15 +145,14 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 # --- Parameters, and what is shaped like them.
 
 
+@functools.cache
 def param_spec(path: str) -> PartitionSpec:
   """Spec of a parameter, by its path such as 'layers/ffn_in/kernel'.
 
   Raises:
     ValueError: unless exactly one rule fits.
   """
-  fits = [
-    spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, path)
-  ]
+  fits = [spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, path)]
   if len(fits) != 1:
     raise ValueError(f'{len(fits)} sharding rules fit {path!r}, not 1')
   return PartitionSpec(*fits[0])
