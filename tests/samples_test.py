@@ -17,6 +17,7 @@ def inputs(tmp_path_factory):
   return root
 
 
+@pytest.mark.slow
 def test_a_run_samples_both_orders_and_measures_them(
   inputs, tmp_path, monkeypatch
 ):
