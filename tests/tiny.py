@@ -11,12 +11,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from configs import bouncing
+from configs import bouncing, bouncing_vae
 from hiar_jax import checkpoint, phases, train, trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 
-PHASES = bouncing.PHASES
+PHASES = ('codec', *bouncing.PHASES)
 
 # Two tokens a frame, for tests of one training step.
 DENOISER = Denoiser(
@@ -39,24 +39,16 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   """A phase of `configs/bouncing.py` with everything below `root`.
 
   Two layers of width 16; 6 frames, that is 2 blocks, of 4x4 latents. The phase
-  'codec' has a VAE, the others a linear codec.
+  'codec' is that of `configs/bouncing_vae.py`.
   """
-  c = bouncing.get_config(phase)
   root = pathlib.Path(root)
+  if phase in ('codec_start', 'codec'):
+    return _codec(bouncing_vae.get_config(phase), phase, root)
+  c = bouncing.get_config(phase)
   c.workdir = str(root / phase)
   c.world = dict(height=32, width=32, num_frames=6)
   c.text = dict(dim=8, length=4)
-  if phase in ('codec_start', 'codec'):
-    return _codec(c, root)
-  # Linear, which takes no training.
-  del c.vae
-  c.codec = dict(
-    path=str(root / 'codec.npz'),
-    channels=4,
-    whitening=0.5,
-    num_videos=8,
-    seed=0,
-  )
+  c.codec.update(dict(path=str(root / 'codec.npz'), channels=4, num_videos=8))
   c.model.update(
     dict(
       dim=16,
@@ -77,7 +69,6 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   c.checkpoint_every = 2
   c.log_every = 1
   if phase == 'teacher':
-    del c.latents
     return c
   c.rollout.window = 6
   c.teacher_weights = str(root / 'teacher' / train.WEIGHTS)
@@ -98,7 +89,10 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   return c
 
 
-def _codec(c, root):
+def _codec(c, phase, root):
+  c.workdir = str(root / phase)
+  c.world = dict(height=32, width=32, num_frames=6)
+  c.text = dict(dim=8, length=4)
   c.codec.path = str(root / 'codec' / train.WEIGHTS)
   c.vae.update(
     dict(
