@@ -38,7 +38,7 @@ def check(num_frames: int) -> None:
   for start in range(0, num_frames, _PER_BLOCK):
     block = jnp.asarray(z[:, start : start + _PER_BLOCK])
     frames, cache = decode(params, cache, block, first=cache is None)
-    pieces.append(np.asarray(frames))
+    pieces.append(np.array(frames))  # A view would keep the device's array.
     del frames, block
     held.append(live_bytes())
   # One program for the first block and one for all later ones, and between two
