@@ -13,6 +13,7 @@ F frames, H height, W width.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -36,6 +37,8 @@ _STEPS = (0.5, 0.25, 0.12, 0.06)
 # Frames measured at once: bounds the memory, whatever the video's length.
 _CHUNK = 64
 _WORLD = worlds.WorldConfig()
+# No config trains on the scenes of this seed.
+_HELD_OUT_SEED = 99
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,6 +100,19 @@ class VideoScore:
   shape_correct_by_quarter: np.ndarray
 
 
+def held_out_scenes(cfg: worlds.WorldConfig, num: int) -> list[worlds.Scene]:
+  """Scenes of no training set, with captions that say everything.
+
+  So every number of `VideoScore` is defined.
+  """
+  scenes = (
+    worlds.sample_scene(cfg, _HELD_OUT_SEED, index)
+    for index in itertools.count()
+  )
+  full = (scene for scene in scenes if _says_everything(scene.caption))
+  return list(itertools.islice(full, num))
+
+
 def evaluate_prompts(
   videos: Sequence[np.ndarray],
   prompts: Sequence[str],
@@ -132,6 +148,11 @@ def evaluate_prompts(
       result[f'{name}_q{quarter + 1}'] = _mean(quarters[:, quarter])
     result[f'{name}_drift'] = _mean(quarters[:, 3] - quarters[:, 0])
   return result
+
+
+def _says_everything(caption: str) -> bool:
+  terms = worlds.parse_prompt(caption)
+  return all(getattr(terms, f.name) for f in dataclasses.fields(terms))
 
 
 def evaluate_video(

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import data, errors, evaluation, generate, text, worlds
+from hiar_jax import errors, evaluation, generate, worlds
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')
@@ -33,9 +33,6 @@ _WAYS = flags.DEFINE_list(
 )
 _OUT = flags.DEFINE_string('out', None, 'also writes the numbers as JSON')
 
-# Scenes of this seed are in no training set.
-_HELD_OUT_SEED = 99
-
 
 def main(argv):
   del argv
@@ -44,18 +41,11 @@ def main(argv):
   world = worlds.WorldConfig(**config.world)
   latents = _NUM_BLOCKS.value * pipeline.rollout.frames_per_block
   frames = 1 + (latents - 1) * pipeline.codec.temporal_stride
-  source = data.BouncingVideos(
-    worlds.WorldConfig(**(config.world.to_dict() | {'num_frames': frames})),
-    text.WordHashEncoder(**config.text),
-    seed=_HELD_OUT_SEED,
-  )
-  # Captions that say everything, so that every score is defined.
-  scenes = map(source.scene, range(len(source)))
-  full = (s for s in scenes if _says_everything(s.caption))
-  chosen = [next(full) for _ in range(_NUM_PROMPTS.value)]
+  long = worlds.WorldConfig(**(config.world.to_dict() | {'num_frames': frames}))
+  chosen = evaluation.held_out_scenes(long, _NUM_PROMPTS.value)
   prompts = [scene.caption for scene in chosen]
   rows = {}
-  true = np.stack([worlds.render(scene, source.world) for scene in chosen])
+  true = np.stack([worlds.render(scene, long) for scene in chosen])
   coded = pipeline.decode(
     np.concatenate([pipeline.encode(video) for video in true])
   )
@@ -78,13 +68,6 @@ def main(argv):
   print(evaluation.format_table(rows))
   if _OUT.value:
     pathlib.Path(_OUT.value).write_text(json.dumps(rows, indent=2) + '\n')
-
-
-def _says_everything(caption: str) -> bool:
-  terms = worlds.parse_prompt(caption)
-  return all(
-    (terms.shape, terms.colour, terms.background, terms.size, terms.motion)
-  )
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import checkpoint, errors, generate, phases, train
+from hiar_jax import checkpoint, errors, generate, phases, teacher_files, train
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 
@@ -46,7 +46,7 @@ def main(argv):
   )
   if teacher is not None:
     checkpoint.save_weights(
-      out / 'teacher.safetensors', teacher, dtype=jnp.float16
+      out / teacher_files.TEACHER_FILE, teacher, dtype=jnp.float16
     )
   for path in sorted(out.iterdir()):
     print(f'wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)')

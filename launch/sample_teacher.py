@@ -31,6 +31,7 @@ from hiar_jax import (
   phases,
   sampling,
   solvers,
+  teacher_files,
   teacher_sampling,
   text,
   video,
@@ -74,8 +75,6 @@ _FPS = flags.DEFINE_float('fps', None, "frames a second; default: the config's")
 _SCALE = flags.DEFINE_integer(
   'scale', None, 'factor of enlargement; default: up to 512 px', lower_bound=1
 )
-
-_ASSET = 'teacher.safetensors'
 
 
 def main(argv: Sequence[str]) -> None:
@@ -151,7 +150,7 @@ def _defaults(config) -> teacher_sampling.SamplingConfig:
 def _load(config) -> generate.VideoPipeline:
   if config is None:
     return generate.load(_PIPELINE.value)
-  weights, codec = _weights(config)
+  weights, codec = teacher_files.find(config, _WEIGHTS.value)
   # The teacher has the student's sizes, text and codec.
   return generate.from_config(config.to_dict(), weights=weights, codec=codec)
 
@@ -171,20 +170,6 @@ def _paths(count: int, fps: float) -> list[pathlib.Path]:
     video_io.VideoWriter(path, fps=fps, scale=_SCALE.value or 1)
     video_io.check_writable(path.with_suffix('.png'))
   return paths
-
-
-def _weights(config) -> tuple[pathlib.Path, pathlib.Path]:
-  """The files of the weights and of the codec."""
-  trained = pathlib.Path(_WEIGHTS.value or config.teacher_weights)
-  if _WEIGHTS.value or trained.exists():
-    return trained, pathlib.Path(config.codec.path)
-  folder = generate.ASSETS / config.name
-  if not (folder / _ASSET).exists():
-    raise FileNotFoundError(
-      f'no teacher at {trained}, and none of {config.name!r} comes with the '
-      'package; give --weights'
-    )
-  return folder / _ASSET, folder / generate.codec_file(config)
 
 
 if __name__ == '__main__':

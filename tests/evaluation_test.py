@@ -49,6 +49,19 @@ def make_video(shape='disc', colour='red', background='black', **kwargs):
 PROMPT = 'a small red disc drifting slowly over black'
 
 
+def test_held_out_captions_say_everything_and_stay_the_same():
+  scenes = evaluation.held_out_scenes(CFG, 30)
+  assert len(scenes) == 30
+  for scene in scenes:
+    for term in (scene.shape, scene.colour, scene.background):
+      assert term in scene.caption
+  again = evaluation.held_out_scenes(CFG, 2)
+  assert [s.caption for s in again] == [s.caption for s in scenes[:2]]
+  assert scenes[0].positions[0].tolist() not in [
+    worlds.sample_scene(CFG, 1, i).positions[0].tolist() for i in range(99)
+  ]
+
+
 def test_true_videos_score_near_perfect(videos, prompts):
   result = evaluation.evaluate_prompts(videos, prompts)
   assert result['visible'] == 1.0

@@ -31,7 +31,7 @@ _LAYERS = (
   ('shared_pipeline',),
   ('train_step', 'streaming', 'vae_training'),
   ('phases', 'generate', 'planning'),
-  ('samples', 'planning_parts', 'planning_traffic'),
+  ('samples', 'planning_parts', 'planning_traffic', 'teacher_files'),
   ('train', 'planning_train'),
   ('',),  # hiar_jax/__init__.py
 )

@@ -155,10 +155,10 @@ def test_bad_values_are_refused():
 _CONFIG = f'--config={_ROOT / "configs" / "bouncing.py"}'
 
 
-def _run(folder, *flags):
+def _run(folder, *flags, program='sample_teacher'):
   return subprocess.run(
     [
-      *(sys.executable, _ROOT / 'launch' / 'sample_teacher.py'),
+      *(sys.executable, _ROOT / 'launch' / f'{program}.py'),
       *flags,
     ],
     cwd=folder,
@@ -182,6 +182,21 @@ def test_one_command_samples_with_the_bundled_teacher(tmp_path):
     frames, fps = video_io.read_video(tmp_path / f'video-{i}.mp4')
     assert fps == 5 and frames.shape == (3, 128, 128, 3)
     assert f'wrote video-{i}.mp4 and video-{i}.png' in done.stdout
+
+
+@pytest.mark.slow
+def test_one_command_scores_the_bundled_teacher(tmp_path):
+  done = _run(
+    tmp_path,
+    _CONFIG,
+    '--num_prompts=2',
+    '--config.trajectories.num_steps=4',
+    program='evaluate_teacher',
+  )
+  assert done.returncode == 0, done.stderr
+  assert '2 held-out captions, 21 frames, seed 0' in done.stdout
+  table = done.stdout.splitlines()
+  assert [line.split()[0] for line in table[-2:]] == ['codec', 'teacher']
 
 
 @pytest.mark.slow

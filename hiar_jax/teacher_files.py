@@ -1,0 +1,34 @@
+"""Where a config's teacher lies: in its training run, or in the package."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from hiar_jax import generate
+
+TEACHER_FILE = 'teacher.safetensors'
+
+
+def find(
+  config: Mapping[str, Any], weights: str | pathlib.Path | None = None
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Weights and codec of a config's teacher, for `generate.from_config`.
+
+  Args:
+    config: of the training.
+    weights: of the teacher; None: `teacher_weights`, or else those that come
+      with the package.
+
+  Raises:
+    FileNotFoundError: if there is no teacher.
+  """
+  trained = pathlib.Path(weights or config['teacher_weights'])
+  if weights or trained.exists():
+    return trained, pathlib.Path(config['codec']['path'])
+  folder = generate.ASSETS / config['name']
+  if not (folder / TEACHER_FILE).exists():
+    raise FileNotFoundError(
+      f'no teacher at {trained}, and none of {config["name"]!r} comes with the '
+      'package; give --weights'
+    )
+  return folder / TEACHER_FILE, folder / generate.codec_file(config)

@@ -1,0 +1,89 @@
+"""Scores the teacher's own videos of the small world against their prompts.
+
+  python launch/evaluate_teacher.py --config=configs/bouncing.py
+
+Held-out captions, videos of the training's length, sampled like the
+trajectories. What the teacher gets wrong, no student learns from it. The
+columns are those of launch/evaluate.py.
+"""
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from hiar_jax import (
+  errors,
+  evaluation,
+  generate,
+  phases,
+  sampling,
+  teacher_files,
+  teacher_sampling,
+  worlds,
+)
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+flags.mark_flag_as_required('config')
+_NUM_PROMPTS = flags.DEFINE_integer(
+  'num_prompts', 24, 'captions', lower_bound=1
+)
+_WEIGHTS = flags.DEFINE_string(
+  'weights', None, "a .safetensors file; default: the config's teacher"
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'names the noise', lower_bound=0)
+# Of videos sampled together.
+_BATCH = 8
+
+
+def main(argv):
+  del argv
+  config = _CONFIG.value
+  if 'trajectories' not in config:
+    raise ValueError(f'the {config.phase} config has no trajectories')
+  world = worlds.WorldConfig(**config.world)
+  weights, codec = teacher_files.find(config, _WEIGHTS.value)
+  pipeline = generate.from_config(
+    config.to_dict(), weights=weights, codec=codec
+  )
+  settings = config.trajectories
+  solver = teacher_sampling.SamplingConfig(
+    solver='euler',
+    num_steps=settings.num_steps,
+    shift=settings.shift,
+    guidance=settings.guidance,
+  )
+  chosen = evaluation.held_out_scenes(world, _NUM_PROMPTS.value)
+  prompts = [scene.caption for scene in chosen]
+  true = np.stack([worlds.render(scene, world) for scene in chosen])
+  rows = {
+    'codec': pipeline.decode(
+      np.concatenate([pipeline.encode(video) for video in true])
+    ),
+    'teacher': [],
+  }
+  for start in range(0, len(prompts), _BATCH):
+    batch = prompts[start : start + _BATCH]
+    numbers = np.arange(start, start + len(batch))
+    latents = teacher_sampling.sample(
+      pipeline.denoiser,
+      pipeline.params,
+      solver,
+      sampling.sample_keys(np.uint32(_SEED.value), numbers, 0 * numbers),
+      pipeline.encoder.encode(batch),
+      pipeline.encoder.encode(['']),
+      num_frames=phases.latent_frames(config),
+    )
+    rows['teacher'].extend(pipeline.decode(latents))
+  scores = {
+    name: evaluation.evaluate_prompts(videos, prompts, world)
+    for name, videos in rows.items()
+  }
+  print(
+    f'{len(prompts)} held-out captions, {world.num_frames} frames, '
+    f'seed {_SEED.value}'
+  )
+  print(evaluation.format_table(scores))
+
+
+if __name__ == '__main__':
+  errors.run_main(main)
