@@ -21,6 +21,11 @@ CONFIG = vae.VAEConfig(
 )
 _PER_BLOCK = 4
 
+# Compiling is most of the time.
+jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
 
 def live_bytes() -> int:
   return sum(array.nbytes for array in jax.live_arrays())
@@ -31,7 +36,7 @@ def check(num_frames: int) -> None:
   params = vae.init(CONFIG, jax.random.key(0))
   rng = np.random.default_rng(0)
   z = rng.normal(size=(1, num_frames, 8, 8, 4)).astype(np.float32)
-  decode = jax.jit(
+  decode = jit(
     functools.partial(vae.decode_block, CONFIG), static_argnames='first'
   )
   pieces, cache, held = [], None, []
@@ -45,10 +50,13 @@ def check(num_frames: int) -> None:
   # blocks the cache alone.
   assert decode._cache_size() == 2
   assert len(set(held)) == 1, held
-  at_once = jax.jit(functools.partial(vae.decode, CONFIG))(params, z)
+  at_once = jit(functools.partial(vae.decode, CONFIG))(params, z)
   assert at_once.shape == (1, 4 * num_frames - 3, 64, 64, 3)
-  assert np.abs(at_once).max() > 0.1
-  np.testing.assert_allclose(np.concatenate(pieces, 1), at_once, atol=1e-5)
+  # Random weights leave -1..1, so the bound is of the largest value.
+  largest = np.abs(at_once).max()
+  assert largest > 0.1
+  difference = np.abs(np.concatenate(pieces, 1) - at_once).max()
+  assert difference <= 1e-5 * largest, (difference, largest)
 
 
 @pytest.mark.slow
