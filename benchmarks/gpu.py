@@ -119,16 +119,16 @@ def _sizes() -> dict[str, Size]:
 
 
 def random_params(abstract: Any, dtype: str = 'bfloat16') -> Any:
-  """Small random numbers in the place of weights, array by array."""
+  """Small random numbers in the place of weights, array by array.
 
-  @functools.partial(jax.jit, static_argnums=1)
-  def draw(key, shape):
-    return 0.02 * jax.random.normal(key, shape, dtype)
-
-  leaves, treedef = jax.tree.flatten(abstract)
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  return treedef.unflatten(
-    [draw(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+  The same numbers over and over: to draw each on the device would compile a
+  program for every shape.
+  """
+  rng = np.random.default_rng(0)
+  numbers = 0.02 * rng.standard_normal(2**20, np.float32)
+  numbers = numbers.astype(jnp.dtype(dtype))
+  return jax.tree.map(
+    lambda leaf: jax.device_put(np.resize(numbers, leaf.shape)), abstract
   )
 
 
