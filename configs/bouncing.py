@@ -1,5 +1,8 @@
 """The small world: 64x64 videos of one moving shape.
 
+  python launch/train.py --config=configs/bouncing.py:codec_start
+  python launch/train.py --config=configs/bouncing.py:codec
+  python launch/encode_videos.py --config=configs/bouncing.py:teacher
   python launch/train.py --config=configs/bouncing.py:teacher
   python launch/make_trajectories.py --config=configs/bouncing.py
   python launch/train.py --config=configs/bouncing.py:student_start
@@ -16,7 +19,14 @@ import ml_collections
 
 from hiar_jax.loop_config import LoopConfig
 
-PHASES = ('teacher', 'student_start', 'distill', 'self_forcing')
+PHASES = (
+  'codec_start',
+  'codec',
+  'teacher',
+  'student_start',
+  'distill',
+  'self_forcing',
+)
 _RUNS = 'runs/bouncing'
 
 
@@ -26,19 +36,31 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     raise ValueError(f'phase {phase!r} is not one of {PHASES}')
   c = ml_collections.ConfigDict()
   c.name = 'bouncing'
-  c.phase = 'distill' if phase == 'self_forcing' else phase
+  c.phase = {'self_forcing': 'distill', 'codec_start': 'codec'}.get(
+    phase, phase
+  )
   c.workdir = f'{_RUNS}/{phase}'
   c.seed = 0
 
-  c.world = dict(height=64, width=64, num_frames=21)
+  c.world = dict(
+    height=64,
+    width=64,
+    num_frames=81,
+    slow_speed=(0.3, 0.45),
+    fast_speed=(0.8, 1.1),
+  )
   c.world_seed = 1
   c.text = dict(dim=64, length=16)
-  c.codec = dict(
-    path=f'{_RUNS}/codec.npz',
-    channels=16,
-    whitening=0.5,
-    num_videos=512,
-    seed=0,
+  c.codec = dict(path=f'{_RUNS}/codec/weights.safetensors')
+  c.vae = dict(
+    base_dim=16,
+    z_dim=8,
+    dim_mult=(1, 2, 3),
+    num_res_blocks=1,
+    temporal_downsample=(True, True),
+    patch_size=2,
+    mean=(0.0,) * 8,
+    std=(1.0,) * 8,
   )
   c.model = dict(
     dim=128,
@@ -48,7 +70,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     unroll=4,
     latent_height=8,
     latent_width=8,
-    channels=16,
+    channels=8,
     freq_dim=64,
     text_dim=64,
     text_len=16,
@@ -58,6 +80,8 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.checkpoint_every = 200
   # What does not change the result: checkpoints kept, services, samples.
   c.loop = dataclasses.asdict(LoopConfig())
+  if phase in ('codec_start', 'codec'):
+    return _codec(c, phase)
   if phase == 'teacher':
     return _teacher(c)
 
@@ -68,7 +92,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
-    num=1024,
+    num=512,
     shard_size=32,
     batch_size=8,
     seed=1,
@@ -77,7 +101,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     guidance=2.0,
     points='student',
   )
-  c.generate = dict(order='step_first', fps=12.0)
+  c.generate = dict(order='step_first', fps=16.0)
   if phase == 'student_start':
     return _student_start(c)
   return _distill(c, phase)
@@ -97,9 +121,34 @@ def _muon(learning_rate: float, adam_learning_rate: float, warmup: int):
   )
 
 
+def _codec(c, phase):
+  c.ema_decay = 0.995
+  c.codec_training = dict(
+    crop=32, num_frames=9, kl_weight=1e-3, start_weights=''
+  )
+  if phase == 'codec_start':
+    c.iterations = 7000
+    c.optimiser = _muon(1e-2, 3e-3, warmup=50)
+    return c
+  # A layer sees frames before it, 70 in all; in short clips most are padding.
+  c.iterations = 1000
+  c.batch_size = 2
+  c.codec_training.update(
+    dict(
+      num_frames=73, start_weights=f'{_RUNS}/codec_start/weights.safetensors'
+    )
+  )
+  c.optimiser = _muon(3e-3, 1e-3, warmup=20)
+  return c
+
+
 def _teacher(c):
-  c.iterations = 12000
+  c.iterations = 7500
+  c.start_weights = ''
   c.caption_dropout = 0.1
+  c.latents = dict(
+    dir=f'{_RUNS}/latents', num=6144, shard_size=256, batch_size=8
+  )
   c.timestep_shift = 2.5
   c.ema_decay = 0.999
   c.optimiser = _muon(1e-2, 2.5e-3, warmup=100)
@@ -107,7 +156,7 @@ def _teacher(c):
 
 
 def _student_start(c):
-  c.iterations = 800
+  c.iterations = 600
   c.start_context = 'matched'
   c.ema_decay = 0.98
   c.optimiser = _muon(2e-3, 1e-3, warmup=20)
@@ -115,7 +164,7 @@ def _student_start(c):
 
 
 def _distill(c, phase):
-  c.iterations = 450
+  c.iterations = 240
   c.rollout_blocks = (7, 7)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)

@@ -288,7 +288,11 @@ def _teacher(config: Config) -> Phase:
       config.latents.dir, latents_manifest(config, codec), source
     )
   batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
-  return _regression(denoiser.init(key), optimiser, step, batches)
+  if config.start_weights:
+    params = load_params(config.start_weights, denoiser)
+  else:
+    params = denoiser.init(key)
+  return _regression(params, optimiser, step, batches)
 
 
 def _student_start(config: Config) -> Phase:

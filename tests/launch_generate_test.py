@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import bouncing
+from configs import bouncing_linear
 from hiar_jax import codecs, generate, video_io, worlds
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
@@ -18,12 +18,12 @@ from tests.forked_runs import DRIVER
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PROGRAM = _ROOT / 'launch' / 'generate.py'
-_CONFIG = f'--config={_ROOT / "configs" / "bouncing.py"}'
+_CONFIG = f'--config={_ROOT / "configs" / "bouncing_linear.py"}'
 
 
 def _export(folder):
   """The small world's pipeline with weights that were never trained."""
-  config = bouncing.get_config().to_dict()
+  config = bouncing_linear.get_config().to_dict()
   denoiser = Denoiser(WanConfig(**config['model']))
   params = jax.tree.map(
     lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype),

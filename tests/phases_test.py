@@ -69,6 +69,16 @@ def test_student_start_begins_with_the_teachers_weights(inputs):
   assert batch['text'].shape == (2, 4, 8)
 
 
+def test_teacher_begins_where_another_run_ended(inputs):
+  config = tiny.config('teacher', inputs)
+  drawn = phases.build(config).state.net.params
+  config.start_weights = tiny.config('distill', inputs).teacher_weights
+  params = phases.build(config).state.net.params
+  assert_equal(params, weights_of(config.start_weights))
+  with pytest.raises(AssertionError):
+    assert_equal(params, drawn)
+
+
 def test_distillation_begins_with_two_networks_of_earlier_phases(inputs):
   config = tiny.config('distill', inputs)
   state = phases.build(config).state
@@ -103,7 +113,7 @@ def test_forward_kl_gets_trajectories_beside_the_prompts(inputs):
 def test_without_forward_kl_no_trajectory_is_read(inputs, tmp_path):
   config = tiny.config('self_forcing', inputs)
   config.trajectories.dir = str(tmp_path / 'none')
-  assert next(phases.build(config).batches).keys() == {'text'}
+  assert next(phases.build(config).batches).keys() == {'index', 'text'}
 
 
 def test_codec_is_fitted_once(tmp_path):
@@ -158,7 +168,8 @@ def test_unknown_phase(no_work, inputs):
   config = tiny.config('teacher', inputs)
   config.phase = 'pupil'
   assert mistake(config) == (
-    "phase 'pupil' is not one of ['distill', 'student_start', 'teacher']"
+    "phase 'pupil' is not one of ['codec', 'distill', 'student_start', "
+    "'teacher']"
   )
 
 

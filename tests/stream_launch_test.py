@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import bouncing
+from configs import bouncing_linear
 from hiar_jax import codecs, generate, video_io, worlds
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
@@ -68,7 +68,7 @@ def test_the_block_under_way_is_the_last_one_when_stopped(tmp_path):
   done = subprocess.run(
     [
       *(sys.executable, '-c', _FAKE, _PROGRAM, '--stream', '--num_blocks=0'),
-      f'--config={_ROOT / "configs" / "bouncing.py"}',
+      f'--config={_ROOT / "configs" / "bouncing_linear.py"}',
       *('--weights=none', _PROMPT, f'--prompt_at=3:{_OTHER}'),
       *('--scale=1', '--out=video.mp4'),
     ],
@@ -92,7 +92,7 @@ def test_the_block_under_way_is_the_last_one_when_stopped(tmp_path):
 def arguments(tmp_path_factory):
   """The program with a tiny network that was never trained."""
   folder = tmp_path_factory.mktemp('pipeline')
-  config = bouncing.get_config()
+  config = bouncing_linear.get_config()
   config.model.update(_SMALL)
   config = config.to_dict()
   denoiser = Denoiser(WanConfig(**config['model']))
@@ -111,7 +111,7 @@ def arguments(tmp_path_factory):
   generate.export(folder, config=config, params=params, codec=codec)
   return [
     *(sys.executable, str(_PROGRAM), f'--weights={folder}', '--stream'),
-    f'--config={_ROOT / "configs" / "bouncing.py"}',
+    f'--config={_ROOT / "configs" / "bouncing_linear.py"}',
     *(f'--config.model.{name}={value}' for name, value in _SMALL.items()),
     *('--scale=1', '--fps=5', '--out=video.mp4'),
   ]

@@ -180,7 +180,7 @@ def test_one_command_samples_with_the_bundled_teacher(tmp_path):
   assert done.returncode == 0, done.stderr
   for i in range(2):
     frames, fps = video_io.read_video(tmp_path / f'video-{i}.mp4')
-    assert fps == 5 and frames.shape == (3, 128, 128, 3)
+    assert fps == 5 and frames.shape == (9, 128, 128, 3)
     assert f'wrote video-{i}.mp4 and video-{i}.png' in done.stdout
 
 
@@ -194,7 +194,7 @@ def test_one_command_scores_the_bundled_teacher(tmp_path):
     program='evaluate_teacher',
   )
   assert done.returncode == 0, done.stderr
-  assert '2 held-out captions, 21 frames, seed 0' in done.stdout
+  assert '2 held-out captions, 81 frames, seed 0' in done.stdout
   table = done.stdout.splitlines()
   assert [line.split()[0] for line in table[-2:]] == ['codec', 'teacher']
 
@@ -208,7 +208,7 @@ def test_a_pipelines_own_network_can_be_sampled(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   frames, fps = video_io.read_video(tmp_path / 'video.mp4')
-  assert fps == 12 and frames.shape == (2, 512, 512, 3)
+  assert fps == 16 and frames.shape == (5, 512, 512, 3)
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from configs import bouncing, bouncing_vae
+from configs import bouncing, bouncing_linear
 from hiar_jax import checkpoint, phases, train, trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 
-PHASES = ('codec', *bouncing.PHASES)
+PHASES = ('codec', *bouncing_linear.PHASES)
 
 # Two tokens a frame, for tests of one training step.
 DENOISER = Denoiser(
@@ -36,15 +36,15 @@ DENOISER = Denoiser(
 
 
 def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
-  """A phase of `configs/bouncing.py` with everything below `root`.
+  """A phase of `configs/bouncing_linear.py` with everything below `root`.
 
   Two layers of width 16; 6 frames, that is 2 blocks, of 4x4 latents. The phase
-  'codec' is that of `configs/bouncing_vae.py`.
+  'codec' is that of `configs/bouncing.py`.
   """
   root = pathlib.Path(root)
   if phase in ('codec_start', 'codec'):
-    return _codec(bouncing_vae.get_config(phase), phase, root)
-  c = bouncing.get_config(phase)
+    return _codec(bouncing.get_config(phase), phase, root)
+  c = bouncing_linear.get_config(phase)
   c.workdir = str(root / phase)
   c.world = dict(height=32, width=32, num_frames=6)
   c.text = dict(dim=8, length=4)
