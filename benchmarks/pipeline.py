@@ -227,11 +227,12 @@ def _maker(case: Case, options):
 
     jax.tree_util.register_static(PlainCodec)
     engine = streaming.Engine(denoiser, config, case.mode)
+    codec = PlainCodec()  # One for all videos: programs are found by it.
 
     def make():
       started = time.perf_counter()
       stream = streaming.Stream(
-        *(engine, params, PlainCodec(), lambda prompts: states, [''], keys)
+        *(engine, params, codec, lambda prompts: states, [''], keys)
       )
       next(stream)
       first = time.perf_counter() - started

@@ -21,6 +21,7 @@ tokens: `fused=True`. D(b, j) then runs at tick b + j.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -308,19 +309,26 @@ class Pipeline(Stages):
     tick = self._fused_tick if self.fused else self._tick
 
     def one_tick(state, slots):
-      def one_stage(args):
-        return tick(params, bank, keys_B, state.tick, *args)
+      def one_stage(args, past):
+        return tick(params, bank, keys_B, state.tick, *args, past)
 
-      args = (stages, slots, state.hold, state.inbox, state.past)
+      def entry(i):
+        # The past is taken where it is read: before a branch, that is a copy.
+        one = functools.partial(jax.tree.map, lambda a: a[i])
+        return one(args), lambda: one(state.past)
+
+      args = (stages, slots, state.hold, state.inbox)
       if len(stages) == 1:
         # As the loop over blocks would do it: a batch of one stage would be
         # one more axis in the attention.
-        alone = one_stage(jax.tree.map(lambda a: a[0], args))
+        alone = one_stage(*entry(0))
         results = jax.tree.map(lambda a: jnp.asarray(a)[None], alone)
       elif self.batched:
-        results = jax.vmap(one_stage)(args)
+        batch = jax.vmap(lambda args, past: one_stage(args, lambda: past))
+        results = batch(args, state.past)
       else:
-        results = jax.lax.map(one_stage, args)
+        one_by_one = jnp.arange(len(stages))
+        results = jax.lax.map(lambda i: one_stage(*entry(i)), one_by_one)
       hold, sent, kv, live = results
       # Not stage by stage: one after the other would copy the pasts.
       past = state.past.write_each(kv, live)
@@ -336,11 +344,23 @@ class Pipeline(Stages):
       level = jnp.zeros_like(level)
     return jnp.where(level == 0, self.config.context_level, level)
 
+  @property
+  def _branches(self) -> bool:
+    """Whether a stage runs the code of D or C alone, and not a pass for both.
+
+    A commit ends at the last layer's keys and values. Stages in one batch run
+    the same code, and so must the devices that share a stage, because their
+    collectives wait for each other.
+    """
+    alone = self.stages_per_device == 1 or not self.batched
+    return alone and (self.mesh is None or self.mesh.size == self.num_devices)
+
   def _tick(self, params, bank, keys_B, tick, stage, slot, hold, inbox, past):
     """What one stage does in one tick: D if tick - stage is even, else C.
 
     Before its first block a stage works on whatever its buffers hold; that
     reaches neither its past (`live`) nor a later stage's block (parity).
+    `past()` gives the past.
 
     Returns:
       What it holds then, what it sends, the K/V of the pass, and `live`:
@@ -351,15 +371,26 @@ class Pipeline(Stages):
     block = jnp.maximum(age, 0) // 2
     is_denoise = age % 2 == 0
     arrived = jnp.where(stage == 0, noise(0, block), inbox)
-    x = jnp.where(is_denoise, arrived, hold)
-    level = jnp.where(
-      is_denoise,
-      sampler.levels[stage],
-      self._context_level(sampler, stage + 1),
-    )
-    flow, kv = self.denoiser.flow(params, x, level, sampler.text, past=past)
-    sent, x0 = sampler.advance(x, flow, noise, stage, block)
-    context, _ = rollout.context_of(sampler, sent, x0, stage + 1)
+    context_level = self._context_level(sampler, stage + 1)
+
+    def advance(x, flow):
+      sent, x0 = sampler.advance(x, flow, noise, stage, block)
+      return rollout.context_of(sampler, sent, x0, stage + 1)[0], sent
+
+    def denoise():
+      flow, kv = sampler.denoise(arrived, past(), stage)
+      return *advance(arrived, flow), kv
+
+    def commit():
+      return hold, hold, sampler.commit_kv(hold, past(), context_level)
+
+    if self._branches:
+      context, sent, kv = jax.lax.cond(is_denoise, denoise, commit)
+    else:
+      x = jnp.where(is_denoise, arrived, hold)
+      level = jnp.where(is_denoise, sampler.levels[stage], context_level)
+      flow, kv = self.denoiser.flow(params, x, level, sampler.text, past=past())
+      context, sent = advance(x, flow)
     hold = jnp.where(is_denoise, context, hold)
     return hold, sent, kv, ~is_denoise & (age >= 0)
 
@@ -383,7 +414,7 @@ class Pipeline(Stages):
       arrived,
       jnp.repeat(levels, size)[None],
       sampler.text,
-      past,
+      past(),
       has_commit,
     )
     sent, x0 = sampler.advance(arrived, flow[:, size:], noise, stage, block)
@@ -453,13 +484,8 @@ def pipelined(
 ) -> jax.Array:
   """All blocks of a video through a pipeline: equals rollout.step_first.
 
-  Args:
-    stages: the pipeline.
-    params: of the network.
-    text: the prompts, [N, B, ...].
-    keys_B: one noise key per sample.
-    num_blocks: blocks to make.
-    initial: clean latents that come first.
+    `text` are the prompts, [N, B, ...], `keys_B` noise keys, one per sample,
+  `initial` clean latents that come first.
 
   Returns:
     [B, F, h, w, C], given frames included.

@@ -468,6 +468,8 @@ def shared_block(
   context = jax.tree.map(
     lambda kv, c: jnp.concatenate([kv[1:], c[None]]), kvs, clean
   )
+  # Every pass has read before the first write, or the pasts would be copied.
+  pasts, context = jax.lax.optimization_barrier((pasts, context))
   pasts = pasts.write_each(context)
   return x, pasts, (inputs, x0s, context)
 
