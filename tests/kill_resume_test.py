@@ -3,6 +3,8 @@
 Real processes on the tiny configs. The moment of the signal is drawn: some
 checkpoints (or files of trajectories) after the first, and a moment later.
 SIGKILL strikes anywhere; SIGTERM is answered by saving what is under way.
+
+  python -m pytest tests/kill_resume_test.py -m slow -s
 """
 
 import contextlib
@@ -25,7 +27,10 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_ITERATIONS, _EVERY = 32, 2
+_ITERATIONS, _EVERY = 16, 1
+_CYCLE = 5
+# SIGKILLs of the distillation; every second one strikes during a save.
+_TRIALS = 20
 _TRAJECTORIES, _SHARD = 48, 2
 _SEED = 0
 
@@ -53,7 +58,9 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope='module')
 def table(request):
   """Lines that are shown after the last test."""
-  lines = [f'{"program":18}{"signal":>8}{"saved":>7}{"of":>4}{"s":>7}']
+  lines = [
+    f'{"program":18}{"signal":>8}{"saved":>7}{"of":>4}{"s":>7}  under way'
+  ]
   yield lines
   capture = request.config.pluginmanager.getplugin('capturemanager')
   with capture.global_and_fixture_disabled():
@@ -80,11 +87,11 @@ class Program:
     assert self._process.returncode == 0, output[-2000:]
     return output
 
-  def end_after(self, ending, count, number, delay):
-    """Ends it by a signal `delay` seconds after count() reached a number."""
-    while count() < number:
+  def end_when(self, ending, ready, delay):
+    """Ends it by a signal `delay` seconds after ready()."""
+    while not ready():
       assert self._process.poll() is None, self._log.read_text()[-2000:]
-      time.sleep(0.01)
+      time.sleep(0.001)
     time.sleep(delay)
     self._process.send_signal(ending)
     self._process.wait()
@@ -92,34 +99,35 @@ class Program:
     assert self._process.returncode == status, self._log.read_text()[-2000:]
 
 
-def run_three(
-  command, whole, cut, ending, count, total, environment, folder, rng
-):
-  """A whole run, one ended by a signal, and its continuation.
+@pytest.fixture(scope='module')
+def whole_run(inputs, environment, tmp_path_factory):
+  """phase -> the folder of a run that nothing happened to, made once."""
+  folders = {}
 
-  Args:
-    command: of the program.
-    whole: arguments that send the first run to its folder.
-    cut: the same of the run to be ended.
-    ending: the signal.
-    count: how many iterations or files the latter has saved.
-    total: how many it would have in the end.
-    environment: of the processes.
-    folder: for what they write.
-    rng: draws the moment.
+  def folder_of(phase):
+    if phase not in folders:
+      folders[phase] = tmp_path_factory.mktemp(f'whole_{phase}')
+      command = [*train_command(phase, inputs), workdir(folders[phase])]
+      log = folders[phase].with_suffix('.log')
+      Program(command, environment, log).finish()
+    return folders[phase]
 
-  Returns:
-    How many there were, and the continuation's output.
-  """
-  number, delay = int(rng.integers(2, total // 2)), rng.uniform(0, 0.1)
-  first = Program([*command, *whole], environment, folder / 'whole.log')
-  second = Program([*command, *cut], environment, folder / 'ended.log')
-  second.end_after(ending, count, number, delay)
-  first.finish()
-  left = count()
-  assert number <= left < total
-  third = Program([*command, *cut], environment, folder / 'rest.log')
-  return left, third.finish()
+  return folder_of
+
+
+def train_command(phase, inputs):
+  distills = phase in ('distill', 'self_forcing')
+  return [
+    str(_ROOT / 'launch' / 'train.py'),
+    f'--config={_ROOT / "tests" / "tiny.py"}:{phase},{inputs}',
+    f'--config.iterations={_ITERATIONS}',
+    f'--config.checkpoint_every={_EVERY}',
+    *([f'--config.distill.generator_every={_CYCLE}'] * distills),
+  ]
+
+
+def workdir(folder):
+  return f'--config.workdir={folder}'
 
 
 def last_state(config):
@@ -136,40 +144,42 @@ def last_state(config):
 
 
 @pytest.mark.parametrize(
-  ('phase', 'ending'),
+  ('phase', 'ending', 'trial'),
   [
-    *((phase, signal.SIGKILL) for phase in tiny.PHASES),
-    ('distill', signal.SIGTERM),
+    *((phase, signal.SIGKILL, 0) for phase in tiny.PHASES),
+    *((phase, signal.SIGTERM, 0) for phase in tiny.PHASES),
+    *(('distill', signal.SIGKILL, trial) for trial in range(1, _TRIALS)),
   ],
 )
 def test_an_ended_phase_ends_bit_equal(
-  phase, ending, inputs, environment, table, tmp_path
+  phase, ending, trial, inputs, environment, table, whole_run, tmp_path
 ):
   began = time.monotonic()
-  command = [
-    str(_ROOT / 'launch' / 'train.py'),
-    f'--config={_ROOT / "tests" / "tiny.py"}:{phase},{inputs}',
-    f'--config.iterations={_ITERATIONS}',
-    f'--config.checkpoint_every={_EVERY}',
-  ]
-  folders = {name: tmp_path / name for name in ('whole', 'cut')}
+  rng = np.random.default_rng((_SEED, tiny.PHASES.index(phase), ending, trial))
+  number = int(rng.integers(2, _ITERATIONS - 4))
+  saves, delay = trial % 2 == 1, rng.uniform(0, 0.3)
+  if saves:
+    delay /= 100
+  folders = {'whole': whole_run(phase), 'cut': tmp_path / 'cut'}
+  checkpoints = folders['cut'] / 'checkpoints'
 
-  def count():
-    saved = (folders['cut'] / 'checkpoints').glob('[0-9]*')
+  def folders_now():
+    return [path.name for path in checkpoints.glob('[0-9]*')]
+
+  def saved():
     # Older checkpoints are deleted, folders of unfinished ones have a suffix.
-    return max([int(p.name) for p in saved if p.name.isdigit()] + [0])
+    return max([int(name) for name in folders_now() if name.isdigit()] + [0])
 
-  left, output = run_three(
-    command,
-    [f'--config.workdir={folders["whole"]}'],
-    [f'--config.workdir={folders["cut"]}'],
-    ending,
-    count,
-    _ITERATIONS,
-    environment,
-    tmp_path,
-    np.random.default_rng((_SEED, tiny.PHASES.index(phase), ending)),
+  def unfinished():
+    return any(not name.isdigit() for name in folders_now())
+
+  command = [*train_command(phase, inputs), workdir(folders['cut'])]
+  Program(command, environment, tmp_path / 'ended.log').end_when(
+    ending, lambda: saved() >= number and (not saves or unfinished()), delay
   )
+  left, under_way = saved(), 'save' if unfinished() else ''
+  assert number <= left < _ITERATIONS
+  output = Program(command, environment, tmp_path / 'rest.log').finish()
   restored = re.search(r'goes on after iteration (\d+)', output)
   assert restored and int(restored[1]) == left
   states = []
@@ -186,13 +196,16 @@ def test_an_ended_phase_ends_bit_equal(
   assert whole[train.WEIGHTS] == cut[train.WEIGHTS]
   # A stop on request writes a line where the other run has none.
   assert whole[METRICS] == cut[METRICS] or ending == signal.SIGTERM
-  table.append(_line(phase, ending, left, _ITERATIONS, began))
+  if phase in ('distill', 'self_forcing'):
+    update = 'critic' if left % _CYCLE else 'generator and critic'
+    under_way = f'{update}, {under_way}' if under_way else update
+  table.append(_line(phase, ending, left, _ITERATIONS, began, under_way))
 
 
-def _line(program, ending, saved, total, began):
+def _line(program, ending, saved, total, began, under_way=''):
   name = signal.Signals(ending).name
   seconds = time.monotonic() - began
-  return f'{program:18}{name:>8}{saved:>7}{total:>4}{seconds:7.1f}'
+  return f'{program:18}{name:>8}{saved:>7}{total:>4}{seconds:7.1f}  {under_way}'
 
 
 @pytest.mark.parametrize('ending', [signal.SIGKILL, signal.SIGTERM])
@@ -211,17 +224,16 @@ def test_ended_trajectories_end_bit_equal(
   def count():
     return len(list(folders[1].glob('*.array_record')))
 
-  left, output = run_three(
-    command,
-    [f'--out={folders[0]}'],
-    [f'--out={folders[1]}'],
-    ending,
-    count,
-    _TRAJECTORIES // _SHARD,
-    environment,
-    tmp_path,
-    np.random.default_rng((_SEED, len(tiny.PHASES), ending)),
+  rng = np.random.default_rng((_SEED, len(tiny.PHASES), ending))
+  number = int(rng.integers(2, _TRAJECTORIES // _SHARD // 2))
+  whole = [*command, f'--out={folders[0]}']
+  cut = [*command, f'--out={folders[1]}']
+  Program(whole, environment, tmp_path / 'whole.log').finish()
+  Program(cut, environment, tmp_path / 'ended.log').end_when(
+    ending, lambda: count() >= number, rng.uniform(0, 0.1)
   )
+  left = count()
+  output = Program(cut, environment, tmp_path / 'rest.log').finish()
   missing = _TRAJECTORIES - left * _SHARD
   assert f'{missing} of {_TRAJECTORIES} trajectories to sample' in output
   whole, cut = (
