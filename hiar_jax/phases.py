@@ -19,6 +19,7 @@ from hiar_jax import (
   checkpoint,
   codecs,
   data,
+  flops,
   latent_files,
   noise_schedule,
   rollout,
@@ -47,12 +48,15 @@ class Phase:
     step: (state, batch, iteration) -> (state, metrics).
     batches: endless checkpointable iterator.
     weights: picks the tree to export from the last state.
+    flops: of a mean iteration, all devices together, see flops.py; None if not
+      known.
   """
 
   state: Any
   step: Callable[[Any, dict, int], tuple[Any, dict]]
   batches: grain.DatasetIterator
   weights: Callable[[Any], Any]
+  flops: float | None = None
 
 
 def build(config: Config) -> Phase:
@@ -198,12 +202,13 @@ def _regression_state(params, optimiser) -> train_state.RegressionState:
   )
 
 
-def _regression(params, optimiser, step, batches) -> Phase:
+def _regression(params, optimiser, step, batches, iteration_flops) -> Phase:
   return Phase(
     state=_regression_state(params, optimiser),
     step=jax.jit(step, donate_argnums=0),
     batches=batches,
     weights=lambda state: state.ema,
+    flops=iteration_flops,
   )
 
 
@@ -292,7 +297,10 @@ def _teacher(config: Config) -> Phase:
     params = load_params(config.start_weights, denoiser)
   else:
     params = denoiser.init(key)
-  return _regression(params, optimiser, step, batches)
+  frames = latent_frames(config)
+  one = flops.forward_flops(denoiser.config, frames, frames)
+  iteration = config.batch_size * flops.trained(denoiser.config) * one
+  return _regression(params, optimiser, step, batches, iteration)
 
 
 def _student_start(config: Config) -> Phase:
@@ -313,10 +321,14 @@ def _student_start(config: Config) -> Phase:
     return update(state, batch, jax.random.fold_in(key, iteration))
 
   params = load_params(config.teacher_weights, denoiser)
-  batches = data.batches(
-    trajectory_source(config), batch_size=config.batch_size, seed=config.seed
-  )
-  return _regression(params, optimiser, step, batches)
+  source = trajectory_source(config)
+  batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
+  frames = source.manifest.latents_shape[1]
+  one = flops.forward_flops(denoiser.config, frames, frames)
+  if config.start_context == 'matched':  # The context's pass, and one after it.
+    one += flops.forward_flops(denoiser.config, frames, 2 * frames)
+  iteration = config.batch_size * flops.trained(denoiser.config) * one
+  return _regression(params, optimiser, step, batches, iteration)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,6 +462,9 @@ def _distill(config: Config) -> Phase:
     step=step,
     batches=batches,
     weights=lambda state: sharding.whole(state.ema, mesh),
+    flops=flops.distillation_iteration(
+      steps, config.batch_size, (low + high) / 2
+    ),
   )
 
 

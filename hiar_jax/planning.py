@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import pipeline
+from hiar_jax import flops, pipeline
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.rollout import RolloutConfig
@@ -46,11 +46,11 @@ class Chip:
   peak: float
 
 
-# Source: the specifications in the Google Cloud TPU documentation.
+# Sizes: the specifications in the Google Cloud TPU documentation.
 CHIPS = {
-  'v5e': Chip(hbm=16 * _GB, peak=197e12),
-  'v5p': Chip(hbm=95 * _GB, peak=459e12),
-  'v6e': Chip(hbm=32 * _GB, peak=918e12),
+  'v5e': Chip(hbm=16 * _GB, peak=flops.PEAKS['TPU v5e']),
+  'v5p': Chip(hbm=95 * _GB, peak=flops.PEAKS['TPU v5p']),
+  'v6e': Chip(hbm=32 * _GB, peak=flops.PEAKS['TPU v6e']),
 }
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hiar_jax import (
+  flops,
   planning,
   planning_traffic,
   sharding,
@@ -77,67 +78,24 @@ class Training:
     return dataclasses.replace(self, mesh=mesh, steps=steps)
 
 
-# --- FLOPs.
-
-
-def forward_flops(model: WanConfig, frames: int, key_frames: int) -> float:
-  """Of one pass of one video's frames; terms as in planning.pass_flops."""
-  rows = model.num_layers * frames * model.tokens_per_frame
-  products = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
-  keys = key_frames * model.tokens_per_frame + model.text_len
-  return float(2 * rows * products + 4 * rows * keys * model.dim)
-
-
-def _trained(model: WanConfig) -> int:
-  """Passes that a forward and backward pass cost."""
-  return 4 if model.remat == 'full' else 3
-
-
 def part_flops(training: Training, part: str) -> dict[str, float]:
   """FLOPs of a part by what they are for, all chips together.
 
-  generator   rollout + exit pass + fake score + real score + forward KL
-  critic      rollout + exit pass + critic
-  trajectory  all steps of the teacher, with guidance
-
-  The rollout is counted with its mean exit step: 2 (S - 1) / 2 passes a block
-  before the recorded sweep's 2, at the full window, because the cache's empty
-  slots are computed too. A trained pass counts 3 times, 4 with remat 'full'.
+  Those of `flops.distillation_flops`, with what remat computes again; of
+  'trajectory' all steps of the teacher, with guidance.
   """
   steps = training.steps
-  student, teacher = steps.student.config, steps.teacher.config
-  batch, frames = training.batch_size, training.loss_frames
   if part == 'trajectory':
     levels, _ = trajectories.solver_levels(
       training.trajectory, steps.rollout.levels
     )
     passes = 2 * (len(levels) - 1) * training.trajectory_batch
-    one = forward_flops(teacher, training.num_frames, training.num_frames)
+    frames = training.num_frames
+    one = flops.forward_flops(steps.teacher.config, frames, frames)
     return {'teacher': passes * one}
-  block = forward_flops(
-    student, steps.rollout.frames_per_block, steps.rollout.window
+  return flops.distillation_flops(
+    *(steps, part, training.batch_size, training.num_blocks), recompute=True
   )
-  rollout = (steps.rollout.num_steps + 1) * training.num_blocks * block
-  leave = forward_flops(student, frames, frames + training.num_frames)
-  score = forward_flops(steps.critic.config, frames, frames)
-  if part == 'critic':
-    parts = {
-      'rollout': rollout,
-      'exit pass': leave,
-      'critic': _trained(steps.critic.config) * score,
-    }
-  else:
-    parts = {
-      'rollout': rollout,
-      'exit pass': _trained(student) * leave,
-      'fake score': score,
-      'real score': 2 * forward_flops(teacher, frames, frames),
-    }
-    if steps.config.forward_kl_weight:
-      parts['forward KL'] = _trained(student) * forward_flops(
-        student, training.num_frames, training.num_frames
-      )
-  return {name: batch * flops for name, flops in parts.items()}
 
 
 # --- Plans.

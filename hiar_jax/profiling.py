@@ -66,14 +66,23 @@ class TraceWindow:
 class Speed:
   """Iterations a second between two looks, and peaks of memory."""
 
-  def __init__(self, start: int, clock=time.monotonic):
+  def __init__(
+    self,
+    start: int,
+    flops: float | None = None,
+    peak: float | None = None,
+    clock=time.monotonic,
+  ):
     """Starts the clock.
 
     Args:
       start: iterations done before.
+      flops: of an iteration, all devices together; None if not known.
+      peak: FLOP/s that the devices together are stated to reach; None if not
+        known.
       clock: seconds that only grow.
     """
-    self._clock = clock
+    self._clock, self._flops, self._peak = clock, flops, peak
     self._done, self._since = start, clock()
 
   def look(self, iteration: int) -> dict[str, float]:
@@ -82,7 +91,9 @@ class Speed:
     Returns:
       `iterations_per_second`, checkpoints and samples included;
       `host_memory_gib`, and where the device tells it `device_memory_gib`,
-      the peaks since the process started.
+      the peaks since the process started; with `flops`,
+      `model_tflops_per_second`, and with `peak`, `mfu`, their ratio (model
+      FLOPs utilisation, Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
     """
     now = self._clock()
     elapsed = max(now - self._since, 1e-9)
@@ -91,6 +102,11 @@ class Speed:
       'host_memory_gib': _host_peak_bytes() / 2**30,
     }
     self._done, self._since = iteration, now
+    if self._flops is not None:
+      rate = values['iterations_per_second'] * self._flops
+      values['model_tflops_per_second'] = rate / 1e12
+      if self._peak is not None:
+        values['mfu'] = rate / self._peak
     peaks = [
       stats['peak_bytes_in_use']
       for device in jax.local_devices()

@@ -37,6 +37,8 @@ class RunLog:
     loop: loop_config.LoopConfig,
     *,
     restored_step: int,
+    flops: float | None = None,
+    peak: float | None = None,
   ):
     """Opens everything.
 
@@ -45,6 +47,8 @@ class RunLog:
       config: of the training; has 'name', 'phase' and 'iterations'.
       loop: says which services.
       restored_step: iterations done; what was written beyond them is dropped.
+      flops: of an iteration, see profiling.Speed.
+      peak: of all devices, see there.
 
     Raises:
       ValueError: if the package of a service is not installed.
@@ -54,7 +58,7 @@ class RunLog:
     self._stack = contextlib.ExitStack()
     self._files, self._services = [], []
     self._progress = None
-    self._speed = profiling.Speed(restored_step)
+    self._speed = profiling.Speed(restored_step, flops, peak)
     if jax.process_index() != 0:
       return
     with contextlib.ExitStack() as stack:

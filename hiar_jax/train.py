@@ -17,6 +17,7 @@ import ml_collections
 
 from hiar_jax import (
   checkpoint,
+  flops,
   guards,
   phases,
   profiling,
@@ -78,7 +79,10 @@ def train(
     state, batches, iteration = _restore(config, phase, manager)
     with (
       run_log.RunLog(
-        workdir, config.to_dict(), loop, restored_step=iteration
+        *(workdir, config.to_dict(), loop),
+        restored_step=iteration,
+        flops=phase.flops,
+        peak=flops.peak(jax.devices()),
       ) as log,
       watchdog.Watchdog(step_timeout, start=iteration) as dog,
       trace,

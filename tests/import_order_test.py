@@ -30,6 +30,7 @@ _LAYERS = (
   ('pipeline', 'train_state', 'video', 'teacher_sampling'),
   ('shared_pipeline',),
   ('train_step', 'streaming', 'vae_training'),
+  ('flops',),
   ('phases', 'generate', 'planning'),
   ('samples', 'planning_parts', 'planning_traffic', 'teacher_files'),
   ('train', 'planning_train'),

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import hiar_1_3b
 from hiar_jax import (
+  flops,
   phases,
   planning,
   planning_traffic,
@@ -113,7 +114,7 @@ def test_full_size_flops_are_the_papers():
     64 * 2 * (linear + attention), rel=1e-6
   )
   # Critic: a forward, that again, and twice as much backward.
-  one = planning_train.forward_flops(training.steps.critic.config, 21, 21)
+  one = flops.forward_flops(training.steps.critic.config, 21, 21)
   assert critic['critic'] == 64 * 4 * one
 
 

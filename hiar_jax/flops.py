@@ -1,0 +1,114 @@
+"""FLOPs of passes and of training, modelled, and what devices can do.
+
+Matrix products only: embeddings, the head, norms, RoPE and softmax are below
+0.1 % of them at 1.3B. XLA's own count is of no use here, because it takes the
+body of a loop once and a kernel as nothing.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+from hiar_jax import train_step
+from hiar_jax.models.config import WanConfig
+
+# Dense bfloat16 FLOP/s of one device, by jax's `device_kind`, as the makers'
+# data sheets state them.
+PEAKS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def peak(devices: Sequence[jax.Device]) -> float | None:
+  """FLOP/s of devices together, in bfloat16; None if one is not known."""
+  peaks = [PEAKS.get(device.device_kind) for device in devices]
+  return None if None in peaks else sum(peaks)
+
+
+def forward_flops(model: WanConfig, frames: int, key_frames: int) -> float:
+  """Of one pass of one video's frames over keys of so many frames.
+
+  With T tokens in the frames, S in the keys, L of text, width D, feed-forward
+  width E and N layers: 2 N T (6 D^2 + 2 D E) linear, 4 N T (S + L) D attention.
+  """
+  rows = model.num_layers * frames * model.tokens_per_frame
+  products = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
+  keys = key_frames * model.tokens_per_frame + model.text_len
+  return float(2 * rows * products + 4 * rows * keys * model.dim)
+
+
+def trained(model: WanConfig, recompute: bool = False) -> int:
+  """Forward passes that a forward and backward pass cost.
+
+  Args:
+    model: of the network.
+    recompute: whether what remat 'full' computes again counts.
+  """
+  return 4 if recompute and model.remat == 'full' else 3
+
+
+def distillation_flops(
+  steps: train_step.Distillation,
+  part: str,
+  batch_size: int,
+  num_blocks: float,
+  recompute: bool = False,
+) -> dict[str, float]:
+  """Of one step of a network, by what they are for, all devices together.
+
+  generator   rollout + exit pass + fake score + real score + forward KL
+  critic      rollout + exit pass + critic
+
+  The rollout is counted with its mean exit step: 2 (S - 1) / 2 passes a block
+  before the recorded sweep's 2, at the full window, because the cache's empty
+  slots are computed too.
+
+  Args:
+    steps: networks and numbers.
+    part: 'generator' or 'critic'.
+    batch_size: videos.
+    num_blocks: blocks of a rollout; may be a mean.
+    recompute: see `trained`.
+  """
+  student, teacher = steps.student.config, steps.teacher.config
+  config = steps.rollout
+  num_frames = num_blocks * config.frames_per_block
+  loss_blocks = min(num_blocks, steps.config.loss_blocks)
+  frames = loss_blocks * config.frames_per_block
+  block = forward_flops(student, config.frames_per_block, config.window)
+  leave = forward_flops(student, frames, frames + num_frames)
+  score = forward_flops(steps.critic.config, frames, frames)
+  parts = {'rollout': (config.num_steps + 1) * num_blocks * block}
+  if part == 'critic':
+    parts['exit pass'] = leave
+    parts['critic'] = trained(steps.critic.config, recompute) * score
+  else:
+    parts['exit pass'] = trained(student, recompute) * leave
+    parts['fake score'] = score
+    parts['real score'] = 2 * forward_flops(teacher, frames, frames)
+    if steps.config.forward_kl_weight:
+      whole = forward_flops(student, num_frames, num_frames)
+      parts['forward KL'] = trained(student, recompute) * whole
+  return {name: batch_size * flops for name, flops in parts.items()}
+
+
+def distillation_iteration(
+  steps: train_step.Distillation, batch_size: int, num_blocks: float
+) -> float:
+  """Of a mean iteration: a critic step, and a part of a generator step."""
+
+  def total(part):
+    flops = distillation_flops(steps, part, batch_size, num_blocks)
+    return sum(flops.values())
+
+  return total('critic') + total('generator') / steps.config.generator_every
