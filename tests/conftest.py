@@ -14,6 +14,7 @@ import pytest
 
 # Before the first array: the number of devices is fixed with the backend.
 jax.config.update('jax_platforms', 'cpu')
+os.environ['JAX_PLATFORMS'] = 'cpu'  # For child processes.
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
