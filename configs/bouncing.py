@@ -2,7 +2,8 @@
 
   python launch/train.py --config=configs/bouncing.py:codec_start
   python launch/train.py --config=configs/bouncing.py:codec
-  python launch/encode_videos.py --config=configs/bouncing.py:teacher
+  python launch/encode_videos.py --config=configs/bouncing.py:teacher_start
+  python launch/train.py --config=configs/bouncing.py:teacher_start
   python launch/train.py --config=configs/bouncing.py:teacher
   python launch/make_trajectories.py --config=configs/bouncing.py
   python launch/train.py --config=configs/bouncing.py:student_start
@@ -22,6 +23,7 @@ from hiar_jax.loop_config import LoopConfig
 PHASES = (
   'codec_start',
   'codec',
+  'teacher_start',
   'teacher',
   'student_start',
   'distill',
@@ -36,9 +38,11 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     raise ValueError(f'phase {phase!r} is not one of {PHASES}')
   c = ml_collections.ConfigDict()
   c.name = 'bouncing'
-  c.phase = {'self_forcing': 'distill', 'codec_start': 'codec'}.get(
-    phase, phase
-  )
+  c.phase = {
+    'self_forcing': 'distill',
+    'codec_start': 'codec',
+    'teacher_start': 'teacher',
+  }.get(phase, phase)
   c.workdir = f'{_RUNS}/{phase}'
   c.seed = 0
 
@@ -82,8 +86,8 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.loop = dataclasses.asdict(LoopConfig())
   if phase in ('codec_start', 'codec'):
     return _codec(c, phase)
-  if phase == 'teacher':
-    return _teacher(c)
+  if phase in ('teacher_start', 'teacher'):
+    return _teacher(c, phase)
 
   c.schedule = dict(shift=5.0, indices=(1000, 750, 500, 250))
   c.rollout = dict(
@@ -92,7 +96,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
-    num=512,
+    num=768,
     shard_size=32,
     batch_size=8,
     seed=1,
@@ -142,7 +146,7 @@ def _codec(c, phase):
   return c
 
 
-def _teacher(c):
+def _teacher(c, phase):
   c.iterations = 7500
   c.start_weights = ''
   c.caption_dropout = 0.1
@@ -152,11 +156,16 @@ def _teacher(c):
   c.timestep_shift = 2.5
   c.ema_decay = 0.999
   c.optimiser = _muon(1e-2, 2.5e-3, warmup=100)
+  if phase == 'teacher':  # Goes on, with other noise.
+    c.iterations = 5500
+    c.seed = 1
+    c.start_weights = f'{_RUNS}/teacher_start/weights.safetensors'
+    c.optimiser = _muon(6e-3, 1.5e-3, warmup=100)
   return c
 
 
 def _student_start(c):
-  c.iterations = 600
+  c.iterations = 1000
   c.start_context = 'matched'
   c.ema_decay = 0.98
   c.optimiser = _muon(2e-3, 1e-3, warmup=20)

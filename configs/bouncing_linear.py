@@ -11,9 +11,7 @@ import ml_collections
 
 from configs import bouncing
 
-PHASES = tuple(
-  phase for phase in bouncing.PHASES if phase not in ('codec_start', 'codec')
-)
+PHASES = ('teacher', 'student_start', 'distill', 'self_forcing')
 _RUNS = 'runs/bouncing_linear'
 _CHANNELS = 16
 
@@ -22,7 +20,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   """The config of a phase; what several phases share is the same in all."""
   if phase not in PHASES:
     raise ValueError(f'phase {phase!r} is not one of {PHASES}')
-  c = bouncing.get_config(phase)
+  c = bouncing.get_config('teacher_start' if phase == 'teacher' else phase)
   c.name = 'bouncing_linear'
   c.workdir = f'{_RUNS}/{phase}'
   c.world = dict(height=64, width=64, num_frames=21)

@@ -1,6 +1,6 @@
 """Encodes the small world's videos once, for the teacher's training.
 
-  python launch/encode_videos.py --config=configs/bouncing.py:teacher
+  python launch/encode_videos.py --config=configs/bouncing.py:teacher_start
 
 Kill it and start it again: it goes on with the files that are missing.
 """
