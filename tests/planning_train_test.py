@@ -163,8 +163,26 @@ def test_a_small_distillation_is_compiled_for_a_pod(part):
 
 @needs_compiler
 def test_a_mesh_that_should_fit_is_proposed():
-  said = planning_train.propose(full_size(fsdp=-1), 'v5p:4x4x4')
-  assert '--config.mesh.fsdp=' in said and 'not compiled' in said
-  assert planning_train.propose(full_size(fsdp=-1), 'v5e:2x2').startswith(
-    'no mesh of v5e:2x2'
-  )
+  training = full_size(fsdp=64)
+  # Compiled, this mesh takes 153 GB of 95.
+  said = planning_train.propose(training, 'v5p:4x4x4', 153e9)
+  assert '--config.mesh.fsdp=16' in said and 'not compiled' in said
+  # What took more than the formula says scales it.
+  assert said != planning_train.propose(training, 'v5p:4x4x4', 400e9)
+  said = planning_train.propose(training, 'v5e:2x2', 153e9)
+  assert said.startswith('no mesh of v5e:2x2')
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'microbatches', 'compiled'),
+  [
+    (dict(fsdp=64), 1, 153e9),
+    (dict(fsdp=16, tensor=4), 4, 37.2e9),
+    (dict(fsdp=8, tensor=4, context=2), 8, 24.0e9),
+  ],
+)
+def test_the_formula_is_near_what_was_compiled(mesh, microbatches, compiled):
+  training = full_size(**mesh)
+  training = training.with_mesh(training.mesh, microbatches)
+  said = planning_train.estimated_bytes(training)
+  assert said == pytest.approx(compiled, rel=0.2)
