@@ -118,46 +118,6 @@ class BouncingVideos:
     return np.random.Generator(bits).random() < self.caption_dropout
 
 
-def video_batches(
-  source: BouncingVideos,
-  *,
-  batch_size: int,
-  seed: int,
-  shard_index: int = 0,
-  num_shards: int = 1,
-  num_threads: int = 1,
-) -> grain.DatasetIterator:
-  """Endless shuffled batches of videos; arguments as for `batches`."""
-  return batches(
-    source,
-    batch_size=batch_size,
-    seed=seed,
-    shard_index=shard_index,
-    num_shards=num_shards,
-    num_threads=num_threads,
-  )
-
-
-def prompt_batches(
-  source: BouncingPrompts,
-  *,
-  batch_size: int,
-  seed: int,
-  shard_index: int = 0,
-  num_shards: int = 1,
-  num_threads: int = 1,
-) -> grain.DatasetIterator:
-  """Endless shuffled batches of prompts; arguments as for `batches`."""
-  return batches(
-    source,
-    batch_size=batch_size,
-    seed=seed,
-    shard_index=shard_index,
-    num_shards=num_shards,
-    num_threads=num_threads,
-  )
-
-
 def batches(
   source: grain.sources.RandomAccessDataSource,
   *,

@@ -422,26 +422,6 @@ class TrajectorySource:
       ) from error
 
 
-def trajectory_batches(
-  source: TrajectorySource,
-  *,
-  batch_size: int,
-  seed: int,
-  shard_index: int = 0,
-  num_shards: int = 1,
-  num_threads: int = 1,
-) -> grain.DatasetIterator:
-  """Endless shuffled batches; arguments as for `data.video_batches`."""
-  return data.batches(
-    source,
-    batch_size=batch_size,
-    seed=seed,
-    shard_index=shard_index,
-    num_shards=num_shards,
-    num_threads=num_threads,
-  )
-
-
 @functools.partial(
   jax.jit,
   static_argnames=(

@@ -515,7 +515,7 @@ def test_a_teacher_that_diverges_is_an_error(tmp_path):
 @pytest.mark.parametrize('num_threads', [0, 2])
 def test_restored_iterator_gives_the_exact_next_batches(whole, num_threads):
   def batches():
-    return trajectories.trajectory_batches(
+    return data.batches(
       trajectories.TrajectorySource(whole, STUDENT),
       batch_size=3,
       seed=0,
@@ -539,7 +539,7 @@ def test_hosts_read_disjoint_trajectories(whole):
   source = trajectories.TrajectorySource(whole, STUDENT)
   seen = []
   for shard_index in range(2):
-    iterator = trajectories.trajectory_batches(
+    iterator = data.batches(
       source, batch_size=6, seed=0, shard_index=shard_index, num_shards=2
     )
     seen += [noise.tobytes() for noise in next(iterator)['latents'][:, 0]]
