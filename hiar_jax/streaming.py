@@ -134,7 +134,7 @@ def estimate_memory(
   `memory.pass_temporaries` times the passes that run at a time. Stages one
   after the other copy the past of the one under way, stages as a batch all of
   them, as XLA compiles it. For 1.3B with one stage a chip that is 2.2 GB of
-  temporaries; XLA makes do with 1.6 to 1.9 GB there (docs/tpu.md).
+  temporaries; XLA makes do with 1.8 to 2.1 GB there (docs/tpu.md).
   """
   model, config = engine.denoiser.config, engine.config
   stages = engine.stages
