@@ -5,6 +5,7 @@ Matrix products only: embeddings, the head, norms, RoPE and softmax are below
 body of a loop once and a kernel as nothing.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -35,16 +36,41 @@ def peak(devices: Sequence[jax.Device]) -> float | None:
   return None if None in peaks else sum(peaks)
 
 
-def forward_flops(model: WanConfig, frames: int, key_frames: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class PassFlops:
+  """FLOPs of one network pass; see `pass_flops`."""
+
+  linear: float
+  attention: float
+  cross: float
+
+  @property
+  def total(self) -> float:
+    return self.linear + self.attention + self.cross
+
+
+def pass_flops(model: WanConfig, frames: int, key_frames: int) -> PassFlops:
   """Of one pass of one video's frames over keys of so many frames.
 
   With T tokens in the frames, S in the keys, L of text, width D, feed-forward
-  width E and N layers: 2 N T (6 D^2 + 2 D E) linear, 4 N T (S + L) D attention.
+  width E and N layers:
+
+    linear     2 N T (6 D^2 + 2 D E)   q k v o, cross q and o, feed-forward
+    attention  4 N T S D               scores and their product with the values
+    cross      4 N T L D
   """
   rows = model.num_layers * frames * model.tokens_per_frame
   products = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
-  keys = key_frames * model.tokens_per_frame + model.text_len
-  return float(2 * rows * products + 4 * rows * keys * model.dim)
+  return PassFlops(
+    linear=2 * rows * products,
+    attention=4 * rows * key_frames * model.tokens_per_frame * model.dim,
+    cross=4 * rows * model.text_len * model.dim,
+  )
+
+
+def forward_flops(model: WanConfig, frames: int, key_frames: int) -> float:
+  """All of `pass_flops`."""
+  return float(pass_flops(model, frames, key_frames).total)
 
 
 def trained(model: WanConfig, recompute: bool = False) -> int:

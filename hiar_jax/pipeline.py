@@ -484,7 +484,7 @@ def pipelined(
 ) -> jax.Array:
   """All blocks of a video through a pipeline: equals rollout.step_first.
 
-    `text` are the prompts, [N, B, ...], `keys_B` noise keys, one per sample,
+  `text` are the prompts, [N, B, ...], `keys_B` noise keys, one per sample,
   `initial` clean latents that come first.
 
   Returns:

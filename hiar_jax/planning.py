@@ -54,41 +54,9 @@ CHIPS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class PassFlops:
-  """FLOPs of one network pass of a block; see `pass_flops`."""
-
-  linear: float
-  attention: float
-  cross: float
-
-  @property
-  def total(self) -> float:
-    return self.linear + self.attention + self.cross
-
-
-def pass_flops(model: WanConfig, config: RolloutConfig) -> PassFlops:
-  """FLOPs of one pass of one sample's block at the full window.
-
-  With T tokens in the block, S in the window, L of text, width D, feed-forward
-  width E and N layers:
-
-    linear     2 N T (6 D^2 + 2 D E)   q k v o, cross q and o, feed-forward
-    attention  4 N T S D               scores and their product with the values
-    cross      4 N T L D
-
-  Embeddings, the head, norms, RoPE and softmax are left out (below 0.1 % of
-  the matrix products at 1.3B).
-  """
-  tokens = config.frames_per_block * model.tokens_per_frame
-  window = config.window * model.tokens_per_frame
-  products = 6 * model.dim**2 + 2 * model.dim * model.ffn_dim
-  rows = model.num_layers * tokens
-  return PassFlops(
-    linear=2 * rows * products,
-    attention=4 * rows * window * model.dim,
-    cross=4 * rows * model.text_len * model.dim,
-  )
+def pass_flops(model: WanConfig, config: RolloutConfig) -> flops.PassFlops:
+  """FLOPs of one pass of one sample's block at the full window."""
+  return flops.pass_flops(model, config.frames_per_block, config.window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +134,7 @@ class Plan:
   caches: int
   other: int
   temporaries: int | None
-  flops: PassFlops
+  flops: flops.PassFlops
   collectives: list[Collective]
   compiler_seconds: float | None
   compile_seconds: float
@@ -359,7 +327,7 @@ def plan_tick(
   arguments = _tick_arguments(engine, batch_size, jnp.dtype(weights_dtype))
   params, *_, state = arguments
   per_chip = config.num_steps // mesh.size
-  flops = pass_flops(denoiser.config, config)
+  each = pass_flops(denoiser.config, config)
   scale = per_chip * batch_size
   known = {
     'topology': topology,
@@ -367,8 +335,8 @@ def plan_tick(
     'stages_per_chip': per_chip,
     'weights': bytes_per_chip(params),
     'caches': bytes_per_chip((state.past.k, state.past.v)),
-    'flops': PassFlops(
-      scale * flops.linear, scale * flops.attention, scale * flops.cross
+    'flops': flops.PassFlops(
+      scale * each.linear, scale * each.attention, scale * each.cross
     ),
   }
   # All weights stay on the chip, those that the tick does not use as well.

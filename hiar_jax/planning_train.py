@@ -63,11 +63,6 @@ class Training:
     return self.num_blocks * self.steps.rollout.frames_per_block
 
   @property
-  def loss_frames(self) -> int:
-    blocks = min(self.num_blocks, self.steps.config.loss_blocks)
-    return blocks * self.steps.rollout.frames_per_block
-
-  @property
   def microbatches(self) -> int:
     return self.steps.config.microbatches
 

@@ -9,6 +9,7 @@ import pytest
 from configs import hiar_1_3b
 from hiar_jax import noise_schedule, planning, planning_parts, rollout
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.flops import PassFlops
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 
@@ -81,7 +82,7 @@ def test_a_time_that_no_chip_can_reach_is_marked(seconds, words):
     caches=0,
     other=0,
     temporaries=0,
-    flops=planning.PassFlops(linear=peak, attention=0.0, cross=0.0),
+    flops=PassFlops(linear=peak, attention=0.0, cross=0.0),
     collectives=[],
     compiler_seconds=seconds,
     compile_seconds=0.0,

@@ -97,7 +97,7 @@ def test_an_interrupted_run_ends_bit_equal(phase, inputs, tmp_path):
   steps = [json.loads(line)['step'] for line in lines.splitlines()]
   assert steps == [1, 2, 3, 4, 5]
   if phase != 'codec':  # Its average is whitened on the way out.
-    # The average is what is shipped.
+    # The average itself is what is shipped.
     ema = whole.state.ema
     assert_equal(checkpoint.load_weights(weights, ema), ema)
 
