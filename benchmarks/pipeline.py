@@ -186,7 +186,7 @@ def _maker(case: Case, options):
     window=options.window,
     context=case.context,
   )
-  params = denoiser.init(jax.random.key(0))
+  params = denoiser.unstack_layers(denoiser.init(jax.random.key(0)))
   states = np.zeros((1, 16, 64), np.float32)
   keys = sampling.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
   num_blocks = options.num_blocks

@@ -33,6 +33,32 @@ class Denoiser:
     variables = self._module.init(key, states, method='initialise')
     return variables['params']
 
+  def unstack_layers(self, params: dict) -> dict:
+    """Gives every layer arrays of its own, if all of them are unrolled.
+
+    XLA for CPUs would else copy each layer's weights out of their stack in
+    every program: 22 of 32 MB of its temporaries in `benchmarks/pipeline.py
+    --size=medium`. All methods take both forms.
+
+    Args:
+      params: from `init`, or read from a file.
+
+    Returns:
+      The parameters with a tuple of trees under 'layers'; where the layers are
+      scanned, `params` as they are.
+    """
+    size = self.config.num_layers
+    if self.config.unroll < size:
+      return params
+
+    @jax.jit
+    def unstack(layers):
+      return tuple(
+        jax.tree.map(lambda a, i=i: a[i], layers) for i in range(size)
+      )
+
+    return {**params, 'layers': unstack(params['layers'])}
+
   def project_text(self, params: dict, states_BLD: jax.Array) -> TextKV:
     """Text encoder states [B, L, text_dim] to cross-attention K/V, once."""
     return self._module.apply(
@@ -66,6 +92,11 @@ class Denoiser:
     """
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
+    layers = params.get('layers')
+    if isinstance(layers, tuple):
+      params = {name: params[name] for name in params if name != 'layers'}
+    else:
+      layers = None
     if positions_F is None:
       first = past.position if isinstance(past, KVCache) else 0
       positions_F = first + jnp.arange(x_BFhwC.shape[1], dtype=jnp.int32)
@@ -78,6 +109,7 @@ class Denoiser:
       past,
       frame_mask,
       straight_through,
+      layers,
     )
 
   def x0(self, params, x_BFhwC, sigma, text, **kwargs) -> jax.Array:

@@ -452,16 +452,16 @@ def shared_block(
     inputs of the D passes, their x0, and the K/V committed for each step.
   """
 
-  def one_step(x, xs):
-    step, past = xs
+  def one_step(x, step):
+    past = jax.tree.map(lambda a: a[step], pasts)
     flow, kv = sampler.denoise(x, past, step)
     x_next, x0 = sampler.advance(x, flow, noise, step, block)
     return x_next, (x, x0, kv)
 
-  steps = jnp.arange(sampler.config.num_steps)
-  # Unrolled: as an input of a loop every past would be copied out of its stack.
+  # One program for all steps: unrolled, it is S times as long and each of its
+  # instructions runs once a block, which is slower for small networks.
   x, (inputs, x0s, kvs) = jax.lax.scan(
-    one_step, noise(0, block), (steps, pasts), unroll=True
+    one_step, noise(0, block), jnp.arange(sampler.config.num_steps)
   )
   last = jax.tree.map(lambda a: a[-1], pasts)
   clean = sampler.commit_kv(x, last, jnp.zeros(()))

@@ -122,6 +122,41 @@ def test_unrolled_layers_change_no_value():
   np.testing.assert_allclose(same, expected, atol=1e-5)
 
 
+def test_unstacked_layers_change_no_value_and_are_not_copied():
+  config = dataclasses.replace(toy_network.CONFIG, dim=64, ffn_dim=128)
+  unrolled = Denoiser(dataclasses.replace(config, unroll=2))
+  params = toy_network.draw_params(unrolled)
+  apart = unrolled.unstack_layers(params)
+  x, text = (
+    toy_network.latents(2, 3),
+    unrolled.project_text(apart, toy_network.text_states(2)),
+  )
+
+  def compiled(params):
+    return jax.jit(unrolled.flow).lower(params, x, 0.5, text).compile()
+
+  programs = [compiled(params), compiled(apart)]
+  stacked, (flow_apart, kv_apart) = (
+    program(p, x, 0.5, text)
+    for program, p in zip(programs, (params, apart), strict=True)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    stacked,
+    (flow_apart, kv_apart),
+  )
+  with_copies, without = (
+    program.memory_analysis().temp_size_in_bytes for program in programs
+  )
+  weights = sum(a.nbytes for a in jax.tree.leaves(params['layers']))
+  assert with_copies - without > 0.8 * weights
+
+
+def test_scanned_layers_stay_stacked():
+  params = toy_network.params()
+  assert DENOISER.unstack_layers(params) is params
+
+
 def test_frame_100_000_behaves_like_frame_10():
   params, text = toy_network.params(), toy_network.text(2)
   x = toy_network.latents(2, 6)

@@ -17,6 +17,7 @@ and a mesh divides the tokens of every frame.
 # K head width, N layers, L text tokens, S past tokens, h w rows and columns
 
 import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -261,6 +262,7 @@ class WanTransformer(nn.Module):
     past: KV | KVCache | None = None,
     frame_mask: np.ndarray | None = None,
     straight_through: bool = False,
+    layers: Sequence[dict] | None = None,
   ) -> tuple[jax.Array, KV]:
     """Predicts the flow of some frames.
 
@@ -275,6 +277,8 @@ class WanTransformer(nn.Module):
         the column's; own frames first.
       straight_through: the past's last tokens are these tokens at another
         level: let its gradient reach them (spec 9). Changes no value.
+      layers: the layers' parameters one by one, in place of the stacked ones;
+        see `Denoiser.unstack_layers`.
 
     Returns:
       Flow, float32, shape of x, and the K/V of these frames.
@@ -324,18 +328,26 @@ class WanTransformer(nn.Module):
     layer = Layer
     if cfg.remat != 'none':
       layer = nn.remat(Layer, policy=_REMAT[cfg.remat], prevent_cse=False)
-    scan = nn.scan(
-      layer,
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=cfg.num_layers,
-      unroll=cfg.unroll,
-    )
     rotation = rope.rotations(positions_F, cfg.grid, cfg.head_dim)
-    x, new_kv = scan(cfg, straight_through, name='layers')(
-      x, (past_kv, text), rotation, modulation, length, mask
-    )
+    inputs = (rotation, modulation, length, mask)
+    if layers is None:
+      scan = nn.scan(
+        layer,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(0, *(nn.broadcast for _ in inputs)),
+        length=cfg.num_layers,
+        unroll=cfg.unroll,
+      )
+      scanned = scan(cfg, straight_through, name='layers')
+      x, new_kv = scanned(x, (past_kv, text), *inputs)
+    else:
+      kvs, each = [], layer(cfg, straight_through, parent=None)
+      for i, params in enumerate(layers):
+        own = jax.tree.map(lambda a, i=i: a[i], (past_kv, text))
+        x, kv = each.apply({'params': params}, x, own, *inputs)
+        kvs.append(kv)
+      new_kv = jax.tree.map(lambda *a: jnp.stack(a), *kvs)
 
     head_modulation = self.param(
       'head_modulation',
