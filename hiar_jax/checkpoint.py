@@ -296,7 +296,12 @@ def save_weights(
     arrays[name] = np.ascontiguousarray(array)
   path = pathlib.Path(path)
   partial = path.with_name(path.name + '.part')
+  # Takes the mode that new files have here: `save_file` lets only their owner
+  # read them, and weights are for others too.
+  partial.touch()
+  mode = partial.stat().st_mode & 0o777
   safetensors.numpy.save_file(arrays, partial, metadata=dict(metadata or {}))
+  partial.chmod(mode)
   partial.replace(path)
 
 

@@ -3,6 +3,7 @@
 # B batch, F frames, h w latent rows and columns, C channels, L text tokens
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ from hiar_jax import noise_schedule
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache
 from hiar_jax.models.transformer import TextKV, WanTransformer
+
+
+@functools.partial(jax.jit, static_argnames='size')
+def _unstack(tree, *, size):
+  return tuple(jax.tree.map(lambda a, i=i: a[i], tree) for i in range(size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +47,16 @@ class Denoiser:
     --size=medium`. All methods take both forms.
 
     Args:
-      params: from `init`, or read from a file.
+      params: from `init`, or read from a file; unstacked ones stay so.
 
     Returns:
       The parameters with a tuple of trees under 'layers'; where the layers are
       scanned, `params` as they are.
     """
-    size = self.config.num_layers
-    if self.config.unroll < size:
+    layers, size = params['layers'], self.config.num_layers
+    if self.config.unroll < size or isinstance(layers, tuple):
       return params
-
-    @jax.jit
-    def unstack(layers):
-      return tuple(
-        jax.tree.map(lambda a, i=i: a[i], layers) for i in range(size)
-      )
-
-    return {**params, 'layers': unstack(params['layers'])}
+    return {**params, 'layers': _unstack(layers, size=size)}
 
   def project_text(self, params: dict, states_BLD: jax.Array) -> TextKV:
     """Text encoder states [B, L, text_dim] to cross-attention K/V, once."""

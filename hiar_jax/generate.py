@@ -61,7 +61,7 @@ class VideoPipeline:
   Attributes:
     name: for people.
     denoiser: network.
-    params: its parameters, see `Denoiser.unstack_layers`.
+    params: its parameters.
     encoder: captions to text states, see `text`.
     codec: latents to frames, see `codecs`.
     rollout: how blocks are denoised.
@@ -398,7 +398,7 @@ def from_config(
   return VideoPipeline(
     name=config['name'],
     denoiser=denoiser,
-    params=denoiser.unstack_layers(checkpoint.load_weights(weights, abstract)),
+    params=checkpoint.load_weights(weights, abstract),
     encoder=encoder,
     codec=_load_codec(codec, config),
     rollout=rollout_config,

@@ -41,11 +41,12 @@ class Memory:
     return f'{self.total / _GB:.3g} GB ({parts})'
 
 
-def weights_bytes(params: dict) -> int:
-  """Of arrays, or of their shapes."""
-  return sum(
+def weights_bytes(params: dict, model: WanConfig) -> int:
+  """Of arrays, or of their shapes; twice where they are unstacked as well."""
+  size = sum(
     math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params)
   )
+  return 2 * size if model.unroll == model.num_layers else size
 
 
 def past_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:

@@ -115,6 +115,7 @@ def sample(
   static = {'denoiser': denoiser, 'config': config}
   sweeps, shared = _plan(request, config), _is_shared(request, config)
   begin = _begin_shared if shared else _begin
+  params = denoiser.unstack_layers(params)
   text, anchored = begin(params, states_BLD, initial, **static)
   x = [
     _first_noise(keys_B, np.int32(block), **static)
@@ -175,7 +176,7 @@ def estimate_memory(
   if _is_shared(request, config):
     past *= config.num_steps  # One a step.
   return memory.Memory(
-    weights=memory.weights_bytes(params),
+    weights=memory.weights_bytes(params, model),
     caches=2 * past,
     temporaries=memory.pass_temporaries(model, config, batch_size) + past,
   )

@@ -154,7 +154,7 @@ def estimate_memory(
   elif at_a_time > 1:
     copied = caches
   return memory.Memory(
-    weights=memory.weights_bytes(params),
+    weights=memory.weights_bytes(params, model),
     caches=caches,
     temporaries=one_pass * at_a_time + copied,
   )
@@ -250,7 +250,8 @@ class Stream:
     """
     self.reason = reason
     self._engine, self._codec = engine, codec
-    self._params = params = engine.place(params)
+    params = engine.place(engine.denoiser.unstack_layers(params))
+    self._params = params
     self._encode_text, self._keys = encode_text, engine.place(keys_B)
     text = _project(params, encode_text(prompts), denoiser=engine.denoiser)
     self._bank = _new_bank(text, size=engine.bank_size)

@@ -282,10 +282,10 @@ def make(
     raise ValueError(
       f'batch_size={batch_size} is not a multiple of {len(devices)} devices'
     )
-  todo = trajectory_files.missing_shards(
-    directory, manifest, shard_index=shard_index, num_shards=num_shards
+  todo = manifest.missing(
+    directory, shard_index=shard_index, num_shards=num_shards
   )
-  trajectory_files.settle_manifest(directory, manifest)
+  manifest.settle(directory)
   sampler = functools.partial(
     _sample_indices,
     denoiser=denoiser,
@@ -321,9 +321,7 @@ def make(
           trajectory_files.pack(index, latents[i], states[i], captions[i])
         )
       progress(len(rows))
-    trajectory_files.write_shard(
-      trajectory_files.shard_path(directory, shard), records
-    )
+    trajectory_files.write_shard(manifest.path(directory, shard), records)
   return True
 
 
@@ -352,7 +350,7 @@ class TrajectorySource:
       ValueError: if the points lie at other levels, come from another sampler
         (naming what differs), or the set is damaged.
     """
-    self.manifest = trajectory_files.read_manifest(directory)
+    self.manifest = trajectory_files.Manifest.read(directory)
     stored = self.manifest.point_levels
     if len(stored) != len(levels) or not np.allclose(
       stored, levels, rtol=0, atol=_SAME_LEVEL
@@ -370,18 +368,12 @@ class TrajectorySource:
           f'trajectories in {directory} were sampled otherwise than training '
           f'expects: {"; ".join(changed)}'
         )
-    missing = trajectory_files.missing_shards(directory, self.manifest)
-    if missing:
-      raise FileNotFoundError(
-        f'{len(missing)} of {self.manifest.num_files} trajectory files are '
-        f'missing in {directory}, the first is '
-        f'{trajectory_files.shard_path(directory, missing[0]).name}'
-      )
+    self.manifest.check_complete(directory)
     self._directory = directory
     try:
       self._records = grain.sources.ArrayRecordDataSource(
         [
-          str(trajectory_files.shard_path(directory, shard))
+          str(self.manifest.path(directory, shard))
           for shard in range(self.manifest.num_files)
         ]
       )

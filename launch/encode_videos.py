@@ -2,14 +2,15 @@
 
   python launch/encode_videos.py --config=configs/bouncing.py:teacher_start
 
-Kill it and start it again: it goes on with the files that are missing.
+Kill it and start it again: it goes on with the files that are missing. SIGTERM
+finishes the batch under way, drops its file and ends with status 143.
 """
 
 import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import errors, latent_files, phases
+from hiar_jax import errors, latent_files, phases, stopping
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')
@@ -23,18 +24,24 @@ def main(argv):
   codec = phases.world_codec(config)
   manifest = phases.latents_manifest(config, codec)
   out = config.latents.dir
-  missing = latent_files.missing_shards(out, manifest)
+  missing = manifest.missing(out)
   total = sum(len(manifest.indices(shard)) for shard in missing)
   print(f'{out}: {total} of {manifest.num} videos to encode')
-  with tqdm.tqdm(total=total, unit='video', dynamic_ncols=True) as bar:
-    latent_files.make(
+  with (
+    stopping.StopSignals(together=False) as stop,
+    tqdm.tqdm(total=total, unit='video', dynamic_ncols=True) as bar,
+  ):
+    done = latent_files.make(
       out,
       manifest,
       phases.videos(config),
       codec,
       batch_size=config.latents.batch_size,
       progress=bar.update,
+      should_stop=lambda: stop.requested(bar.n),
     )
+    if not done:
+      stop.leave()
 
 
 if __name__ == '__main__':

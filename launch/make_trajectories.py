@@ -106,7 +106,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     seed=settings.seed,
     num_frames=phases.latent_frames(config),
   )
-  missing = trajectory_files.missing_shards(out, manifest, **mine)
+  missing = manifest.missing(out, **mine)
   total = sum(len(manifest.indices(shard)) for shard in missing)
   print(
     f'{out}: {total} of {manifest.num} trajectories to sample, '
@@ -143,7 +143,7 @@ def _verify(out: pathlib.Path) -> None:
       f'{out} has {len(problems)} problems; delete the damaged files and '
       'sample again'
     )
-  print(f'{out}: {trajectory_files.read_manifest(out).num} trajectories, whole')
+  print(f'{out}: {trajectory_files.Manifest.read(out).num} trajectories, whole')
 
 
 def main(argv):

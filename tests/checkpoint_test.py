@@ -246,6 +246,13 @@ def test_shipped_weights_are_half_the_size_and_load_as_float32(tmp_path):
   np.testing.assert_array_equal(loaded['count'], params['count'])
 
 
+def test_weights_may_be_read_by_whoever_may_read_new_files(tmp_path):
+  checkpoint.save_weights(tmp_path / 'weights', {'a': jnp.ones(3)})
+  (tmp_path / 'other').touch()
+  modes = [(tmp_path / name).stat().st_mode for name in ('weights', 'other')]
+  assert modes[0] == modes[1]
+
+
 def test_weights_of_another_model_are_refused_with_all_mismatches(tmp_path):
   path = tmp_path / 'weights.safetensors'
   checkpoint.save_weights(path, {'a': jnp.ones((2, 3)), 'b': jnp.ones(1)})

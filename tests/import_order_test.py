@@ -21,7 +21,7 @@ _LAYERS = (
   ('models.attention', 'models.vae', 'models.umt5', 'models.foreign'),
   ('models.transformer', 'models.vae_convert'),
   ('models',),  # hiar_jax/models/__init__.py
-  ('text', 'codecs', 'text_umt5', 'vae_codec', 'layouts'),
+  ('text', 'codecs', 'text_umt5', 'vae_codec', 'layouts', 'shard_files'),
   ('data', 'denoiser'),
   ('rollout', 'trajectory_files', 'releases', 'latent_files'),
   ('memory',),

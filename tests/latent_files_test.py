@@ -46,7 +46,7 @@ def test_elements_are_the_encoded_videos_with_their_captions(folder, codec):
 def test_a_cut_run_makes_only_what_is_missing(folder, codec):
   kept = (folder / 'latents-00000.npy').stat().st_mtime_ns
   (folder / 'latents-00002.npy').unlink()
-  assert latent_files.missing_shards(folder, MANIFEST) == [2]
+  assert MANIFEST.missing(folder) == [2]
   with pytest.raises(FileNotFoundError, match='1 of 3 .* latents-00002.npy'):
     latent_files.EncodedVideos(folder, MANIFEST, VIDEOS)
   counts = []
@@ -61,8 +61,8 @@ def test_a_cut_run_makes_only_what_is_missing(folder, codec):
 @pytest.mark.parametrize(
   'change, message',
   [
-    (dict(codec_sha256='5678'), 'codec_sha256 is 1234, not 5678'),
-    (dict(num=9), 'num is 7, not 9'),
+    (dict(codec_sha256='5678'), 'codec_sha256: 1234 -> 5678'),
+    (dict(num=9), 'num: 7 -> 9'),
   ],
 )
 def test_latents_of_something_else_are_refused(folder, change, message):
@@ -81,3 +81,24 @@ def test_a_damaged_file_is_named(folder):
 def test_a_folder_without_latents_says_what_makes_them(tmp_path):
   with pytest.raises(FileNotFoundError, match='launch/encode_videos.py'):
     latent_files.EncodedVideos(tmp_path / 'none', MANIFEST, VIDEOS)
+
+
+def test_a_stop_leaves_whole_files_only(folder, codec, tmp_path):
+  out, asked = tmp_path / 'stopped', []
+
+  def stop_in_the_second_file():
+    asked.append(None)
+    return len(asked) > 3
+
+  assert not latent_files.make(
+    *(out, MANIFEST, VIDEOS, codec),
+    batch_size=2,
+    should_stop=stop_in_the_second_file,
+  )
+  assert sorted(path.name for path in out.iterdir()) == [
+    'latents-00000.npy',
+    'manifest.json',
+  ]
+  assert latent_files.make(out, MANIFEST, VIDEOS, codec, batch_size=2)
+  for path in out.iterdir():
+    assert path.read_bytes() == (folder / path.name).read_bytes()

@@ -231,8 +231,8 @@ def test_missing_trajectories(no_work, inputs, phase, tmp_path):
 def test_incomplete_trajectories(no_work, tmp_path):
   tiny.write_inputs(tmp_path)
   config = tiny.config('student_start', tmp_path)
-  trajectory_files.shard_path(config.trajectories.dir, 1).unlink()
-  assert '1 of 2 trajectory files are missing' in mistake(config)
+  trajectory_files.Manifest.path(config.trajectories.dir, 1).unlink()
+  assert '1 of 2 files of trajectories are missing' in mistake(config)
 
 
 def test_trajectories_at_other_levels(no_work, inputs):

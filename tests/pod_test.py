@@ -116,7 +116,7 @@ def test_trajectories_of_two_processes_one_of_which_was_killed(
   made = lambda: {
     shard
     for shard in range(_NUM // _SHARD)
-    if trajectory_files.shard_path(out, shard).exists()
+    if trajectory_files.Manifest.path(out, shard).exists()
   }
   own = lambda process_id: {s for s in made() if s % 2 == process_id}
 
@@ -142,7 +142,7 @@ def test_trajectories_of_two_processes_one_of_which_was_killed(
     int(record['index'])
     for shard in sorted(made())
     for record in trajectory_files._read_shard(
-      trajectory_files.shard_path(out, shard)
+      trajectory_files.Manifest.path(out, shard)
     )
   ]
   assert indices == list(range(_NUM))

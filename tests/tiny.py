@@ -134,7 +134,7 @@ def write_inputs(root: str | pathlib.Path) -> None:
     seed=c.trajectories.seed,
     num_frames=c.world.num_frames,
   )
-  trajectory_files.settle_manifest(c.trajectories.dir, manifest)
+  manifest.settle(c.trajectories.dir)
   rng = np.random.default_rng(2)
   for shard in range(manifest.num_files):
     records = [
@@ -146,7 +146,7 @@ def write_inputs(root: str | pathlib.Path) -> None:
       )
       for index in manifest.indices(shard)
     ]
-    path = trajectory_files.shard_path(c.trajectories.dir, shard)
+    path = trajectory_files.Manifest.path(c.trajectories.dir, shard)
     trajectory_files.write_shard(path, records)
 
 

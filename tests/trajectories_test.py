@@ -16,6 +16,7 @@ from array_record.python import array_record_module
 from hiar_jax import (
   data,
   noise_schedule,
+  shard_files,
   text,
   trajectories,
   trajectory_files,
@@ -298,19 +299,19 @@ def test_devices_share_every_batch(whole, tmp_path):
 
 def test_processes_with_the_same_share_do_no_harm(whole, tmp_path, monkeypatch):
   """As when a pod is replaced while the old one still runs."""
-  path = trajectory_files.shard_path(tmp_path, 0)
-  source = trajectory_files.shard_path(whole, 0)
+  path = trajectory_files.Manifest.path(tmp_path, 0)
+  source = trajectory_files.Manifest.path(whole, 0)
   record = [safetensors.numpy.save(r) for r in _read_records(source)]
-  sync = trajectory_files.os.fsync
+  sync = shard_files.os.fsync
 
   def other_is_first(file):
     sync(file)
     with monkeypatch.context() as patch:
-      patch.setattr(trajectory_files.os, 'fsync', sync)
-      patch.setattr(trajectory_files.socket, 'gethostname', lambda: 'other')
+      patch.setattr(shard_files.os, 'fsync', sync)
+      patch.setattr(shard_files.socket, 'gethostname', lambda: 'other')
       trajectory_files.write_shard(path, record)
 
-  monkeypatch.setattr(trajectory_files.os, 'fsync', other_is_first)
+  monkeypatch.setattr(shard_files.os, 'fsync', other_is_first)
   trajectory_files.write_shard(path, record)
   assert [p.name for p in tmp_path.iterdir()] == [path.name]
   assert path.read_bytes() == source.read_bytes()
@@ -476,10 +477,10 @@ def test_another_manifest_is_an_error_that_names_the_fields(copied):
   assert 'levels' not in str(error.value)
   (copied / 'manifest.json').write_text('{"num": 3')
   with pytest.raises(ValueError, match='manifest.json is damaged'):
-    trajectory_files.read_manifest(copied)
+    trajectory_files.Manifest.read(copied)
   (copied / 'manifest.json').write_text('{"num": 3}')
   with pytest.raises(ValueError, match='is not a manifest'):
-    trajectory_files.read_manifest(copied)
+    trajectory_files.Manifest.read(copied)
 
 
 def test_other_weights_are_another_teacher():
