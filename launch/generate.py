@@ -278,7 +278,8 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
       _NUM_BLOCKS.value or None, label='stream', unit='block'
     ) as progress,
   ):
-    frames = next(stream)[0]
+    with _raised_in_the_end():
+      frames = next(stream)[0]
     # The writer inside: it closes before Ctrl-C is an error again.
     with (
       _ends_on_request() as end,
@@ -300,6 +301,29 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   )
   print(f'wrote {path} and {path.with_suffix(".png").name}')
   print(watch)
+
+
+@contextlib.contextmanager
+def _raised_in_the_end() -> Iterator[None]:
+  """Raises Ctrl-C at the end of the block as well, if nothing else got out.
+
+  While programs are traced and compiled it may strike where exceptions are
+  dropped, such as in jax's callback of the garbage collector.
+  """
+  wanted = False
+
+  def note(signum, frame):
+    nonlocal wanted
+    wanted = True
+    raise KeyboardInterrupt
+
+  before = signal.signal(signal.SIGINT, note)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
+  if wanted:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -63,20 +63,41 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-@pytest.mark.slow
-def test_the_block_under_way_is_the_last_one_when_stopped(tmp_path):
-  done = subprocess.run(
+def _run_fake(code, folder):
+  return subprocess.run(
     [
-      *(sys.executable, '-c', _FAKE, _PROGRAM, '--stream', '--num_blocks=0'),
+      *(sys.executable, '-c', code, _PROGRAM, '--stream', '--num_blocks=0'),
       f'--config={_ROOT / "configs" / "bouncing_linear.py"}',
       *('--weights=none', _PROMPT, f'--prompt_at=3:{_OTHER}'),
       *('--scale=1', '--out=video.mp4'),
     ],
-    cwd=tmp_path,
+    cwd=folder,
     capture_output=True,
     text=True,
     check=False,
   )
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_that_is_swallowed_while_compiling_counts(tmp_path):
+  swallowing = _FAKE.replace(
+    '    if self.made == 5:',
+    """    if self.made == 1:
+      try:
+        os.kill(os.getpid(), signal.SIGINT)
+      except KeyboardInterrupt:
+        pass
+    if self.made == 5:""",
+  )
+  done = _run_fake(swallowing, tmp_path)
+  assert done.returncode == 130, done.stderr
+  assert done.stderr.splitlines()[-1] == 'interrupted'
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_block_under_way_is_the_last_one_when_stopped(tmp_path):
+  done = _run_fake(_FAKE, tmp_path)
   assert done.returncode == 0, done.stderr
   assert f'send 3 {_OTHER}' in done.stdout
   frames, _ = video_io.read_video(tmp_path / 'video.mp4')
