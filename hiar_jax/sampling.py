@@ -7,6 +7,7 @@ video changes no program, and a progress bar can tell the truth.
 # B batch, F frames, f frames per block, b block, h w latent rows and columns,
 # C channels, L text tokens, D width
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -121,6 +122,13 @@ def sample(
     _first_noise(keys_B, np.int32(block), **static)
     for block in range(request.num_blocks)
   ]
+  under_way = collections.deque()
+
+  def finish(sweep, all_but):
+    while len(under_way) > all_but:
+      under_way.popleft().block_until_ready()
+      report(sweep.num_steps + 1)
+
   for sweep in sweeps:
     # The working past is donated, block after block; the anchored one stays.
     past = _copy(anchored)
@@ -136,9 +144,12 @@ def sample(
           num_steps=sweep.num_steps,
           **static,
         )
-      # Or the report would run ahead of the device.
-      x[block].block_until_ready()
-      report(sweep.num_steps + 1)
+      under_way.append(x[block])
+      # One ahead: the device does not wait for the host, nor the report for
+      # the end.
+      finish(sweep, all_but=1)
+    # The next sweep donates the blocks.
+    finish(sweep, all_but=0)
     if sweep.anchors:
       anchored = past
   given = [] if initial is None else [initial.repeat(len(keys_B), 0)]
