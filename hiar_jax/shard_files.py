@@ -93,10 +93,10 @@ class Manifest:
     path = directory / _FILE
     if path.exists():
       stored = self.read(directory)
-      if not (self.num > stored.num and stored.num % stored.shard_size == 0):
-        self._check_same(directory, stored)
+      grows = self.num > stored.num and stored.num % stored.shard_size == 0
+      self._check_same(directory, stored, ignore=('num',) if grows else ())
+      if not grows:
         return
-      self._check_same(directory, stored, ignore=('num',))
     fields = provenance.jsonable(self)
     with whole_file(path) as partial:
       partial.write_text(json.dumps(fields, indent=1) + '\n')

@@ -24,6 +24,7 @@ def main(argv):
   codec = phases.world_codec(config)
   manifest = phases.latents_manifest(config, codec)
   out = config.latents.dir
+  manifest.settle(out)  # Refuses a folder that has others.
   missing = manifest.missing(out)
   total = sum(len(manifest.indices(shard)) for shard in missing)
   print(f'{out}: {total} of {manifest.num} videos to encode')

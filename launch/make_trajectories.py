@@ -107,6 +107,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     num_frames=phases.latent_frames(config),
   )
   missing = manifest.missing(out, **mine)
+  manifest.settle(out)  # Refuses a folder that has others.
   total = sum(len(manifest.indices(shard)) for shard in missing)
   print(
     f'{out}: {total} of {manifest.num} trajectories to sample, '

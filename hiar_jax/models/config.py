@@ -28,7 +28,8 @@ class WanConfig:
     remat: rematerialisation policy of a layer: 'none', 'full' (keep only the
       layer's input) or 'dots' (keep matrix products without batch axes).
     unroll: layers in one iteration of the scan over layers; more makes small
-      networks faster on a CPU and compiling slower.
+      networks faster on a CPU and compiling slower. With all of them, sampling
+      holds each layer's weights apart, see `Denoiser.unstack_layers`.
     attention: 'xla', 'chunked' (a part of the queries at a time: for windows
       whose scores do not fit into memory), 'splash' (a kernel for TPUs),
       'cudnn' (one for GPUs) or 'auto' (either, where there is one); see
