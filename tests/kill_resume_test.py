@@ -31,7 +31,7 @@ _ITERATIONS, _EVERY = 16, 1
 _CYCLE = 5
 # SIGKILLs of the distillation; every second one strikes during a save.
 _TRIALS = 20
-_TRAJECTORIES, _SHARD = 48, 2
+_TRAJECTORIES, _SHARD = 480, 2
 _SEED = 0
 
 
@@ -233,6 +233,7 @@ def test_ended_trajectories_end_bit_equal(
     ending, lambda: count() >= number, rng.uniform(0, 0.1)
   )
   left = count()
+  assert left * _SHARD < _TRAJECTORIES  # Or nothing was cut.
   output = Program(cut, environment, tmp_path / 'rest.log').finish()
   missing = _TRAJECTORIES - left * _SHARD
   assert f'{missing} of {_TRAJECTORIES} trajectories to sample' in output
