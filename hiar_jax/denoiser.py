@@ -43,8 +43,9 @@ class Denoiser:
     """Gives every layer arrays of its own, if all of them are unrolled.
 
     XLA for CPUs would else copy each layer's weights out of their stack in
-    every program: 22 of 32 MB of its temporaries in `benchmarks/pipeline.py
-    --size=medium`. All methods take both forms.
+    every program: at the size `medium` of benchmarks/pipeline.py a block of
+    shared context has 61 MB of temporaries then, and 22 without. All methods
+    take both forms.
 
     Args:
       params: from `init`, or read from a file; unstacked ones stay so.
