@@ -54,10 +54,13 @@ class Denoiser:
       The parameters with a tuple of trees under 'layers'; where the layers are
       scanned, `params` as they are.
     """
-    layers, size = params['layers'], self.config.num_layers
-    if self.config.unroll < size or isinstance(layers, tuple):
+    layers = params['layers']
+    if not self.config.is_unrolled or isinstance(layers, tuple):
       return params
-    return {**params, 'layers': _unstack(layers, size=size)}
+    return {
+      **params,
+      'layers': _unstack(layers, size=self.config.num_layers),
+    }
 
   def project_text(self, params: dict, states_BLD: jax.Array) -> TextKV:
     """Text encoder states [B, L, text_dim] to cross-attention K/V, once."""
@@ -93,10 +96,6 @@ class Denoiser:
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
     layers = params.get('layers')
-    if isinstance(layers, tuple):
-      params = {name: params[name] for name in params if name != 'layers'}
-    else:
-      layers = None
     if positions_F is None:
       first = past.position if isinstance(past, KVCache) else 0
       positions_F = first + jnp.arange(x_BFhwC.shape[1], dtype=jnp.int32)
@@ -109,7 +108,7 @@ class Denoiser:
       past,
       frame_mask,
       straight_through,
-      layers,
+      layers if isinstance(layers, tuple) else None,
     )
 
   def x0(self, params, x_BFhwC, sigma, text, **kwargs) -> jax.Array:

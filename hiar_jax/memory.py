@@ -42,11 +42,11 @@ class Memory:
 
 
 def weights_bytes(params: dict, model: WanConfig) -> int:
-  """Of arrays, or of their shapes; twice where they are unstacked as well."""
+  """Of arrays, or of their shapes; twice where sampling unstacks them."""
   size = sum(
     math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params)
   )
-  return 2 * size if model.unroll == model.num_layers else size
+  return 2 * size if model.is_unrolled else size
 
 
 def past_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:

@@ -124,7 +124,7 @@ class Manifest:
     ]
 
   def check_complete(self, directory: str | os.PathLike) -> None:
-    """Raises if a folder does not hold all of this set, and nothing else.
+    """Raises if a folder does not hold all files of this very set.
 
     Raises:
       FileNotFoundError: if there is no set, or files are missing.

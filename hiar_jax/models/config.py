@@ -85,6 +85,11 @@ class WanConfig:
       )
 
   @property
+  def is_unrolled(self) -> bool:
+    """Whether no scan over layers is left."""
+    return self.unroll == self.num_layers
+
+  @property
   def head_dim(self) -> int:
     return self.dim // self.num_heads
 
