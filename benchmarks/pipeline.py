@@ -116,7 +116,7 @@ def _worker(case: Case, options, process_id: int) -> None:
   if options.platform == 'cpu':
     jax.config.update('jax_num_cpu_devices', max(case.devices, 1))
   if len(case.cores) > 1:
-    from hiar_jax import distributed
+    from hiar_jax.runtime import distributed
 
     distributed.start(
       distributed.Processes(options.coordinator, len(case.cores), process_id),

@@ -26,7 +26,6 @@ from hiar_jax import (
   checkpoint,
   codecs,
   conversion,
-  metrics,
   noise_schedule,
   releases,
   rollout,
@@ -39,6 +38,7 @@ from hiar_jax import (
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import metrics
 from hiar_jax.video import Video
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'

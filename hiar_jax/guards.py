@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from hiar_jax import metrics
+from hiar_jax.runtime import metrics
 
 # Losses whose size depends on the step at which the rollout was left.
 _BY_EXIT = {

@@ -13,19 +13,11 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hiar_jax import (
-  evaluation,
-  generate,
-  phases,
-  sampling,
-  text,
-  video,
-  video_io,
-  worlds,
-)
+from hiar_jax import evaluation, generate, phases, sampling, text, video, worlds
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.loop_config import LoopConfig
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import video_io
 
 ORDERS = ('step_first', 'block_first')
 _NUM_PROMPTS = 4

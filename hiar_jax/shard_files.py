@@ -15,7 +15,7 @@ import socket
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
-from hiar_jax import provenance
+from hiar_jax.runtime import provenance
 
 _FILE = 'manifest.json'
 

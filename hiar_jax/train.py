@@ -15,19 +15,9 @@ import sys
 import jax
 import ml_collections
 
-from hiar_jax import (
-  checkpoint,
-  flops,
-  guards,
-  phases,
-  profiling,
-  provenance,
-  run_log,
-  samples,
-  stopping,
-  watchdog,
-)
+from hiar_jax import checkpoint, flops, guards, phases, run_log, samples
 from hiar_jax.loop_config import LoopConfig
+from hiar_jax.runtime import profiling, provenance, stopping, watchdog
 
 WEIGHTS = 'weights.safetensors'
 # What may differ between a run and its continuation.

@@ -24,9 +24,10 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import data, noise_schedule, provenance, trajectory_files
+from hiar_jax import data, noise_schedule, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
+from hiar_jax.runtime import provenance
 
 POINTS = ('student', 'indices')
 # Closer levels are one level: a step between them would move nothing.

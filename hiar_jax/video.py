@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-from hiar_jax import video_io
+from hiar_jax.runtime import video_io
 
 _WATCHABLE_HEIGHT = 512  # px; smaller frames are enlarged to at least this.
 

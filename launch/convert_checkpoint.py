@@ -20,7 +20,8 @@ import pathlib
 
 from absl import flags
 
-from hiar_jax import conversion, errors, metrics, releases, rollout
+from hiar_jax import conversion, releases, rollout
+from hiar_jax.runtime import errors, metrics
 
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, 'a folder, a file or owner/name of a hub', required=True

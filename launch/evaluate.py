@@ -14,7 +14,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import errors, evaluation, generate, worlds
+from hiar_jax import evaluation, generate, worlds
+from hiar_jax.runtime import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')

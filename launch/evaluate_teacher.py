@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from hiar_jax import (
-  errors,
   evaluation,
   generate,
   phases,
@@ -21,6 +20,7 @@ from hiar_jax import (
   teacher_sampling,
   worlds,
 )
+from hiar_jax.runtime import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')

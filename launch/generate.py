@@ -40,17 +40,8 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hiar_jax import (
-  errors,
-  generate,
-  metrics,
-  rollout,
-  sampling,
-  streaming,
-  video,
-  video_io,
-  worlds,
-)
+from hiar_jax import generate, rollout, sampling, streaming, video, worlds
+from hiar_jax.runtime import errors, metrics, video_io
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _PIPELINE = flags.DEFINE_string(

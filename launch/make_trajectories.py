@@ -22,11 +22,8 @@ from ml_collections import config_flags
 from hiar_jax import (
   checkpoint,
   data,
-  distributed,
-  errors,
   noise_schedule,
   phases,
-  stopping,
   text,
   trajectories,
   trajectory_files,
@@ -34,6 +31,7 @@ from hiar_jax import (
 )
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import distributed, errors, stopping
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WEIGHTS = flags.DEFINE_string(

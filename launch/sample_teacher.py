@@ -25,9 +25,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from hiar_jax import (
-  errors,
   generate,
-  metrics,
   phases,
   sampling,
   solvers,
@@ -35,8 +33,8 @@ from hiar_jax import (
   teacher_sampling,
   text,
   video,
-  video_io,
 )
+from hiar_jax.runtime import errors, metrics, video_io
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _PIPELINE = flags.DEFINE_string(

@@ -10,7 +10,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import distributed, errors, train
+from hiar_jax import train
+from hiar_jax.runtime import distributed, errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _PROFILE = flags.DEFINE_string(

@@ -16,7 +16,7 @@ import types
 import jax
 import pytest
 
-from hiar_jax import distributed
+from hiar_jax.runtime import distributed
 
 _ROOT = pathlib.Path(__file__).parents[1]
 

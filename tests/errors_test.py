@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from hiar_jax import errors, metrics, video_io
+from hiar_jax.runtime import errors, metrics, video_io
 
 _PROGRAM = """
 from absl import flags

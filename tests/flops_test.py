@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hiar_jax import flops, phases, profiling
+from hiar_jax import flops, phases
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import profiling
 from tests import tiny
 
 # Wide enough for the matrix products to be nearly all.

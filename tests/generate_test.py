@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import codecs, generate, rollout, sampling, video_io
+from hiar_jax import codecs, generate, rollout, sampling
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import video_io
 
 _CONFIG = {
   'name': 'tiny',

@@ -12,7 +12,6 @@ import pytest
 from hiar_jax import (
   checkpoint,
   data,
-  errors,
   guards,
   phases,
   text,
@@ -20,6 +19,7 @@ from hiar_jax import (
   train_state,
   worlds,
 )
+from hiar_jax.runtime import errors
 from tests import tiny
 
 

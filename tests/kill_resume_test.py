@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax import checkpoint, phases, stopping, train
+from hiar_jax import checkpoint, phases, train
 from hiar_jax.run_log import METRICS
+from hiar_jax.runtime import stopping
 from tests import tiny
 
 pytestmark = pytest.mark.slow

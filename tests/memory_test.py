@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hiar_jax import errors, generate, memory, rollout, sampling, streaming
+from hiar_jax import generate, memory, rollout, sampling, streaming
+from hiar_jax.runtime import errors
 from tests import toy_network
 
 CONFIG = rollout.RolloutConfig(levels=(1.0, 0.5, 0.0), window=6)

@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from hiar_jax import metrics
+from hiar_jax.runtime import metrics
 
 
 class _Clock:

@@ -8,7 +8,6 @@ import pytest
 
 from hiar_jax import (
   checkpoint,
-  errors,
   phases,
   train_state,
   train_step,
@@ -16,6 +15,7 @@ from hiar_jax import (
 )
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import errors
 from tests import tiny
 
 

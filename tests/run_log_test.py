@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hiar_jax import errors, loop_config, provenance, run_log
+from hiar_jax import loop_config, run_log
+from hiar_jax.runtime import errors, provenance
 
 _CONFIG = {'name': 'bouncing', 'phase': 'teacher', 'iterations': 9}
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from hiar_jax import phases, samples, train, video_io
+from hiar_jax import phases, samples, train
 from hiar_jax.loop_config import LoopConfig
+from hiar_jax.runtime import video_io
 from tests import tiny
 
 

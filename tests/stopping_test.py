@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hiar_jax import stopping
+from hiar_jax.runtime import stopping
 
 _ROOT = pathlib.Path(__file__).parents[1]
 

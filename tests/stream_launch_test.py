@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from configs import bouncing_linear
-from hiar_jax import codecs, generate, video_io, worlds
+from hiar_jax import codecs, generate, worlds
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import video_io
 from tests.forked_runs import DRIVER
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from hiar_jax import (
   solvers,
   teacher_sampling,
   trajectories,
-  video_io,
 )
+from hiar_jax.runtime import video_io
 from tests import toy_network
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hiar_jax import checkpoint, data, errors, phases, text, train, worlds
+from hiar_jax import checkpoint, data, phases, text, train, worlds
+from hiar_jax.runtime import errors
 from tests import tiny
 
 

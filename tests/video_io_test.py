@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hiar_jax import video_io
+from hiar_jax.runtime import video_io
 
 
 def _frames(num_frames=12, height=16, width=24):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hiar_jax import watchdog
+from hiar_jax.runtime import watchdog
 
 _ROOT = pathlib.Path(__file__).parents[1]
 

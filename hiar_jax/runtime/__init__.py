@@ -1,0 +1,1 @@
+"""What any program needs: errors, processes, signals, metrics, video files."""
