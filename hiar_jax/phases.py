@@ -19,11 +19,9 @@ from hiar_jax import (
   checkpoint,
   codecs,
   data,
-  flops,
   latent_files,
   noise_schedule,
   rollout,
-  sharding,
   text,
   train_state,
   train_step,
@@ -33,7 +31,7 @@ from hiar_jax import (
   worlds,
 )
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import vae
+from hiar_jax.models import flops, sharding, vae
 from hiar_jax.models.config import WanConfig
 
 Config = ml_collections.ConfigDict

@@ -19,14 +19,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hiar_jax import (
-  flops,
   planning,
   planning_traffic,
-  sharding,
   train_state,
   train_step,
   trajectories,
 )
+from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 
 PARTS = ('generator', 'critic', 'trajectory')

@@ -15,8 +15,9 @@ import sys
 import jax
 import ml_collections
 
-from hiar_jax import checkpoint, flops, guards, phases, run_log, samples
+from hiar_jax import checkpoint, guards, phases, run_log, samples
 from hiar_jax.loop_config import LoopConfig
+from hiar_jax.models import flops
 from hiar_jax.runtime import profiling, provenance, stopping, watchdog
 
 WEIGHTS = 'weights.safetensors'

@@ -23,12 +23,11 @@ from hiar_jax import (
   losses,
   noise_schedule,
   rollout,
-  sharding,
   train_state,
   training_rollout,
 )
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import attention
+from hiar_jax.models import attention, sharding
 from hiar_jax.models.transformer import TextKV
 
 Metrics = dict[str, jax.Array]

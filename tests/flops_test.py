@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hiar_jax import flops, phases
+from hiar_jax import phases
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import flops
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import profiling
 from tests import tiny

@@ -9,9 +9,9 @@ import pytest
 from configs import hiar_1_3b
 from hiar_jax import noise_schedule, planning, planning_parts, rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.flops import PassFlops
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.models.flops import PassFlops
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 # Sizes apart from each other, so that a shape tells what it is of.

@@ -10,14 +10,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import hiar_1_3b
 from hiar_jax import (
-  flops,
   phases,
   planning,
   planning_traffic,
   planning_train,
-  sharding,
   trajectories,
 )
+from hiar_jax.models import flops, sharding
 from tests import sharded_update
 
 needs_compiler = pytest.mark.skipif(

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import noise_schedule, rollout, sharding, train_state, train_step
+from hiar_jax import noise_schedule, rollout, train_state, train_step
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from hiar_jax import checkpoint, phases, sharding, train_state
-from hiar_jax.models import kv_cache
+from hiar_jax import checkpoint, phases, train_state
+from hiar_jax.models import kv_cache, sharding
 from hiar_jax.models.config import WanConfig
 from tests import sharded_update, tiny
 

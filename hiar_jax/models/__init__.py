@@ -1,1 +1,1 @@
-"""Networks: config, RoPE, cache, attention, transformer, VAE, umT5."""
+"""The networks, and what they cost and where their arrays lie."""

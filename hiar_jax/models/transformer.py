@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from hiar_jax import sharding
-from hiar_jax.models import attention, rope
+from hiar_jax.models import attention, rope, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache
 
