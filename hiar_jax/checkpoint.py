@@ -30,8 +30,8 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from hiar_jax import orbax_weights, safetensors_io
 from hiar_jax.runtime import provenance
+from hiar_jax.weights import orbax_weights, safetensors_io
 
 _FILE_LIST = 'files.json'
 # As grain would name it for one process.

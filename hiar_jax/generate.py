@@ -25,9 +25,7 @@ import numpy as np
 from hiar_jax import (
   checkpoint,
   codecs,
-  conversion,
   noise_schedule,
-  releases,
   rollout,
   sampling,
   streaming,
@@ -40,6 +38,7 @@ from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import metrics
 from hiar_jax.video import Video
+from hiar_jax.weights import conversion, releases
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 CONFIG_FILE = 'config.json'

@@ -20,8 +20,9 @@ import pathlib
 
 from absl import flags
 
-from hiar_jax import conversion, releases, rollout
+from hiar_jax import rollout
 from hiar_jax.runtime import errors, metrics
+from hiar_jax.weights import conversion, releases
 
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, 'a folder, a file or owner/name of a hub', required=True

@@ -16,11 +16,11 @@ from hiar_jax import (
   generate,
   phases,
   sampling,
-  teacher_files,
   teacher_sampling,
   worlds,
 )
 from hiar_jax.runtime import errors
+from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')

@@ -29,12 +29,12 @@ from hiar_jax import (
   phases,
   sampling,
   solvers,
-  teacher_files,
   teacher_sampling,
   text,
   video,
 )
 from hiar_jax.runtime import errors, metrics, video_io
+from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _PIPELINE = flags.DEFINE_string(

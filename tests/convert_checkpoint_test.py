@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import (
+from hiar_jax import generate, text_umt5
+from hiar_jax.models import umt5, vae
+from hiar_jax.models.config import WanConfig
+from hiar_jax.weights import (
   conversion,
-  generate,
+  foreign,
   layouts,
   releases,
   safetensors_io,
-  text_umt5,
+  tables,
+  vae_tables,
 )
-from hiar_jax.models import convert, foreign, umt5, vae, vae_convert
-from hiar_jax.models.config import WanConfig
 from tests import fake_release
 
 OPTIONS = conversion.Options(
@@ -91,21 +93,21 @@ def test_both_namings_give_the_same_folder(tmp_path):
     config = fake_release.CONFIGS[kind]
     state = read(tmp_path / 'wan' / layouts.FILES['wan'][kind])
     dtype = next(iter(state.values())).dtype
-    tree = convert.convert_state_dict(
+    tree = tables.convert_state_dict(
       state,
       {
-        'transformer': convert.WAN_RULES,
-        'vae': vae_convert.VAE_RULES,
+        'transformer': tables.WAN_RULES,
+        'vae': vae_tables.VAE_RULES,
         'text_encoder': umt5.UMT5_RULES,
       }[kind],
       {
         path: jax.ShapeDtypeStruct(leaf.shape, dtype)
-        for path, leaf in convert.flatten(
+        for path, leaf in tables.flatten(
           releases.abstract_params(config)
         ).items()
       },
     )
-    assert_same_bits(read(tmp_path / 'a' / file), convert.flatten(tree))
+    assert_same_bits(read(tmp_path / 'a' / file), tables.flatten(tree))
   configs = [
     json.loads((tmp_path / name / 'config.json').read_text()) for name in 'ab'
   ]
@@ -453,15 +455,15 @@ def test_wrappers_leave_no_trace_in_names(name, cleaned):
 )
 def test_full_size_shapes_are_told_from_the_names_alone(config):
   """Nothing is allocated: 14B would be 57 GB."""
-  abstract = convert.flatten(releases.abstract_params(config))
+  abstract = tables.flatten(releases.abstract_params(config))
   shapes = {path: leaf.shape for path, leaf in abstract.items()}
   for naming in releases.NAMINGS:
     slots = releases.expected_slots(config, naming)
     foreign_shapes = {name: slot.shape for name, slot in slots.items()}
     _, found, rules = releases.identify(foreign_shapes, pathlib.Path('x'))
     assert found == naming
-    assert convert.our_shapes(foreign_shapes, rules) == shapes
-    assert not convert.mismatches(foreign_shapes, slots)
+    assert tables.our_shapes(foreign_shapes, rules) == shapes
+    assert not tables.mismatches(foreign_shapes, slots)
     filled = {(slot.path, slot.index) for slot in slots.values()}
     assert len(filled) == len(slots)
 

@@ -6,8 +6,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from hiar_jax import conversion, layouts, releases, safetensors_io
-from hiar_jax.models import foreign
+from hiar_jax.weights import (
+  conversion,
+  foreign,
+  layouts,
+  releases,
+  safetensors_io,
+)
 from tests import fake_release
 
 torch = pytest.importorskip('torch')

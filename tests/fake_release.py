@@ -7,9 +7,9 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
-from hiar_jax import layouts, releases, safetensors_io
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.weights import layouts, releases, safetensors_io
 
 WAN = vae.VAEConfig.wan()
 CONFIGS = {

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import (
-  checkpoint,
+from hiar_jax import checkpoint
+from hiar_jax.weights import (
   conversion,
   layouts,
   orbax_weights,

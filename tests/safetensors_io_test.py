@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hiar_jax import safetensors_io
+from hiar_jax.weights import safetensors_io
 from tests import fake_release
 
 ARRAYS = {

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import conversion, releases, sampling, text_umt5
+from hiar_jax import sampling, text_umt5
+from hiar_jax.weights import conversion, releases
 from tests import fake_release
 
 PROMPT = 'a  red disc'

@@ -23,8 +23,8 @@ from hiar_jax import (
   worlds,
 )
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import convert
 from hiar_jax.models.config import WanConfig
+from hiar_jax.weights import tables
 
 STUDENT = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 CONFIG = trajectories.TrajectoryConfig(num_steps=3, shift=5.0, guidance=2.0)
@@ -105,13 +105,13 @@ def test_sampler_matches_the_public_code(golden):
   denoiser = Denoiser(
     WanConfig(latent_height=4, latent_width=6, channels=4, **sizes)
   )
-  params = convert.convert_state_dict(
+  params = tables.convert_state_dict(
     {
       name.removeprefix('w_teacher/'): array
       for name, array in stored.items()
       if name.startswith('w_teacher/')
     },
-    convert.WAN_RULES,
+    tables.WAN_RULES,
     jax.eval_shape(denoiser.init, jax.random.key(0)),
   )
   config = trajectories.TrajectoryConfig(points='indices')

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.models import convert, vae, vae_convert, vae_layers
+from hiar_jax.models import vae, vae_layers
+from hiar_jax.weights import tables, vae_tables
 
 # The fewest layers with every kind among them, where no stored number is
 # needed.
@@ -45,9 +46,9 @@ def wan(golden):
     mean=stored['in/mean'].tolist(),
     std=stored['in/std'].tolist(),
   )
-  params = convert.convert_state_dict(
+  params = tables.convert_state_dict(
     {k[2:]: v for k, v in stored.items() if k.startswith('w/')},
-    vae_convert.VAE_RULES,
+    vae_tables.VAE_RULES,
     jax.eval_shape(functools.partial(vae.init, cfg), jax.random.key(0)),
   )
   arrays = {
@@ -125,8 +126,8 @@ def test_streamed_encoding_matches_wan_in_blocks_of_any_length(wan, lengths):
 
 def test_every_rule_names_a_weight_of_wan(golden):
   names = [k[2:] for k in golden('vae') if k.startswith('w/')]
-  for rule in vae_convert.VAE_RULES:
-    assert any(convert.rule_matches(rule, name) for name in names), rule
+  for rule in vae_tables.VAE_RULES:
+    assert any(tables.rule_matches(rule, name) for name in names), rule
 
 
 def test_full_size_has_the_released_number_of_weights():

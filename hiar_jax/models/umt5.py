@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from hiar_jax.models import config as model_config
-from hiar_jax.models import convert
+from hiar_jax.weights import tables
 
 # B batch, L tokens, D width, H heads, K head_dim.
 Params = dict[str, Any]
@@ -239,7 +239,7 @@ class RMSNorm(nn.Module):
 
 
 # models_t5_umt5-xxl-enc-bf16.pth, released with Wan2.1.
-UMT5_RULES: list[convert.Rule] = [
+UMT5_RULES: list[tables.Rule] = [
   ('token_embedding.weight', 'token_embedding/embedding', 'keep'),
   ('blocks.{i}.norm{n}.weight', 'layers/norm{n}/scale[{i}]', 'keep'),
   ('blocks.{i}.attn.{qkvo}.weight', 'layers/{qkvo}/kernel[{i}]', 'linear'),
@@ -259,7 +259,7 @@ _HF_FFN = 'encoder.block.{i}.layer.1'
 
 # UMT5EncoderModel of transformers. Its token table has a second name,
 # encoder.embed_tokens.weight, which some files have instead or as well.
-UMT5_TRANSFORMERS_RULES: list[convert.Rule] = [
+UMT5_TRANSFORMERS_RULES: list[tables.Rule] = [
   ('shared.weight', 'token_embedding/embedding', 'keep'),
   (f'{_HF_ATTENTION}.layer_norm.weight', 'layers/norm1/scale[{i}]', 'keep'),
   (

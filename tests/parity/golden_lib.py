@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import convert
 from hiar_jax.models.config import WanConfig
+from hiar_jax.weights import tables
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
@@ -116,9 +116,9 @@ def network(file: str, prefix: str = 'w') -> tuple[Denoiser, dict]:
   denoiser = Denoiser(
     WanConfig(latent_height=4, latent_width=6, channels=4, **sizes)
   )
-  params = convert.convert_state_dict(
+  params = tables.convert_state_dict(
     state_dict(file, prefix),
-    convert.WAN_RULES,
+    tables.WAN_RULES,
     jax.eval_shape(denoiser.init, jax.random.key(0)),
   )
   return denoiser, params
@@ -157,7 +157,7 @@ _UNDO = {
 
 def foreign_parameter(params: dict, name: str) -> np.ndarray:
   """Entry of our parameter tree, named and laid out as in the state dict."""
-  path, index, transform = convert.target(name, convert.WAN_RULES)
+  path, index, transform = tables.target(name, tables.WAN_RULES)
   for key in path.split('/'):
     params = params[key]
   array = np.asarray(params)

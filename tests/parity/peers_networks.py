@@ -19,8 +19,9 @@ import numpy as np
 
 from hiar_jax import sampling, teacher_sampling
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import convert, umt5, vae, vae_convert
+from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.weights import tables, vae_tables
 from tests.parity import peers_lib, peers_solvers
 from tests.parity.golden_lib import from_model, to_model
 from tests.toy_network import jit
@@ -140,7 +141,7 @@ def vae_comparisons(*, base_dim: int) -> Iterator[peers_lib.Comparison]:
   peers_lib.randomise(peer, seed=2)
   # Frames of about unit size, for the peer clips what it decodes.
   peer.decoder.conv_out.weight.data *= 0.3
-  rules = vae_convert.diffusers_rules(
+  rules = vae_tables.diffusers_rules(
     len(config.dim_mult), config.num_res_blocks
   )
   params = _converted(peer, rules, functools.partial(vae.init, config))
@@ -265,7 +266,7 @@ def _transformer(config: WanConfig, seed: int) -> tuple[Any, dict]:
     text_dim=config.text_dim,
   ).eval()
   peers_lib.randomise(peer, seed)
-  rules = convert.WAN_DIFFUSERS_RULES
+  rules = tables.WAN_DIFFUSERS_RULES
   return peer, _converted(peer, rules, Denoiser(config).init)
 
 
@@ -292,7 +293,7 @@ def _compared(
 
 
 def _converted(peer: Any, rules: list, init: Callable) -> dict:
-  params = convert.convert_state_dict(
+  params = tables.convert_state_dict(
     peers_lib.state_dict(peer), rules, jax.eval_shape(init, jax.random.key(0))
   )
   return jax.device_put(params)

@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from hiar_jax.models import convert, umt5
+from hiar_jax.models import umt5
+from hiar_jax.weights import tables
 from tests.parity.golden_lib import FORWARD, cases, load, state_dict, stored
 
 
@@ -19,7 +20,7 @@ def _run():
     attention_dim=32,
     num_layers=2,
   )
-  params = convert.convert_state_dict(
+  params = tables.convert_state_dict(
     state_dict('umt5'),
     umt5.UMT5_RULES,
     jax.eval_shape(functools.partial(umt5.init, config), jax.random.key(0)),

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.models import convert, vae, vae_convert
+from hiar_jax.models import vae
+from hiar_jax.weights import tables, vae_tables
 from tests.parity.golden_lib import (
   FORWARD,
   cases,
@@ -31,9 +32,9 @@ def _run():
     mean=golden['in/mean'].tolist(),
     std=golden['in/std'].tolist(),
   )
-  params = convert.convert_state_dict(
+  params = tables.convert_state_dict(
     state_dict('vae'),
-    vae_convert.VAE_RULES,
+    vae_tables.VAE_RULES,
     jax.eval_shape(functools.partial(vae.init, config), jax.random.key(0)),
   )
   video, z = (

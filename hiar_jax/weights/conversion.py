@@ -26,17 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax import (
-  checkpoint,
+from hiar_jax import checkpoint, text_umt5
+from hiar_jax.models import umt5, vae
+from hiar_jax.models.config import WanConfig
+from hiar_jax.weights import (
   layouts,
   orbax_weights,
   releases,
   safetensors_io,
-  text_umt5,
+  tables,
 )
-from hiar_jax.models import convert, umt5, vae
-from hiar_jax.models.config import WanConfig
-from hiar_jax.releases import Config, Network, Release
+from hiar_jax.weights.releases import Config, Network, Release
 
 CONFIG_FILE = 'config.json'
 TOKENIZER = text_umt5.TOKENIZER
@@ -303,7 +303,7 @@ def open_ours(
     ValueError: naming every array that does not fit.
   """
   reader = checkpoint.open_weights(weights)
-  wanted = convert.flatten(releases.abstract_params(config))
+  wanted = tables.flatten(releases.abstract_params(config))
   stored = {name: entry.shape for name, entry in reader.entries.items()}
   problems = [f'{k} is missing' for k in wanted if k not in stored]
   problems += [f'{k} is unknown' for k in stored if k not in wanted]
@@ -313,7 +313,7 @@ def open_ours(
     if k in stored and stored[k] != leaf.shape
   ]
   if problems:
-    raise ValueError(f'{weights} does not fit: {convert.report(problems)}')
+    raise ValueError(f'{weights} does not fit: {tables.report(problems)}')
   return reader
 
 
@@ -433,10 +433,10 @@ def _our_arrays(
   mixed = [path for path, dtypes in stored.items() if len(dtypes) > 1]
   if mixed and dtype is None:
     raise ValueError(
-      f'{network.state.path}: layers of {convert.report(mixed)} have different '
+      f'{network.state.path}: layers of {tables.report(mixed)} have different '
       'dtypes, and are stacked here; choose one dtype for all'
     )
-  shapes = convert.flatten(releases.abstract_params(network.config))
+  shapes = tables.flatten(releases.abstract_params(network.config))
   return {
     path: (leaf.shape, np.dtype(dtype or min(stored[path], key=str)))
     for path, leaf in shapes.items()

@@ -16,8 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hiar_jax import safetensors_io
-from hiar_jax.models.convert import Shape
+from hiar_jax.weights import safetensors_io
+from hiar_jax.weights.tables import Shape
 
 PICKLES = ('.pt', '.pth', '.bin', '.ckpt')
 # What a training run of Self-Forcing, CausVid or HiAR keeps its network under,

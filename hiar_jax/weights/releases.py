@@ -22,11 +22,11 @@ from typing import Any
 
 import jax
 
-from hiar_jax import safetensors_io
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import convert, foreign, umt5, vae, vae_convert
+from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.models.convert import Rule, Shape, Slot
+from hiar_jax.weights import foreign, safetensors_io, tables, vae_tables
+from hiar_jax.weights.tables import Rule, Shape, Slot
 
 KINDS = ('transformer', 'vae', 'text_encoder')
 NAMINGS = ('wan', 'diffusers')
@@ -224,7 +224,7 @@ def open_network(
   state = foreign.StateDict(path, member=member)
   state.rename(umt5.UMT5_ALIASES)
   kind, naming, rules = identify(state.shapes, state.path)
-  ours = convert.our_shapes(state.shapes, rules)
+  ours = tables.our_shapes(state.shapes, rules)
   known = _config_sizes(state.path, kind)
   try:
     if kind == 'vae':
@@ -237,7 +237,7 @@ def open_network(
     name = _foreign_name(error.args[0], rules)
     raise ValueError(f'{name!r} is missing from {state.path}') from None
   expected = expected_slots(config, naming)
-  problems = convert.mismatches(state.shapes, expected, state.files)
+  problems = tables.mismatches(state.shapes, expected, state.files)
   problems += [
     f'{name!r} in {state.files[name]} is {dtype}, not one of {_FLOATS}'
     for name, dtype in state.dtypes.items()
@@ -245,7 +245,7 @@ def open_network(
   ]
   if problems:
     raise ValueError(
-      f'{state.path} is not what a {kind} needs: {convert.report(problems)}'
+      f'{state.path} is not what a {kind} needs: {tables.report(problems)}'
     )
   return Network(kind, naming, config, state, expected)
 
@@ -258,8 +258,7 @@ def identify(
   for kind, namings in _tables(names).items():
     for naming, rules in namings.items():
       hits = sum(
-        any(convert.rule_matches(rule, name) for rule in rules)
-        for name in names
+        any(tables.rule_matches(rule, name) for rule in rules) for name in names
       )
       known[kind, naming] = hits, rules
   (kind, naming), (hits, rules) = max(known.items(), key=lambda kv: kv[1][0])
@@ -290,29 +289,29 @@ def expected_slots(config: Config, naming: str) -> dict[str, Slot]:
   """Foreign names of a network's parameters and their places in our tree."""
   shapes = {
     path: leaf.shape
-    for path, leaf in convert.flatten(abstract_params(config)).items()
+    for path, leaf in tables.flatten(abstract_params(config)).items()
   }
   if isinstance(config, vae.VAEConfig):
-    rules = vae_convert.VAE_RULES
+    rules = vae_tables.VAE_RULES
     if naming == 'diffusers':
-      rules = vae_convert.diffusers_rules(
+      rules = vae_tables.diffusers_rules(
         len(config.dim_mult), config.num_res_blocks
       )
-    return convert.slots(shapes, rules)
+    return tables.slots(shapes, rules)
   kind = 'transformer' if isinstance(config, WanConfig) else 'text_encoder'
   patch = getattr(config, 'patch', (2, 2))
-  return convert.slots(shapes, _tables({})[kind][naming], patch=patch)
+  return tables.slots(shapes, _tables({})[kind][naming], patch=patch)
 
 
 def _tables(names: Mapping[str, Any]) -> dict[str, dict[str, list[Rule]]]:
   return {
     'transformer': {
-      'wan': convert.WAN_RULES,
-      'diffusers': convert.WAN_DIFFUSERS_RULES,
+      'wan': tables.WAN_RULES,
+      'diffusers': tables.WAN_DIFFUSERS_RULES,
     },
     'vae': {
-      'wan': vae_convert.VAE_RULES,
-      'diffusers': vae_convert.diffusers_rules_of(names),
+      'wan': vae_tables.VAE_RULES,
+      'diffusers': vae_tables.diffusers_rules_of(names),
     },
     'text_encoder': {
       'wan': umt5.UMT5_RULES,
@@ -424,7 +423,7 @@ def _vae_config(
   state: foreign.StateDict, ours: Mapping[str, Shape], known: Mapping[str, Any]
 ) -> vae.VAEConfig:
   wan = vae.VAEConfig.wan()
-  sizes = vae_convert.infer_sizes(ours) | known
+  sizes = vae_tables.infer_sizes(ours) | known
   if 'mean' not in sizes:
     if sizes['z_dim'] != wan.z_dim:
       raise ValueError(
@@ -454,7 +453,7 @@ def _foreign_name(path: str, rules: list[Rule]) -> str:
   """The name (of layer 0) that a path of ours has in a table."""
   for foreign_name, ours, _ in rules:
     for name in (path, f'{path}[0]'):
-      fields = convert.match(ours, name)
+      fields = tables.match(ours, name)
       if fields is not None:
         return foreign_name.format(**fields)
   return path

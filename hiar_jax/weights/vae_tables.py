@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from hiar_jax.models.convert import Rule, Shape
+from hiar_jax.weights.tables import Rule, Shape
 
 
 def _conv(foreign: str, ours: str) -> list[Rule]:

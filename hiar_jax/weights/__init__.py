@@ -1,0 +1,1 @@
+"""Published files in and out: layouts, names, formats, conversion."""
