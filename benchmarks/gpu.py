@@ -52,12 +52,12 @@ from hiar_jax import (
   planning_parts,
   rollout,
   sampling,
-  text,
   vae_codec,
 )
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, kv_cache, umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.text import word_hash
 
 _LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 _BACKENDS = ('xla', 'chunked', 'auto')
@@ -281,7 +281,7 @@ def _pass_program(model: WanConfig, window: int) -> tuple[Any, tuple]:
   )
 
   def one_pass(params, x, text, past):
-    return denoiser.flow(params, x, 0.5, text, past=past)
+    return denoiser.flow(params, x, 0.5, word_hash, past=past)
 
   return jax.jit(one_pass), (params, x, projected, past)
 
@@ -340,7 +340,7 @@ def _video(
     name='random',
     denoiser=denoiser,
     params=random_params(jax.eval_shape(denoiser.init, jax.random.key(0))),
-    encoder=text.WordHashEncoder(model.text_dim, model.text_len),
+    encoder=word_hash.WordHashEncoder(model.text_dim, model.text_len),
     codec=_codec(size),
     rollout=_config(
       size, context='shared' if name == 'stream_shared' else 'matched'

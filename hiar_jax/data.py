@@ -14,7 +14,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from hiar_jax import text, worlds
+from hiar_jax import worlds
+from hiar_jax.text import word_hash
 
 # Told apart from the Philox stream of the scene, which starts at counter 0.
 _DROPOUT_STREAM = 1
@@ -33,7 +34,7 @@ class BouncingPrompts:
   """
 
   world: worlds.WorldConfig
-  encoder: text.WordHashEncoder
+  encoder: word_hash.WordHashEncoder
   seed: int
   length: int = 2**20
 
@@ -65,7 +66,7 @@ class BouncingVideos:
   """
 
   world: worlds.WorldConfig
-  encoder: text.WordHashEncoder
+  encoder: word_hash.WordHashEncoder
   seed: int
   caption_dropout: float = 0.0
   with_truth: bool = False

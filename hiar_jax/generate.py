@@ -29,14 +29,14 @@ from hiar_jax import (
   rollout,
   sampling,
   streaming,
-  text,
-  text_umt5,
   vae_codec,
 )
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import metrics
+from hiar_jax.text import umt5 as text_umt5
+from hiar_jax.text import word_hash
 from hiar_jax.video import Video
 from hiar_jax.weights import conversion, releases
 
@@ -383,7 +383,7 @@ def from_config(
       config, pathlib.Path(weights).parent, text_encoder, text_cache
     )
   else:
-    encoder = text.WordHashEncoder(**config['text'])
+    encoder = word_hash.WordHashEncoder(**config['text'])
   levels = noise_schedule.warped_levels(**config['schedule'])
   rollout_config = rollout.RolloutConfig(levels=levels, **config['rollout'])
   # The shapes alone: random weights would take longer than reading real ones.

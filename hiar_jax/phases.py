@@ -22,7 +22,6 @@ from hiar_jax import (
   latent_files,
   noise_schedule,
   rollout,
-  text,
   train_state,
   train_step,
   trajectories,
@@ -33,6 +32,7 @@ from hiar_jax import (
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.text import word_hash
 
 Config = ml_collections.ConfigDict
 
@@ -98,7 +98,7 @@ def videos(config: Config) -> data.BouncingVideos:
   """The teacher's training videos."""
   return data.BouncingVideos(
     worlds.WorldConfig(**config.world),
-    text.WordHashEncoder(**config.text),
+    word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
     caption_dropout=config.caption_dropout,
   )
@@ -138,7 +138,7 @@ def prompts(config: Config) -> data.BouncingPrompts:
   """The captions of the training scenes."""
   return data.BouncingPrompts(
     worlds.WorldConfig(**config.world),
-    text.WordHashEncoder(**config.text),
+    word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
   )
 
@@ -225,7 +225,7 @@ def _codec(config: Config) -> Phase:
     worlds.WorldConfig(
       **(config.world.to_dict() | {'num_frames': numbers.num_frames})
     ),
-    text.WordHashEncoder(**config.text),
+    word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
     with_truth=True,
   )

@@ -13,11 +13,12 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hiar_jax import evaluation, generate, phases, sampling, text, video, worlds
+from hiar_jax import evaluation, generate, phases, sampling, video, worlds
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.loop_config import LoopConfig
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
+from hiar_jax.text import word_hash
 
 ORDERS = ('step_first', 'block_first')
 _NUM_PROMPTS = 4
@@ -69,7 +70,7 @@ class Sampler:
       name=config.name,
       denoiser=Denoiser(WanConfig(**config.model)),
       params={},
-      encoder=text.WordHashEncoder(**config.text),
+      encoder=word_hash.WordHashEncoder(**config.text),
       codec=phases.world_codec(config),
       rollout=phases.rollout_config(config),
       **config.generate,

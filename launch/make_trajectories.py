@@ -24,7 +24,6 @@ from hiar_jax import (
   data,
   noise_schedule,
   phases,
-  text,
   trajectories,
   trajectory_files,
   worlds,
@@ -32,6 +31,7 @@ from hiar_jax import (
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed, errors, stopping
+from hiar_jax.text import word_hash
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WEIGHTS = flags.DEFINE_string(
@@ -83,7 +83,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   )
   prompts = data.BouncingPrompts(
     worlds.WorldConfig(**config.world),
-    text.WordHashEncoder(**config.text),
+    word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
   )
   manifest = trajectories.make_manifest(

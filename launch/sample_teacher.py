@@ -30,10 +30,10 @@ from hiar_jax import (
   sampling,
   solvers,
   teacher_sampling,
-  text,
   video,
 )
 from hiar_jax.runtime import errors, metrics, video_io
+from hiar_jax.text import word_hash
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
   pipeline = _load(config)
   negative = _NEGATIVE_PROMPT.value
   if negative is None:
-    small = isinstance(pipeline.encoder, text.WordHashEncoder)
+    small = isinstance(pipeline.encoder, word_hash.WordHashEncoder)
     negative = '' if small else teacher_sampling.WAN_NEGATIVE_PROMPT
   numbers = np.arange(len(paths))
   done = 0

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import generate, text_umt5
+from hiar_jax import generate
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import (
   conversion,
   foreign,

@@ -6,10 +6,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from hiar_jax import checkpoint, data, text, worlds
+from hiar_jax import checkpoint, data, worlds
+from hiar_jax.text import word_hash
 
 WORLD = worlds.WorldConfig(num_frames=3)
-ENCODER = text.WordHashEncoder(dim=8)
+ENCODER = word_hash.WordHashEncoder(dim=8)
 
 
 def videos(**kwargs):

@@ -14,12 +14,12 @@ from hiar_jax import (
   data,
   guards,
   phases,
-  text,
   train,
   train_state,
   worlds,
 )
 from hiar_jax.runtime import errors
+from hiar_jax.text import word_hash
 from tests import tiny
 
 
@@ -114,7 +114,7 @@ def fit(monkeypatch, tmp_path):
   def fit(*poisoned, **settings):
     states = []
     prompts = data.BouncingPrompts(
-      worlds.WorldConfig(), text.WordHashEncoder(dim=4, length=2), seed=0
+      worlds.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
     )
     params = {'w': jnp.float32(3.0)}
 

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hiar_jax import codecs, data, latent_files, text, worlds
+from hiar_jax import codecs, data, latent_files, worlds
+from hiar_jax.text import word_hash
 
 WORLD = worlds.WorldConfig(height=32, width=32, num_frames=3)
 VIDEOS = data.BouncingVideos(
-  WORLD, text.WordHashEncoder(dim=4, length=4), seed=3, caption_dropout=0.5
+  WORLD, word_hash.WordHashEncoder(dim=4, length=4), seed=3, caption_dropout=0.5
 )
 MANIFEST = latent_files.Manifest(
   num=7,

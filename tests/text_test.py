@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from hiar_jax import text
+from hiar_jax.text import word_hash
 
-ENCODER = text.WordHashEncoder()
+ENCODER = word_hash.WordHashEncoder()
 PROMPT = 'a small red disc drifting fast over dark blue'
 
 
@@ -53,7 +53,7 @@ def test_a_caption_does_not_depend_on_the_others_of_its_batch():
 
 
 def test_words_beyond_the_length_are_dropped():
-  encoder = text.WordHashEncoder(length=3)
+  encoder = word_hash.WordHashEncoder(length=3)
   np.testing.assert_array_equal(
     encoder.encode(['one two three four']), encoder.encode(['one two three'])
   )

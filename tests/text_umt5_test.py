@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import sampling, text_umt5
+from hiar_jax import sampling
+from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import conversion, releases
 from tests import fake_release
 

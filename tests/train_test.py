@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hiar_jax import checkpoint, data, phases, text, train, worlds
+from hiar_jax import checkpoint, data, phases, train, worlds
 from hiar_jax.runtime import errors
+from hiar_jax.text import word_hash
 from tests import tiny
 
 
@@ -117,7 +118,7 @@ def counting_phase(bad_iteration=None, raises=()):
     return state, {'loss': np.nan if bad else float(iteration)}
 
   prompts = data.BouncingPrompts(
-    worlds.WorldConfig(), text.WordHashEncoder(dim=4, length=2), seed=0
+    worlds.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
   )
   return phases.Phase(
     state={'sum': jnp.zeros(())},

@@ -17,20 +17,20 @@ from hiar_jax import (
   data,
   noise_schedule,
   shard_files,
-  text,
   trajectories,
   trajectory_files,
   worlds,
 )
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.text import word_hash
 from hiar_jax.weights import tables
 
 STUDENT = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 CONFIG = trajectories.TrajectoryConfig(num_steps=3, shift=5.0, guidance=2.0)
 PROMPTS = data.BouncingPrompts(
   worlds.WorldConfig(num_frames=2),
-  text.WordHashEncoder(dim=8, length=4),
+  word_hash.WordHashEncoder(dim=8, length=4),
   seed=1,
   length=64,
 )

@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from hiar_jax import data, text, train_state, vae_training, worlds
+from hiar_jax import data, train_state, vae_training, worlds
 from hiar_jax.models import vae
+from hiar_jax.text import word_hash
 
 WORLD = worlds.WorldConfig(num_frames=5)
 VIDEOS = data.BouncingVideos(
-  WORLD, text.WordHashEncoder(dim=4, length=4), seed=3, with_truth=True
+  WORLD, word_hash.WordHashEncoder(dim=4, length=4), seed=3, with_truth=True
 )
 CONFIG = vae.VAEConfig(
   base_dim=4,

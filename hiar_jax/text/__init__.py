@@ -1,0 +1,1 @@
+"""Prompts to the states that cross-attention reads."""
