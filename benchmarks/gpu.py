@@ -46,14 +46,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import (
-  generate,
-  noise_schedule,
-  planning_parts,
-  rollout,
-  sampling,
-  vae_codec,
-)
+from hiar_jax import generate, noise_schedule, planning_parts, rollout, sampling
+from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, kv_cache, umt5, vae
 from hiar_jax.models.config import WanConfig
@@ -239,10 +233,10 @@ def _text(size: Size) -> Iterator[dict[str, float]]:
   return _timed(lambda: run(params, ids, ids), flops)
 
 
-def _codec(size: Size) -> vae_codec.VAECodec:
+def _codec(size: Size) -> codecs_vae.VAECodec:
   config = size.vae
   abstract = jax.eval_shape(lambda: vae.init(config, jax.random.key(0)))
-  return vae_codec.VAECodec(random_params(abstract, 'float32'), config)
+  return codecs_vae.VAECodec(random_params(abstract, 'float32'), config)
 
 
 def _block(size: Size) -> jax.Array:

@@ -22,15 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hiar_jax import (
-  checkpoint,
-  codecs,
-  noise_schedule,
-  rollout,
-  sampling,
-  streaming,
-  vae_codec,
-)
+from hiar_jax import checkpoint, noise_schedule, rollout, sampling, streaming
+from hiar_jax.codecs import linear
+from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
@@ -410,7 +404,7 @@ def export(
   *,
   config: Mapping[str, Any],
   params: Mapping[str, Any],
-  codec: codecs.LinearCodec | vae_codec.VAECodec,
+  codec: linear.LinearCodec | codecs_vae.VAECodec,
   dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
   """Writes what `load` reads.
@@ -434,7 +428,7 @@ def export(
   if 'vae' in config:
     checkpoint.save_weights(path, codec.params, dtype=dtype)
   else:
-    codecs.save_linear_codec(codec, path)
+    linear.save_linear_codec(codec, path)
   checkpoint.save_weights(folder / WEIGHTS_FILE, params, dtype=dtype)
 
 
@@ -476,24 +470,24 @@ def _batches(size: int) -> list[np.ndarray]:
 
 @jax.jit
 def _encode_frames(codec, frames_BFHWC):
-  return codec.encode(codecs.pixels_to_float(frames_BFHWC))
+  return codec.encode(linear.pixels_to_float(frames_BFHWC))
 
 
 @jax.jit
 def _decode_block(codec, state, latents_BFhwC):
   video, state = codec.decode_stream(state, latents_BFhwC)
-  return codecs.float_to_pixels(video), state
+  return linear.float_to_pixels(video), state
 
 
 def _load_codec(path: str | pathlib.Path, config: Mapping[str, Any]) -> Any:
   if 'vae' in config:
-    return vae_codec.load_vae_codec(path, vae.VAEConfig(**config['vae']))
+    return codecs_vae.load_vae_codec(path, vae.VAEConfig(**config['vae']))
   if not pathlib.Path(path).exists():
     raise FileNotFoundError(f'no codec at {path}')
   # Asked first: np.load leaves a file open that turns out not to be an archive.
   if not zipfile.is_zipfile(path):
     raise ValueError(f'codec {path} is damaged')
   try:
-    return codecs.load_linear_codec(path)
+    return linear.load_linear_codec(path)
   except (KeyError, ValueError, zipfile.BadZipFile) as error:
     raise ValueError(f'codec {path} is damaged ({error})') from error

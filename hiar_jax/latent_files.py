@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hiar_jax import codecs, data, shard_files
+from hiar_jax import data, shard_files
+from hiar_jax.codecs import linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def make(
   """
   manifest.settle(directory)
   encode = jax.jit(
-    lambda codec, video: codec.encode(codecs.pixels_to_float(video))
+    lambda codec, video: codec.encode(linear.pixels_to_float(video))
   )
   for shard in manifest.missing(directory):
     indices = manifest.indices(shard)

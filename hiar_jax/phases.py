@@ -17,7 +17,6 @@ import numpy as np
 
 from hiar_jax import (
   checkpoint,
-  codecs,
   data,
   latent_files,
   noise_schedule,
@@ -25,10 +24,11 @@ from hiar_jax import (
   train_state,
   train_step,
   trajectories,
-  vae_codec,
   vae_training,
   worlds,
 )
+from hiar_jax.codecs import linear
+from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding, vae
 from hiar_jax.models.config import WanConfig
@@ -80,9 +80,9 @@ def world_codec(config: Config) -> Any:
   """
   path = pathlib.Path(config.codec.path)
   if 'vae' in config:
-    return vae_codec.load_vae_codec(path, vae.VAEConfig(**config.vae))
+    return codecs_vae.load_vae_codec(path, vae.VAEConfig(**config.vae))
   if not path.exists():
-    codec = codecs.fit_linear_codec(
+    codec = linear.fit_linear_codec(
       worlds.WorldConfig(**config.world),
       num_videos=config.codec.num_videos,
       channels=config.codec.channels,
@@ -90,8 +90,8 @@ def world_codec(config: Config) -> Any:
       seed=config.codec.seed,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    codecs.save_linear_codec(codec, path)
-  return codecs.load_linear_codec(path)
+    linear.save_linear_codec(codec, path)
+  return linear.load_linear_codec(path)
 
 
 def videos(config: Config) -> data.BouncingVideos:
@@ -255,7 +255,7 @@ def _codec(config: Config) -> Phase:
     return vae_training.fold_statistics(state.ema, mean_C, std_C)
 
   if numbers.start_weights:
-    params = vae_codec.load_vae_codec(numbers.start_weights, vae_config).params
+    params = codecs_vae.load_vae_codec(numbers.start_weights, vae_config).params
   else:
     params = vae_training.init(vae_config, key)
   return Phase(
@@ -281,7 +281,7 @@ def _teacher(config: Config) -> Phase:
 
   def step(state, batch, iteration):
     if 'latents' not in batch:
-      latents = codec.encode(codecs.pixels_to_float(batch['video']))
+      latents = codec.encode(linear.pixels_to_float(batch['video']))
       batch = {'latents': latents, 'text': batch['text']}
     return update(state, batch, jax.random.fold_in(key, iteration))
 

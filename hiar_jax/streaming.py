@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hiar_jax import codecs, memory, pipeline, rollout, shared_pipeline
+from hiar_jax import memory, pipeline, rollout, shared_pipeline
+from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 
@@ -226,7 +227,7 @@ class Stream:
     self,
     engine: Engine,
     params: dict,
-    codec: codecs.LinearCodec,
+    codec: linear.LinearCodec,
     encode_text: Callable[[list[str]], np.ndarray],
     prompts: list[str],
     keys_B: jax.Array,
@@ -408,4 +409,4 @@ def _shared_block(params, bank, slots_tS, keys_B, pasts, block, *, engine):
 @jax.jit
 def _decode(codec, state, latents):
   frames, state = codec.decode_stream(state, latents)
-  return codecs.float_to_pixels(frames), state
+  return linear.float_to_pixels(frames), state

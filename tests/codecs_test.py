@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import codecs, worlds
+from hiar_jax import worlds
+from hiar_jax.codecs import linear
 
 CFG = worlds.WorldConfig(num_frames=6)
 
 
 @pytest.fixture(scope='module')
 def codec():
-  return codecs.fit_linear_codec(CFG, num_videos=200, channels=16, seed=0)
+  return linear.fit_linear_codec(CFG, num_videos=200, channels=16, seed=0)
 
 
 @pytest.fixture(scope='module')
@@ -31,20 +32,20 @@ def psnr(a, b):
 
 
 def test_held_out_videos_survive_the_round_trip(codec, held_out):
-  latents = codec.encode(codecs.pixels_to_float(held_out))
-  decoded = codecs.float_to_pixels(codec.decode(latents))
+  latents = codec.encode(linear.pixels_to_float(held_out))
+  decoded = linear.float_to_pixels(codec.decode(latents))
   assert latents.shape == (32, 6, 8, 8, 16)
   assert psnr(decoded, held_out) > 28.0
 
 
 def test_more_channels_lose_less(held_out):
-  video = codecs.pixels_to_float(held_out)
+  video = linear.pixels_to_float(held_out)
   quality = []
   for channels in (3, 8, 16):
-    codec = codecs.fit_linear_codec(
+    codec = linear.fit_linear_codec(
       CFG, num_videos=50, channels=channels, seed=0
     )
-    decoded = codecs.float_to_pixels(codec.decode(codec.encode(video)))
+    decoded = linear.float_to_pixels(codec.decode(codec.encode(video)))
     quality.append(psnr(decoded, held_out))
   assert quality[0] + 3 < quality[1] < quality[2] - 2
 
@@ -54,7 +55,7 @@ def test_all_channels_lose_nothing_but_rounding(held_out):
   rng = np.random.default_rng(0)
   size = 2 * 2 * 3
   rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
-  codec = codecs.LinearCodec(
+  codec = linear.LinearCodec(
     mean_P=jnp.zeros(size),
     encoder_PC=jnp.asarray(rotation, jnp.float32),
     decoder_CP=jnp.asarray(rotation.T, jnp.float32),
@@ -72,7 +73,7 @@ def test_latents_are_white_over_the_world(codec):
       for index in range(200)
     ]
   )
-  latents = np.asarray(codec.encode(codecs.pixels_to_float(videos)))
+  latents = np.asarray(codec.encode(linear.pixels_to_float(videos)))
   latents = latents.reshape(-1, 16)
   np.testing.assert_allclose(latents.mean(axis=0), 0, atol=1e-3)
   np.testing.assert_allclose(np.cov(latents.T), np.eye(16), atol=1e-2)
@@ -80,17 +81,17 @@ def test_latents_are_white_over_the_world(codec):
 
 def test_patches_come_back_in_place():
   video = np.random.default_rng(0).normal(size=(2, 3, 16, 24, 3))
-  patches = codecs.to_patches(video, 8)
+  patches = linear.to_patches(video, 8)
   assert patches.shape == (2, 3, 2, 3, 192)
   np.testing.assert_array_equal(
     patches[1, 2, 1, 0].reshape(8, 8, 3), video[1, 2, 8:, :8]
   )
-  np.testing.assert_array_equal(codecs.from_patches(patches, 8), video)
+  np.testing.assert_array_equal(linear.from_patches(patches, 8), video)
 
 
 @pytest.mark.parametrize('pieces', [(6,), (1, 2, 3), (1,) * 6])
 def test_streamed_decoding_equals_decoding_at_once(codec, held_out, pieces):
-  latents = codec.encode(codecs.pixels_to_float(held_out[:2]))
+  latents = codec.encode(linear.pixels_to_float(held_out[:2]))
   state = codec.init_decode_state(2)
   videos = []
   for piece in jnp.split(latents, np.cumsum(pieces)[:-1], axis=1):
@@ -108,7 +109,7 @@ def test_decoded_values_are_clipped_to_pixels(codec):
 
 
 def test_codec_is_an_argument_of_jit(codec, held_out):
-  video = codecs.pixels_to_float(held_out[:2])
+  video = linear.pixels_to_float(held_out[:2])
   encode = jax.jit(lambda codec, video: codec.encode(video))
   np.testing.assert_allclose(
     encode(codec, video), codec.encode(video), atol=1e-5
@@ -117,8 +118,8 @@ def test_codec_is_an_argument_of_jit(codec, held_out):
 
 def test_stored_codec_is_bit_exact_and_small(codec, tmp_path):
   path = tmp_path / 'codec.npz'
-  codecs.save_linear_codec(codec, path)
-  loaded = codecs.load_linear_codec(path)
+  linear.save_linear_codec(codec, path)
+  loaded = linear.load_linear_codec(path)
   jax.tree.map(np.testing.assert_array_equal, loaded, codec)
   assert path.stat().st_size < 200_000
 
@@ -131,10 +132,10 @@ def test_codec_states_its_shape(codec):
 
 def test_pixels_survive_the_float_range():
   pixels = np.arange(256, dtype=np.uint8)
-  floats = codecs.pixels_to_float(pixels)
+  floats = linear.pixels_to_float(pixels)
   assert floats[0] == -1.0
   assert floats[-1] == 1.0
-  np.testing.assert_array_equal(codecs.float_to_pixels(floats), pixels)
+  np.testing.assert_array_equal(linear.float_to_pixels(floats), pixels)
 
 
 def test_a_frame_that_does_not_divide_is_refused(codec):
@@ -144,12 +145,12 @@ def test_a_frame_that_does_not_divide_is_refused(codec):
 
 def test_too_many_channels_are_refused():
   with pytest.raises(ValueError, match=r'channels=193 must be in \[1, 192\]'):
-    codecs.fit_linear_codec(CFG, num_videos=1, channels=193, seed=0)
+    linear.fit_linear_codec(CFG, num_videos=1, channels=193, seed=0)
 
 
 def test_whitening_sets_how_loud_the_channels_are():
   half, none = (
-    codecs.fit_linear_codec(
+    linear.fit_linear_codec(
       CFG, num_videos=50, channels=8, seed=0, whitening=whitening
     )
     for whitening in (0.5, 0.0)
@@ -159,4 +160,4 @@ def test_whitening_sets_how_loud_the_channels_are():
   np.testing.assert_allclose(scale[1], scale[1][0], rtol=1e-4)
   assert scale[0][-1] < scale[0][0]
   with pytest.raises(ValueError, match=r'whitening=2 must be in \[0, 1\]'):
-    codecs.fit_linear_codec(CFG, num_videos=1, channels=8, seed=0, whitening=2)
+    linear.fit_linear_codec(CFG, num_videos=1, channels=8, seed=0, whitening=2)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hiar_jax import codecs, evaluation, worlds
+from hiar_jax import evaluation, worlds
+from hiar_jax.codecs import linear
 
 CFG = worlds.WorldConfig()
 COUNT = 16
@@ -76,9 +77,9 @@ def test_true_videos_score_near_perfect(videos, prompts):
 
 
 def test_codec_round_trip_scores_as_well_as_the_codec_allows(videos, prompts):
-  codec = codecs.fit_linear_codec(CFG, num_videos=50, channels=16, seed=0)
-  latents = codec.encode(codecs.pixels_to_float(videos))
-  decoded = np.asarray(codecs.float_to_pixels(codec.decode(latents)))
+  codec = linear.fit_linear_codec(CFG, num_videos=50, channels=16, seed=0)
+  latents = codec.encode(linear.pixels_to_float(videos))
+  decoded = np.asarray(linear.float_to_pixels(codec.decode(latents)))
   result = evaluation.evaluate_prompts(decoded, prompts)
   assert result['visible'] == 1.0
   assert result['background_error'] < 0.01

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import codecs, generate, rollout, sampling
+from hiar_jax import generate, rollout, sampling
+from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
   rng = np.random.default_rng(0)
   leaves = [0.3 * rng.standard_normal(x.shape, np.float32) for x in leaves]
   basis = np.linalg.qr(rng.standard_normal((48, 48)))[0][:, :4]
-  codec = codecs.LinearCodec(
+  codec = linear.LinearCodec(
     mean_P=jnp.zeros(48),
     encoder_PC=jnp.asarray(4 * basis, jnp.float32),
     decoder_CP=jnp.asarray(basis.T / 4, jnp.float32),
@@ -105,7 +106,7 @@ def test_every_order_is_the_rollouts_own(
     given = np.random.default_rng(1).integers(
       0, 256, (num_given, 16, 16, 3), np.uint8
     )
-    initial = pipe.codec.encode(codecs.pixels_to_float(given[None]))
+    initial = pipe.codec.encode(linear.pixels_to_float(given[None]))
   video = pipe(
     _PROMPT,
     num_blocks=5,
@@ -118,7 +119,7 @@ def test_every_order_is_the_rollouts_own(
   expected = _defined(pipe, order, initial, **options)
   assert video.latents.shape == (num_given + 10, 4, 4, 4)
   np.testing.assert_allclose(video.latents, expected, rtol=1e-5, atol=1e-5)
-  decoded = codecs.float_to_pixels(pipe.codec.decode(expected[None]))[0]
+  decoded = linear.float_to_pixels(pipe.codec.decode(expected[None]))[0]
   # A value on the edge of rounding may fall to either side.
   assert np.abs(video.frames.astype(int) - decoded).max() <= 1
 
@@ -175,9 +176,9 @@ def test_given_frames_come_first_and_matter(pipe):
   image = pipe(_PROMPT, num_blocks=2, initial_frames=given, progress=False)
   assert len(image) == 1 + 4
   seen = pipe.codec.decode(
-    pipe.codec.encode(codecs.pixels_to_float(given[None]))
+    pipe.codec.encode(linear.pixels_to_float(given[None]))
   )
-  seen = np.asarray(codecs.float_to_pixels(seen))[0].astype(int)
+  seen = np.asarray(linear.float_to_pixels(seen))[0].astype(int)
   assert np.abs(image.frames[:1] - seen).max() <= 1
   alone = pipe(_PROMPT, num_blocks=2, progress=False)
   assert np.abs(image.latents[1:] - alone.latents).max() > 0.01

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hiar_jax import codecs, data, latent_files, worlds
+from hiar_jax import data, latent_files, worlds
+from hiar_jax.codecs import linear
 from hiar_jax.text import word_hash
 
 WORLD = worlds.WorldConfig(height=32, width=32, num_frames=3)
@@ -23,7 +24,7 @@ MANIFEST = latent_files.Manifest(
 
 @pytest.fixture(scope='module')
 def codec():
-  return codecs.fit_linear_codec(WORLD, num_videos=8, channels=4, seed=0)
+  return linear.fit_linear_codec(WORLD, num_videos=8, channels=4, seed=0)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_elements_are_the_encoded_videos_with_their_captions(folder, codec):
   assert len(source) == 7
   for index in range(7):
     video = VIDEOS[index]
-    latents = codec.encode(codecs.pixels_to_float(video['video'][None]))[0]
+    latents = codec.encode(linear.pixels_to_float(video['video'][None]))[0]
     element = source[index]
     assert element['latents'].dtype == np.float32
     np.testing.assert_allclose(element['latents'], latents, atol=5e-3)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from configs import bouncing_linear
-from hiar_jax import codecs, generate, worlds
+from hiar_jax import generate, worlds
+from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
@@ -30,7 +31,7 @@ def _export(folder):
     lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype),
     jax.eval_shape(lambda: denoiser.init(jax.random.key(0))),
   )
-  codec = codecs.fit_linear_codec(
+  codec = linear.fit_linear_codec(
     worlds.WorldConfig(num_frames=3),
     num_videos=8,
     channels=config['model']['channels'],

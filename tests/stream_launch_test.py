@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from configs import bouncing_linear
-from hiar_jax import codecs, generate, worlds
+from hiar_jax import generate, worlds
+from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
@@ -124,7 +125,7 @@ def arguments(tmp_path_factory):
   params = treedef.unflatten(
     [np.float32(x + 0.2 * rng.normal(size=x.shape)) for x in leaves]
   )
-  codec = codecs.fit_linear_codec(
+  codec = linear.fit_linear_codec(
     worlds.WorldConfig(num_frames=3),
     num_videos=8,
     channels=config['model']['channels'],

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from hiar_jax import codecs, noise_schedule, rollout, streaming
+from hiar_jax import noise_schedule, rollout, streaming
+from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from tests import toy_network
@@ -56,7 +57,7 @@ def encode(prompts):
 
 @pytest.fixture(autouse=True)
 def latents_instead_of_pixels(monkeypatch):
-  monkeypatch.setattr(codecs, 'float_to_pixels', lambda video: video)
+  monkeypatch.setattr(linear, 'float_to_pixels', lambda video: video)
 
 
 def stage_mesh(devices):
