@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.ndimage
 
-from hiar_jax import worlds
+from hiar_jax.data import bouncing
 
 # Fewer have no quarters to compare.
 MIN_FRAMES = 8
@@ -36,7 +36,7 @@ _MAX_DB = 60.0
 _STEPS = (0.5, 0.25, 0.12, 0.06)
 # Frames measured at once: bounds the memory, whatever the video's length.
 _CHUNK = 64
-_WORLD = worlds.WorldConfig()
+_WORLD = bouncing.WorldConfig()
 # No config trains on the scenes of this seed.
 _HELD_OUT_SEED = 99
 
@@ -100,13 +100,15 @@ class VideoScore:
   shape_correct_by_quarter: np.ndarray
 
 
-def held_out_scenes(cfg: worlds.WorldConfig, num: int) -> list[worlds.Scene]:
+def held_out_scenes(
+  cfg: bouncing.WorldConfig, num: int
+) -> list[bouncing.Scene]:
   """Scenes of no training set, with captions that say everything.
 
   So every number of `VideoScore` is defined.
   """
   scenes = (
-    worlds.sample_scene(cfg, _HELD_OUT_SEED, index)
+    bouncing.sample_scene(cfg, _HELD_OUT_SEED, index)
     for index in itertools.count()
   )
   full = (scene for scene in scenes if _says_everything(scene.caption))
@@ -116,7 +118,7 @@ def held_out_scenes(cfg: worlds.WorldConfig, num: int) -> list[worlds.Scene]:
 def evaluate_prompts(
   videos: Sequence[np.ndarray],
   prompts: Sequence[str],
-  cfg: worlds.WorldConfig = _WORLD,
+  cfg: bouncing.WorldConfig = _WORLD,
 ) -> dict[str, float]:
   """Means over videos, each scored against its own prompt.
 
@@ -151,12 +153,12 @@ def evaluate_prompts(
 
 
 def _says_everything(caption: str) -> bool:
-  terms = worlds.parse_prompt(caption)
+  terms = bouncing.parse_prompt(caption)
   return all(getattr(terms, f.name) for f in dataclasses.fields(terms))
 
 
 def evaluate_video(
-  video_FHWC: np.ndarray, prompt: str, cfg: worlds.WorldConfig = _WORLD
+  video_FHWC: np.ndarray, prompt: str, cfg: bouncing.WorldConfig = _WORLD
 ) -> VideoScore:
   """Scores one video, uint8 [F, H, W, 3], against its prompt.
 
@@ -166,26 +168,26 @@ def evaluate_video(
   """
   video_FHWC = np.asarray(video_FHWC)
   _check_video(video_FHWC, cfg)
-  asked = worlds.parse_prompt(prompt)
+  asked = bouncing.parse_prompt(prompt)
   frames = measure_frames(video_FHWC, cfg)
   best_F = np.argmin(_shape_errors(video_FHWC, frames, cfg), axis=0)
   votes = np.bincount(
-    best_F, weights=frames.visible_F, minlength=len(worlds.SHAPES)
+    best_F, weights=frames.visible_F, minlength=len(bouncing.SHAPES)
   )
-  seen = worlds.SHAPES[int(np.argmax(votes))]
+  seen = bouncing.SHAPES[int(np.argmax(votes))]
 
   db_F = _ideal_db(
     video_FHWC,
     frames,
     asked.shape or seen,
-    worlds.PALETTE.get(asked.colour),
-    worlds.BACKGROUNDS.get(asked.background),
+    bouncing.PALETTE.get(asked.colour),
+    bouncing.BACKGROUNDS.get(asked.background),
     cfg,
   )
   if asked.shape is None:
     shape_correct_F = np.full(len(video_FHWC), np.nan)
   else:
-    is_asked_F = best_F == worlds.SHAPES.index(asked.shape)
+    is_asked_F = best_F == bouncing.SHAPES.index(asked.shape)
     # A frame without an object does not show the shape asked for.
     shape_correct_F = (is_asked_F & frames.visible_F).astype(np.float64)
 
@@ -197,10 +199,10 @@ def evaluate_video(
   return VideoScore(
     visible=float(frames.visible_F.mean()),
     background_error=_colour_error(
-      frames.background_F3, worlds.BACKGROUNDS.get(asked.background)
+      frames.background_F3, bouncing.BACKGROUNDS.get(asked.background)
     ),
     colour_error=_colour_error(
-      frames.colour_F3[frames.visible_F], worlds.PALETTE.get(asked.colour)
+      frames.colour_F3[frames.visible_F], bouncing.PALETTE.get(asked.colour)
     ),
     shape=seen,
     shape_correct=_mean(shape_correct_F),
@@ -236,13 +238,13 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def measure_frames(
-  video_FHWC: np.ndarray, cfg: worlds.WorldConfig = _WORLD
+  video_FHWC: np.ndarray, cfg: bouncing.WorldConfig = _WORLD
 ) -> FrameMeasures:
   """Finds background and object in every frame of a uint8 [F, H, W, 3]."""
   _, h, w, _ = video_FHWC.shape
   areas = [
     _unit_area(shape) * radius**2
-    for shape in worlds.SHAPES
+    for shape in bouncing.SHAPES
     for radius in (cfg.small_radius[0], cfg.large_radius[1])
   ]
   least, most = min(areas) / _TOLERANCE, max(areas) * _TOLERANCE
@@ -295,7 +297,7 @@ def _shape_errors(video_FHWC, frames, cfg):
         video_FHWC,
         frames,
       )
-      for shape in worlds.SHAPES
+      for shape in bouncing.SHAPES
     ]
   )
 
@@ -382,7 +384,7 @@ def _measured_coverage(video_FHWC, frames):
 
 
 def _draw(shape, fit_F3, cfg):
-  return worlds.coverage(
+  return bouncing.coverage(
     shape, fit_F3[:, :2], fit_F3[:, 2], height=cfg.height, width=cfg.width
   )
 
@@ -396,7 +398,7 @@ def _asked_or_seen(rgb, seen_F3):
 @functools.cache
 def _unit_area(shape: str) -> float:
   """Area of a shape of radius 1, from a large drawing of it."""
-  cover = worlds.coverage(
+  cover = bouncing.coverage(
     shape, np.array([[64.0, 64.0]]), 60.0, height=128, width=128
   )
   return float(cover.sum()) / 60.0**2

@@ -17,18 +17,15 @@ import numpy as np
 
 from hiar_jax import (
   checkpoint,
-  data,
-  latent_files,
   noise_schedule,
   rollout,
   train_state,
   train_step,
-  trajectories,
   vae_training,
-  worlds,
 )
 from hiar_jax.codecs import linear
 from hiar_jax.codecs import vae as codecs_vae
+from hiar_jax.data import bouncing, latent_files, sources, trajectories
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding, vae
 from hiar_jax.models.config import WanConfig
@@ -83,7 +80,7 @@ def world_codec(config: Config) -> Any:
     return codecs_vae.load_vae_codec(path, vae.VAEConfig(**config.vae))
   if not path.exists():
     codec = linear.fit_linear_codec(
-      worlds.WorldConfig(**config.world),
+      bouncing.WorldConfig(**config.world),
       num_videos=config.codec.num_videos,
       channels=config.codec.channels,
       whitening=config.codec.whitening,
@@ -94,10 +91,10 @@ def world_codec(config: Config) -> Any:
   return linear.load_linear_codec(path)
 
 
-def videos(config: Config) -> data.BouncingVideos:
+def videos(config: Config) -> sources.BouncingVideos:
   """The teacher's training videos."""
-  return data.BouncingVideos(
-    worlds.WorldConfig(**config.world),
+  return sources.BouncingVideos(
+    bouncing.WorldConfig(**config.world),
     word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
     caption_dropout=config.caption_dropout,
@@ -109,7 +106,7 @@ def latents_manifest(config: Config, codec: Any) -> latent_files.Manifest:
   return latent_files.Manifest(
     num=config.latents.num,
     shard_size=config.latents.shard_size,
-    world=dataclasses.asdict(worlds.WorldConfig(**config.world)),
+    world=dataclasses.asdict(bouncing.WorldConfig(**config.world)),
     world_seed=config.world_seed,
     codec_sha256=trajectories.weights_sha256(codec.params),
   )
@@ -134,10 +131,10 @@ def rollout_config(config: Config) -> rollout.RolloutConfig:
   return rollout.RolloutConfig(levels=levels, **config.rollout)
 
 
-def prompts(config: Config) -> data.BouncingPrompts:
+def prompts(config: Config) -> sources.BouncingPrompts:
   """The captions of the training scenes."""
-  return data.BouncingPrompts(
-    worlds.WorldConfig(**config.world),
+  return sources.BouncingPrompts(
+    bouncing.WorldConfig(**config.world),
     word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
   )
@@ -221,8 +218,8 @@ def _codec(config: Config) -> Phase:
   numbers = config.codec_training
   optimiser = _optimiser(config.optimiser, config.iterations)
   key = jax.random.key(config.seed)
-  source = data.BouncingVideos(
-    worlds.WorldConfig(
+  source = sources.BouncingVideos(
+    bouncing.WorldConfig(
       **(config.world.to_dict() | {'num_frames': numbers.num_frames})
     ),
     word_hash.WordHashEncoder(**config.text),
@@ -232,7 +229,9 @@ def _codec(config: Config) -> Phase:
   clips = vae_training.ObjectClips(source, numbers.crop)
   side = min(config.world.height, config.world.width)
   whole_videos = max(1, config.batch_size * numbers.crop**2 // side**2)
-  batches = data.batches(clips, batch_size=config.batch_size, seed=config.seed)
+  batches = sources.batches(
+    clips, batch_size=config.batch_size, seed=config.seed
+  )
   update = jax.jit(
     vae_training.make_step(
       vae_config,
@@ -290,7 +289,9 @@ def _teacher(config: Config) -> Phase:
     source = latent_files.EncodedVideos(
       config.latents.dir, latents_manifest(config, codec), source
     )
-  batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
+  batches = sources.batches(
+    source, batch_size=config.batch_size, seed=config.seed
+  )
   if config.start_weights:
     params = load_params(config.start_weights, denoiser)
   else:
@@ -320,7 +321,9 @@ def _student_start(config: Config) -> Phase:
 
   params = load_params(config.teacher_weights, denoiser)
   source = trajectory_source(config)
-  batches = data.batches(source, batch_size=config.batch_size, seed=config.seed)
+  batches = sources.batches(
+    source, batch_size=config.batch_size, seed=config.seed
+  )
   frames = source.manifest.latents_shape[1]
   one = flops.forward_flops(denoiser.config, frames, frames)
   if config.start_context == 'matched':  # The context's pass, and one after it.
@@ -333,7 +336,7 @@ def _student_start(config: Config) -> Phase:
 class PromptsAndTrajectories:
   """Element i of the prompts beside a trajectory, for the forward KL."""
 
-  prompts: data.BouncingPrompts
+  prompts: sources.BouncingPrompts
   trajectories: trajectories.TrajectorySource
 
   def __len__(self) -> int:
@@ -401,7 +404,7 @@ def _distill(config: Config) -> Phase:
   if numbers.forward_kl_weight:
     source = PromptsAndTrajectories(source, trajectory_source(config))
   shard, num_shards = (0, 1) if mesh is None else sharding.batch_share(mesh)
-  batches = data.batches(
+  batches = sources.batches(
     source,
     batch_size=config.batch_size,
     seed=config.seed,

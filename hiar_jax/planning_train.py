@@ -18,13 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import (
-  planning,
-  planning_traffic,
-  train_state,
-  train_step,
-  trajectories,
-)
+from hiar_jax import planning, planning_traffic, train_state, train_step
+from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 

@@ -13,7 +13,8 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hiar_jax import evaluation, generate, phases, sampling, video, worlds
+from hiar_jax import evaluation, generate, phases, sampling, video
+from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.loop_config import LoopConfig
 from hiar_jax.models.config import WanConfig
@@ -53,10 +54,10 @@ class Sampler:
         f'loop.sample_every={loop.sample_every}: phase {config.phase!r} trains '
         'no network that videos could be sampled from block by block'
       )
-    self._world = worlds.WorldConfig(**config.world)
+    self._world = bouncing.WorldConfig(**config.world)
     self._folder = pathlib.Path(config.workdir) / 'samples'
     self._prompts = loop.sample_prompts or tuple(
-      worlds.sample_scene(
+      bouncing.sample_scene(
         self._world, config.world_seed + _UNSEEN, index
       ).caption
       for index in range(_NUM_PROMPTS)

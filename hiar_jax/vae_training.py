@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import data
 from hiar_jax.codecs import linear
+from hiar_jax.data import sources
 from hiar_jax.models import vae
 
 # Told apart from the other streams that belong to an element, see `data`.
@@ -34,7 +34,7 @@ class ObjectClips:
     crop: side of the square crop in px.
   """
 
-  videos: data.BouncingVideos
+  videos: sources.BouncingVideos
   crop: int
 
   def __post_init__(self):

@@ -10,7 +10,8 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import latent_files, phases
+from hiar_jax import phases
+from hiar_jax.data import latent_files
 from hiar_jax.runtime import errors, stopping
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)

@@ -14,7 +14,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import evaluation, generate, worlds
+from hiar_jax import evaluation, generate
+from hiar_jax.data import bouncing
 from hiar_jax.runtime import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -39,14 +40,16 @@ def main(argv):
   del argv
   config = _CONFIG.value
   pipeline = generate.load(_FOLDER.value or config.name)
-  world = worlds.WorldConfig(**config.world)
+  world = bouncing.WorldConfig(**config.world)
   latents = _NUM_BLOCKS.value * pipeline.rollout.frames_per_block
   frames = 1 + (latents - 1) * pipeline.codec.temporal_stride
-  long = worlds.WorldConfig(**(config.world.to_dict() | {'num_frames': frames}))
+  long = bouncing.WorldConfig(
+    **(config.world.to_dict() | {'num_frames': frames})
+  )
   chosen = evaluation.held_out_scenes(long, _NUM_PROMPTS.value)
   prompts = [scene.caption for scene in chosen]
   rows = {}
-  true = np.stack([worlds.render(scene, long) for scene in chosen])
+  true = np.stack([bouncing.render(scene, long) for scene in chosen])
   coded = pipeline.decode(
     np.concatenate([pipeline.encode(video) for video in true])
   )

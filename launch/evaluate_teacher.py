@@ -11,14 +11,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import (
-  evaluation,
-  generate,
-  phases,
-  sampling,
-  teacher_sampling,
-  worlds,
-)
+from hiar_jax import evaluation, generate, phases, sampling, teacher_sampling
+from hiar_jax.data import bouncing
 from hiar_jax.runtime import errors
 from hiar_jax.weights import teacher_files
 
@@ -40,7 +34,7 @@ def main(argv):
   config = _CONFIG.value
   if 'trajectories' not in config:
     raise ValueError(f'the {config.phase} config has no trajectories')
-  world = worlds.WorldConfig(**config.world)
+  world = bouncing.WorldConfig(**config.world)
   weights, codec = teacher_files.find(config, _WEIGHTS.value)
   pipeline = generate.from_config(
     config.to_dict(), weights=weights, codec=codec
@@ -54,7 +48,7 @@ def main(argv):
   )
   chosen = evaluation.held_out_scenes(world, _NUM_PROMPTS.value)
   prompts = [scene.caption for scene in chosen]
-  true = np.stack([worlds.render(scene, world) for scene in chosen])
+  true = np.stack([bouncing.render(scene, world) for scene in chosen])
   rows = {
     'codec': pipeline.decode(
       np.concatenate([pipeline.encode(video) for video in true])

@@ -40,7 +40,8 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hiar_jax import generate, rollout, sampling, streaming, video, worlds
+from hiar_jax import generate, rollout, sampling, streaming, video
+from hiar_jax.data import bouncing
 from hiar_jax.runtime import errors, metrics, video_io
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -390,10 +391,10 @@ def _note_unknown(prompts: Sequence[str]) -> None:
   if _PIPELINE.value not in (None, *generate.known_names()):
     return
   for prompt in prompts:
-    terms = worlds.parse_prompt(prompt)
+    terms = bouncing.parse_prompt(prompt)
     for value, name, known in (
-      (terms.shape, 'shape', worlds.SHAPES),
-      (terms.colour, 'colour', worlds.PALETTE),
+      (terms.shape, 'shape', bouncing.SHAPES),
+      (terms.colour, 'colour', bouncing.PALETTE),
     ):
       if value is None:
         print(

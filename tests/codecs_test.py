@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import worlds
 from hiar_jax.codecs import linear
+from hiar_jax.data import bouncing
 
-CFG = worlds.WorldConfig(num_frames=6)
+CFG = bouncing.WorldConfig(num_frames=6)
 
 
 @pytest.fixture(scope='module')
@@ -20,7 +20,7 @@ def codec():
 def held_out():
   return np.stack(
     [
-      worlds.render(worlds.sample_scene(CFG, 99, index), CFG)
+      bouncing.render(bouncing.sample_scene(CFG, 99, index), CFG)
       for index in range(32)
     ]
   )
@@ -69,7 +69,7 @@ def test_all_channels_lose_nothing_but_rounding(held_out):
 def test_latents_are_white_over_the_world(codec):
   videos = np.stack(
     [
-      worlds.render(worlds.sample_scene(CFG, 0, index), CFG)
+      bouncing.render(bouncing.sample_scene(CFG, 0, index), CFG)
       for index in range(200)
     ]
   )

@@ -6,19 +6,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from hiar_jax import checkpoint, data, worlds
+from hiar_jax import checkpoint
+from hiar_jax.data import bouncing, sources
 from hiar_jax.text import word_hash
 
-WORLD = worlds.WorldConfig(num_frames=3)
+WORLD = bouncing.WorldConfig(num_frames=3)
 ENCODER = word_hash.WordHashEncoder(dim=8)
 
 
 def videos(**kwargs):
-  return data.BouncingVideos(WORLD, ENCODER, seed=1, **kwargs)
+  return sources.BouncingVideos(WORLD, ENCODER, seed=1, **kwargs)
 
 
 def prompts(**kwargs):
-  return data.BouncingPrompts(WORLD, ENCODER, seed=1, **kwargs)
+  return sources.BouncingPrompts(WORLD, ENCODER, seed=1, **kwargs)
 
 
 def assert_equal_trees(a, b):
@@ -26,7 +27,7 @@ def assert_equal_trees(a, b):
 
 
 def test_a_batch_has_the_stated_shapes():
-  batch = next(data.batches(videos(with_truth=True), batch_size=4, seed=0))
+  batch = next(sources.batches(videos(with_truth=True), batch_size=4, seed=0))
   assert batch['video'].shape == (4, 3, 64, 64, 3)
   assert batch['video'].dtype == np.uint8
   assert batch['text'].shape == (4, 16, 8)
@@ -36,7 +37,7 @@ def test_a_batch_has_the_stated_shapes():
 
 def test_a_batch_names_its_elements():
   source = prompts(length=10)
-  iterator = data.batches(source, batch_size=4, seed=0)
+  iterator = sources.batches(source, batch_size=4, seed=0)
   # Into the third epoch.
   for batch in (next(iterator) for _ in range(6)):
     assert batch['index'].dtype == np.int64
@@ -47,7 +48,9 @@ def test_a_batch_names_its_elements():
 @pytest.mark.parametrize('num_threads', [0, 2])
 def test_restored_iterator_gives_the_exact_next_batches(num_threads):
   def make():
-    return data.batches(videos(), batch_size=3, seed=5, num_threads=num_threads)
+    return sources.batches(
+      videos(), batch_size=3, seed=5, num_threads=num_threads
+    )
 
   iterator = make()
   for _ in range(4):
@@ -61,7 +64,7 @@ def test_restored_iterator_gives_the_exact_next_batches(num_threads):
 
 
 def test_checkpointed_iterator_gives_the_exact_next_batch(tmp_path):
-  iterator = data.batches(prompts(), batch_size=3, seed=5)
+  iterator = sources.batches(prompts(), batch_size=3, seed=5)
   next(iterator)
   with ocp.CheckpointManager(tmp_path) as manager:
     manager.save(
@@ -69,7 +72,7 @@ def test_checkpointed_iterator_gives_the_exact_next_batch(tmp_path):
     )
     manager.wait_until_finished()
     expected = next(iterator)
-    restored = data.batches(prompts(), batch_size=3, seed=5)
+    restored = sources.batches(prompts(), batch_size=3, seed=5)
     manager.restore(
       1,
       args=ocp.args.Composite(
@@ -88,7 +91,7 @@ def test_a_checkpoint_of_two_hosts_is_read_by_any_of_three(
     """(process index, its iterator)"""
     for i in range(count):
       monkeypatch.setattr(jax, 'process_index', lambda i=i: i)
-      yield data.batches(
+      yield sources.batches(
         prompts(), batch_size=6, seed=5, shard_index=i, num_shards=count
       )
 
@@ -112,7 +115,7 @@ def test_order_is_shuffled_by_the_seed_and_by_the_epoch():
   source = videos(length=12, with_truth=True)
 
   def epochs(seed):
-    iterator = data.batches(source, batch_size=12, seed=seed)
+    iterator = sources.batches(source, batch_size=12, seed=seed)
     return [next(iterator)['truth']['speed'] for _ in range(2)]
 
   first, second = epochs(0)
@@ -128,7 +131,7 @@ def test_hosts_rows_together_are_the_batch_of_one_host(num_shards):
 
   def hosts(count):
     return [
-      data.batches(
+      sources.batches(
         source, batch_size=6, seed=0, shard_index=i, num_shards=count
       )
       for i in range(count)
@@ -149,7 +152,7 @@ def test_a_state_goes_on_on_another_number_of_hosts(num_threads):
 
   def hosts(count):
     return [
-      data.batches(
+      sources.batches(
         source,
         batch_size=4,
         seed=7,
@@ -227,7 +230,7 @@ def test_truth_is_what_the_video_shows():
 def test_an_impossible_pipeline_is_refused(kwargs, message):
   arguments = {'batch_size': 2, 'seed': 0} | kwargs
   with pytest.raises(ValueError, match=message):
-    data.batches(prompts(length=8), **arguments)
+    sources.batches(prompts(length=8), **arguments)
 
 
 def test_an_impossible_dropout_is_refused():

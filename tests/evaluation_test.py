@@ -3,21 +3,22 @@
 import numpy as np
 import pytest
 
-from hiar_jax import evaluation, worlds
+from hiar_jax import evaluation
 from hiar_jax.codecs import linear
+from hiar_jax.data import bouncing
 
-CFG = worlds.WorldConfig()
+CFG = bouncing.WorldConfig()
 COUNT = 16
 
 
 @pytest.fixture(scope='module')
 def scenes():
-  return [worlds.sample_scene(CFG, 5, index) for index in range(COUNT)]
+  return [bouncing.sample_scene(CFG, 5, index) for index in range(COUNT)]
 
 
 @pytest.fixture(scope='module')
 def videos(scenes):
-  return np.stack([worlds.render(scene, CFG) for scene in scenes])
+  return np.stack([bouncing.render(scene, CFG) for scene in scenes])
 
 
 @pytest.fixture(scope='module')
@@ -39,11 +40,11 @@ def make_video(shape='disc', colour='red', background='black', **kwargs):
   positions = np.stack(
     [np.full(num_frames, 30.3), 14 + speed * np.arange(num_frames)], axis=1
   )
-  cover = worlds.coverage(
+  cover = bouncing.coverage(
     shape, positions, kwargs.get('radius', 10.0), height=64, width=64
   )
-  return worlds.composite(
-    cover, worlds.PALETTE[colour], worlds.BACKGROUNDS[background]
+  return bouncing.composite(
+    cover, bouncing.PALETTE[colour], bouncing.BACKGROUNDS[background]
   )
 
 
@@ -59,7 +60,7 @@ def test_held_out_captions_say_everything_and_stay_the_same():
   again = evaluation.held_out_scenes(CFG, 2)
   assert [s.caption for s in again] == [s.caption for s in scenes[:2]]
   assert scenes[0].positions[0].tolist() not in [
-    worlds.sample_scene(CFG, 1, i).positions[0].tolist() for i in range(99)
+    bouncing.sample_scene(CFG, 1, i).positions[0].tolist() for i in range(99)
   ]
 
 
@@ -130,7 +131,7 @@ def test_a_wrong_colour_is_told_and_by_how_much():
   right = evaluation.evaluate_video(make_video(), PROMPT)
   wrong = evaluation.evaluate_video(make_video(colour='cyan'), PROMPT)
   expected = np.linalg.norm(
-    np.subtract(worlds.PALETTE['red'], worlds.PALETTE['cyan'])
+    np.subtract(bouncing.PALETTE['red'], bouncing.PALETTE['cyan'])
   )
   assert right.colour_error == 0.0
   np.testing.assert_allclose(wrong.colour_error, expected / 441.67, rtol=1e-3)
@@ -147,7 +148,7 @@ def test_a_wrong_background_is_told():
 
 
 @pytest.mark.parametrize('radius', [8.5, 14.0])
-@pytest.mark.parametrize('shape', worlds.SHAPES)
+@pytest.mark.parametrize('shape', bouncing.SHAPES)
 def test_every_shape_is_told_from_the_others(shape, radius):
   score = evaluation.evaluate_video(make_video(shape, radius=radius), PROMPT)
   assert score.shape == shape
@@ -161,7 +162,7 @@ def test_every_shape_is_told_from_the_others(shape, radius):
 
 def test_a_missing_object_is_told():
   video = make_video()
-  video[8:] = worlds.BACKGROUNDS['black']
+  video[8:] = bouncing.BACKGROUNDS['black']
   score = evaluation.evaluate_video(video, PROMPT)
   assert score.visible == 0.5
   assert score.shape_correct == 0.5
@@ -182,10 +183,10 @@ def test_noise_and_emptiness_have_no_object():
 
 
 def test_a_missing_object_costs_what_an_object_is_worth():
-  cover = worlds.coverage(
+  cover = bouncing.coverage(
     'disc', np.array([[32.0, 32.0]] * 8), 11.75, height=64, width=64
   )
-  video = worlds.composite(cover, worlds.PALETTE['red'], (0, 0, 0))
+  video = bouncing.composite(cover, bouncing.PALETTE['red'], (0, 0, 0))
   empty = np.zeros_like(video)
   mse = np.mean((video.astype(float) - empty) ** 2)
   score = evaluation.evaluate_video(empty, PROMPT)
@@ -201,7 +202,7 @@ def test_a_ghost_is_not_an_object():
 
 def test_a_speck_elsewhere_does_not_move_the_object():
   video = make_video()
-  video[:, 58:61, 3:6] = worlds.PALETTE['red']
+  video[:, 58:61, 3:6] = bouncing.PALETTE['red']
   clean = evaluation.measure_frames(make_video())
   speckled = evaluation.measure_frames(video)
   np.testing.assert_allclose(speckled.centre_F2, clean.centre_F2, atol=1e-6)

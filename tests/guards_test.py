@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import (
-  checkpoint,
-  data,
-  guards,
-  phases,
-  train,
-  train_state,
-  worlds,
-)
+from hiar_jax import checkpoint, guards, phases, train, train_state
+from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
 from tests import tiny
@@ -113,8 +106,8 @@ def fit(monkeypatch, tmp_path):
 
   def fit(*poisoned, **settings):
     states = []
-    prompts = data.BouncingPrompts(
-      worlds.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
+    prompts = sources.BouncingPrompts(
+      bouncing.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
     )
     params = {'w': jnp.float32(3.0)}
 
@@ -130,7 +123,7 @@ def fit(monkeypatch, tmp_path):
         jnp.int32(0), train_state.init_net(params, _OPTIMISER), params
       ),
       step=step,
-      batches=data.batches(prompts, batch_size=4, seed=0),
+      batches=sources.batches(prompts, batch_size=4, seed=0),
       weights=lambda state: state.ema,
     )
     monkeypatch.setattr(phases, 'build', lambda config: phase)

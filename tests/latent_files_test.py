@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hiar_jax import data, latent_files, worlds
 from hiar_jax.codecs import linear
+from hiar_jax.data import bouncing, latent_files, sources
 from hiar_jax.text import word_hash
 
-WORLD = worlds.WorldConfig(height=32, width=32, num_frames=3)
-VIDEOS = data.BouncingVideos(
+WORLD = bouncing.WorldConfig(height=32, width=32, num_frames=3)
+VIDEOS = sources.BouncingVideos(
   WORLD, word_hash.WordHashEncoder(dim=4, length=4), seed=3, caption_dropout=0.5
 )
 MANIFEST = latent_files.Manifest(

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from configs import bouncing_linear
-from hiar_jax import generate, worlds
+from hiar_jax import generate
 from hiar_jax.codecs import linear
+from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
@@ -32,7 +33,7 @@ def _export(folder):
     jax.eval_shape(lambda: denoiser.init(jax.random.key(0))),
   )
   codec = linear.fit_linear_codec(
-    worlds.WorldConfig(num_frames=3),
+    bouncing.WorldConfig(num_frames=3),
     num_videos=8,
     channels=config['model']['channels'],
     seed=0,

@@ -6,13 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax import (
-  checkpoint,
-  phases,
-  train_state,
-  train_step,
-  trajectory_files,
-)
+from hiar_jax import checkpoint, phases, train_state, train_step
+from hiar_jax.data import trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors

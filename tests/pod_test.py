@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hiar_jax import phases, trajectory_files
+from hiar_jax import phases
 from hiar_jax import train as training_loop
+from hiar_jax.data import trajectory_files
 from hiar_jax.runtime import metrics
 from tests import tiny
 

@@ -11,14 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import (
-  checkpoint,
-  generate,
-  sampling,
-  solvers,
-  teacher_sampling,
-  trajectories,
-)
+from hiar_jax import checkpoint, generate, sampling, solvers, teacher_sampling
+from hiar_jax.data import trajectories
 from hiar_jax.runtime import video_io
 from tests import toy_network
 

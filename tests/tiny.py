@@ -12,7 +12,8 @@ import ml_collections
 import numpy as np
 
 from configs import bouncing, bouncing_linear
-from hiar_jax import checkpoint, phases, train, trajectories, trajectory_files
+from hiar_jax import checkpoint, phases, train
+from hiar_jax.data import trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 

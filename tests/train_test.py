@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hiar_jax import checkpoint, data, phases, train, worlds
+from hiar_jax import checkpoint, phases, train
+from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
 from tests import tiny
@@ -117,13 +118,13 @@ def counting_phase(bad_iteration=None, raises=()):
     state = {'sum': state['sum'] + batch['text'].sum() + iteration}
     return state, {'loss': np.nan if bad else float(iteration)}
 
-  prompts = data.BouncingPrompts(
-    worlds.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
+  prompts = sources.BouncingPrompts(
+    bouncing.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
   )
   return phases.Phase(
     state={'sum': jnp.zeros(())},
     step=step,
-    batches=data.batches(prompts, batch_size=2, seed=0),
+    batches=sources.batches(prompts, batch_size=2, seed=0),
     weights=lambda state: state,
   )
 

@@ -13,13 +13,13 @@ import pytest
 import safetensors.numpy
 from array_record.python import array_record_module
 
-from hiar_jax import (
-  data,
-  noise_schedule,
+from hiar_jax import noise_schedule
+from hiar_jax.data import (
+  bouncing,
   shard_files,
+  sources,
   trajectories,
   trajectory_files,
-  worlds,
 )
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
@@ -28,8 +28,8 @@ from hiar_jax.weights import tables
 
 STUDENT = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 CONFIG = trajectories.TrajectoryConfig(num_steps=3, shift=5.0, guidance=2.0)
-PROMPTS = data.BouncingPrompts(
-  worlds.WorldConfig(num_frames=2),
+PROMPTS = sources.BouncingPrompts(
+  bouncing.WorldConfig(num_frames=2),
   word_hash.WordHashEncoder(dim=8, length=4),
   seed=1,
   length=64,
@@ -516,7 +516,7 @@ def test_a_teacher_that_diverges_is_an_error(tmp_path):
 @pytest.mark.parametrize('num_threads', [0, 2])
 def test_restored_iterator_gives_the_exact_next_batches(whole, num_threads):
   def batches():
-    return data.batches(
+    return sources.batches(
       trajectories.TrajectorySource(whole, STUDENT),
       batch_size=3,
       seed=0,
@@ -540,7 +540,7 @@ def test_hosts_read_disjoint_trajectories(whole):
   source = trajectories.TrajectorySource(whole, STUDENT)
   seen = []
   for shard_index in range(2):
-    iterator = data.batches(
+    iterator = sources.batches(
       source, batch_size=6, seed=0, shard_index=shard_index, num_shards=2
     )
     seen += [noise.tobytes() for noise in next(iterator)['latents'][:, 0]]

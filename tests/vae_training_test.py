@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from hiar_jax import data, train_state, vae_training, worlds
+from hiar_jax import train_state, vae_training
+from hiar_jax.data import bouncing, sources
 from hiar_jax.models import vae
 from hiar_jax.text import word_hash
 
-WORLD = worlds.WorldConfig(num_frames=5)
-VIDEOS = data.BouncingVideos(
+WORLD = bouncing.WorldConfig(num_frames=5)
+VIDEOS = sources.BouncingVideos(
   WORLD, word_hash.WordHashEncoder(dim=4, length=4), seed=3, with_truth=True
 )
 CONFIG = vae.VAEConfig(

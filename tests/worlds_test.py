@@ -5,17 +5,17 @@ import hashlib
 import numpy as np
 import pytest
 
-from hiar_jax import worlds
+from hiar_jax.data import bouncing
 
-CFG = worlds.WorldConfig()
+CFG = bouncing.WorldConfig()
 
 
 def scenes(count, cfg=CFG, seed=0):
-  return [worlds.sample_scene(cfg, seed, index) for index in range(count)]
+  return [bouncing.sample_scene(cfg, seed, index) for index in range(count)]
 
 
 def test_a_scene_does_not_depend_on_what_was_drawn_before():
-  alone = worlds.sample_scene(CFG, 3, 17)
+  alone = bouncing.sample_scene(CFG, 3, 17)
   after = scenes(18, seed=3)[17]
   assert alone.caption == after.caption
   np.testing.assert_array_equal(alone.positions, after.positions)
@@ -23,7 +23,7 @@ def test_a_scene_does_not_depend_on_what_was_drawn_before():
 
 def test_seed_and_index_both_matter():
   positions = [
-    worlds.sample_scene(CFG, seed, index).positions[0]
+    bouncing.sample_scene(CFG, seed, index).positions[0]
     for seed, index in [(0, 0), (0, 1), (1, 0)]
   ]
   assert len(np.unique(positions, axis=0)) == 3
@@ -37,7 +37,7 @@ def test_scene_choices_are_the_same_on_every_machine():
 
 
 def test_shape_stays_wholly_inside_for_ten_thousand_frames():
-  cfg = worlds.WorldConfig(num_frames=10_000)
+  cfg = bouncing.WorldConfig(num_frames=10_000)
   for scene in scenes(20, cfg):
     assert scene.positions.min() >= scene.radius - 1e-6
     assert scene.positions.max() <= 64 - scene.radius + 1e-6
@@ -56,7 +56,7 @@ def test_shape_moves_at_its_speed_between_bounces():
 
 
 def test_reflection_is_elastic():
-  cfg = worlds.WorldConfig(num_frames=400)
+  cfg = bouncing.WorldConfig(num_frames=400)
   for scene in scenes(20, cfg):
     steps = np.diff(scene.positions, axis=0)
     for axis in range(2):
@@ -68,10 +68,10 @@ def test_reflection_is_elastic():
         assert set(signs) == {-1.0, 1.0}
 
 
-@pytest.mark.parametrize('shape', worlds.SHAPES)
+@pytest.mark.parametrize('shape', bouncing.SHAPES)
 def test_rendered_centroid_is_the_position(shape):
   positions = np.array([[20.0, 30.0], [31.3, 40.8], [44.5, 19.25]])
-  cover = worlds.coverage(shape, positions, 11.3, height=64, width=64)
+  cover = bouncing.coverage(shape, positions, 11.3, height=64, width=64)
   grid = np.arange(64) + 0.5
   mass = cover.sum(axis=(1, 2))
   y = (cover.sum(axis=2) * grid).sum(axis=1) / mass
@@ -89,15 +89,15 @@ def test_rendered_centroid_is_the_position(shape):
   ],
 )
 def test_coverage_has_the_area_of_the_shape(shape, area):
-  cover = worlds.coverage(
+  cover = bouncing.coverage(
     shape, np.array([[31.7, 32.2]]), 12.0, height=64, width=64
   )
   np.testing.assert_allclose(cover.sum(), area * 144, rtol=0.01)
 
 
 def test_a_video_holds_only_blends_of_its_two_colours():
-  scene = worlds.sample_scene(CFG, 0, 5)
-  video = worlds.render(scene, CFG)
+  scene = bouncing.sample_scene(CFG, 0, 5)
+  video = bouncing.render(scene, CFG)
   assert video.shape == (21, 64, 64, 3)
   assert video.dtype == np.uint8
   low = np.minimum(scene.rgb, scene.background_rgb)
@@ -109,15 +109,15 @@ def test_a_video_holds_only_blends_of_its_two_colours():
 
 
 def test_shape_and_background_colours_are_far_apart():
-  for rgb in worlds.PALETTE.values():
-    for other in worlds.BACKGROUNDS.values():
+  for rgb in bouncing.PALETTE.values():
+    for other in bouncing.BACKGROUNDS.values():
       assert np.linalg.norm(np.subtract(rgb, other)) > 100
 
 
 def test_every_caption_names_its_scene():
   free = 0
   for scene in scenes(400):
-    terms = worlds.parse_prompt(scene.caption)
+    terms = bouncing.parse_prompt(scene.caption)
     assert terms.shape == scene.shape, scene.caption
     assert terms.colour == scene.colour, scene.caption
     assert terms.background == scene.background, scene.caption
@@ -145,14 +145,14 @@ def test_every_caption_names_its_scene():
   ],
 )
 def test_a_free_prompt_is_understood(prompt, expected):
-  assert worlds.parse_prompt(prompt) == worlds.PromptTerms(*expected)
+  assert bouncing.parse_prompt(prompt) == bouncing.PromptTerms(*expected)
 
 
 def test_a_shape_too_large_for_the_frame_is_refused():
   with pytest.raises(ValueError, match=r'30\.8 px wide .* 24x64'):
-    worlds.WorldConfig(height=24)
+    bouncing.WorldConfig(height=24)
 
 
 def test_a_negative_index_is_refused():
   with pytest.raises(ValueError, match='index=-1'):
-    worlds.sample_scene(CFG, 0, -1)
+    bouncing.sample_scene(CFG, 0, -1)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from hiar_jax import worlds
+from hiar_jax.data import bouncing
 
 _RGB = 3
 
@@ -125,7 +125,7 @@ def float_to_pixels(video: jax.Array) -> jax.Array:
 
 
 def fit_linear_codec(
-  cfg: worlds.WorldConfig,
+  cfg: bouncing.WorldConfig,
   *,
   num_videos: int,
   channels: int,
@@ -164,7 +164,7 @@ def fit_linear_codec(
   total_P = np.zeros(size)
   square_PP = np.zeros((size, size))
   for index in range(num_videos):
-    video = worlds.render(worlds.sample_scene(cfg, seed, index), cfg)
+    video = bouncing.render(bouncing.sample_scene(cfg, seed, index), cfg)
     video = video[None].astype(np.float32) / 127.5 - 1.0
     patches = to_patches(video, spatial_stride).reshape(-1, size)
     count += len(patches)

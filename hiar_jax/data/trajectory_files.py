@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from array_record.python import array_record_module
 
-from hiar_jax import shard_files
+from hiar_jax.data import shard_files
 
 
 @dataclasses.dataclass(frozen=True)

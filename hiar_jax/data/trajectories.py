@@ -24,7 +24,8 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import data, noise_schedule, trajectory_files
+from hiar_jax import noise_schedule
+from hiar_jax.data import sources, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.runtime import provenance
@@ -171,7 +172,7 @@ def make_manifest(
   student_levels: Sequence[float],
   denoiser: Denoiser,
   params: dict,
-  prompts: data.BouncingPrompts,
+  prompts: sources.BouncingPrompts,
   *,
   num: int,
   shard_size: int,
@@ -239,7 +240,7 @@ def make(
   manifest: trajectory_files.Manifest,
   denoiser: Denoiser,
   params: dict,
-  prompts: data.BouncingPrompts,
+  prompts: sources.BouncingPrompts,
   *,
   batch_size: int,
   shard_index: int = 0,

@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from hiar_jax import worlds
+from hiar_jax.data import bouncing
 from hiar_jax.text import word_hash
 
 # Told apart from the Philox stream of the scene, which starts at counter 0.
@@ -33,7 +33,7 @@ class BouncingPrompts:
     length: number of elements.
   """
 
-  world: worlds.WorldConfig
+  world: bouncing.WorldConfig
   encoder: word_hash.WordHashEncoder
   seed: int
   length: int = 2**20
@@ -45,9 +45,9 @@ class BouncingPrompts:
     """Makes element `index`: {'text': float32 [L, D]}."""
     return {'text': self.encoder.encode([self.scene(index).caption])[0]}
 
-  def scene(self, index: int) -> worlds.Scene:
+  def scene(self, index: int) -> bouncing.Scene:
     """The truth, caption included, of element `index`."""
-    return worlds.sample_scene(self.world, self.seed, index)
+    return bouncing.sample_scene(self.world, self.seed, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BouncingVideos:
     length: number of elements.
   """
 
-  world: worlds.WorldConfig
+  world: bouncing.WorldConfig
   encoder: word_hash.WordHashEncoder
   seed: int
   caption_dropout: float = 0.0
@@ -92,7 +92,7 @@ class BouncingVideos:
     """
     scene = self.scene(index)
     element = {
-      'video': worlds.render(scene, self.world),
+      'video': bouncing.render(scene, self.world),
       'text': self.text(index),
     }
     if self.with_truth:
@@ -102,9 +102,9 @@ class BouncingVideos:
       }
     return element
 
-  def scene(self, index: int) -> worlds.Scene:
+  def scene(self, index: int) -> bouncing.Scene:
     """The truth, caption included, of element `index`."""
-    return worlds.sample_scene(self.world, self.seed, index)
+    return bouncing.sample_scene(self.world, self.seed, index)
 
   def text(self, index: int) -> np.ndarray:
     """The `text` of element `index`, without drawing its video."""

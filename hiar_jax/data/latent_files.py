@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hiar_jax import data, shard_files
 from hiar_jax.codecs import linear
+from hiar_jax.data import shard_files, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Manifest(shard_files.Manifest):
 def make(
   directory: str | os.PathLike,
   manifest: Manifest,
-  videos: data.BouncingVideos,
+  videos: sources.BouncingVideos,
   codec: Any,
   *,
   batch_size: int,
@@ -103,7 +103,7 @@ class EncodedVideos:
     self,
     directory: str | os.PathLike,
     manifest: Manifest,
-    videos: data.BouncingVideos,
+    videos: sources.BouncingVideos,
   ) -> None:
     """Opens a complete set.
 

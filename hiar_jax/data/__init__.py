@@ -1,0 +1,1 @@
+"""What networks are trained on: prompts, videos, latents, trajectories."""
