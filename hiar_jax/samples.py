@@ -13,9 +13,10 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hiar_jax import evaluation, generate, phases, sampling, video
+from hiar_jax import generate, phases, sampling, video
 from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.loop_config import LoopConfig
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
@@ -124,9 +125,12 @@ class Sampler:
 
   def _measure(self, order, frames):
     world = (self._world.height, self._world.width)
-    if frames.shape[2:4] != world or frames.shape[1] < evaluation.MIN_FRAMES:
+    if (
+      frames.shape[2:4] != world
+      or frames.shape[1] < evaluation_bouncing.MIN_FRAMES
+    ):
       return {}
-    measured = evaluation.evaluate_prompts(
+    measured = evaluation_bouncing.evaluate_prompts(
       list(frames), self._prompts, self._world
     )
     return {f'{order}/{name}': measured[name] for name in _MEASURES}

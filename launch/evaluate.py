@@ -14,8 +14,9 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import evaluation, generate
+from hiar_jax import generate
 from hiar_jax.data import bouncing
+from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -46,14 +47,14 @@ def main(argv):
   long = bouncing.WorldConfig(
     **(config.world.to_dict() | {'num_frames': frames})
   )
-  chosen = evaluation.held_out_scenes(long, _NUM_PROMPTS.value)
+  chosen = evaluation_bouncing.held_out_scenes(long, _NUM_PROMPTS.value)
   prompts = [scene.caption for scene in chosen]
   rows = {}
   true = np.stack([bouncing.render(scene, long) for scene in chosen])
   coded = pipeline.decode(
     np.concatenate([pipeline.encode(video) for video in true])
   )
-  rows['codec'] = evaluation.evaluate_prompts(coded, prompts, world)
+  rows['codec'] = evaluation_bouncing.evaluate_prompts(coded, prompts, world)
   for way in _WAYS.value:
     order, _, context = way.partition(':')
     videos = pipeline(
@@ -63,13 +64,13 @@ def main(argv):
       order=order,
       context=context or None,
     )
-    rows[way] = evaluation.evaluate_prompts(
+    rows[way] = evaluation_bouncing.evaluate_prompts(
       [video.frames for video in videos], prompts, world
     )
   print(
     f'{len(prompts)} held-out captions, {frames} frames, seed {_SEED.value}'
   )
-  print(evaluation.format_table(rows))
+  print(evaluation_bouncing.format_table(rows))
   if _OUT.value:
     pathlib.Path(_OUT.value).write_text(json.dumps(rows, indent=2) + '\n')
 

@@ -11,8 +11,9 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import evaluation, generate, phases, sampling, teacher_sampling
+from hiar_jax import generate, phases, sampling, teacher_sampling
 from hiar_jax.data import bouncing
+from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import errors
 from hiar_jax.weights import teacher_files
 
@@ -46,7 +47,7 @@ def main(argv):
     shift=settings.shift,
     guidance=settings.guidance,
   )
-  chosen = evaluation.held_out_scenes(world, _NUM_PROMPTS.value)
+  chosen = evaluation_bouncing.held_out_scenes(world, _NUM_PROMPTS.value)
   prompts = [scene.caption for scene in chosen]
   true = np.stack([bouncing.render(scene, world) for scene in chosen])
   rows = {
@@ -69,14 +70,14 @@ def main(argv):
     )
     rows['teacher'].extend(pipeline.decode(latents))
   scores = {
-    name: evaluation.evaluate_prompts(videos, prompts, world)
+    name: evaluation_bouncing.evaluate_prompts(videos, prompts, world)
     for name, videos in rows.items()
   }
   print(
     f'{len(prompts)} held-out captions, {world.num_frames} frames, '
     f'seed {_SEED.value}'
   )
-  print(evaluation.format_table(scores))
+  print(evaluation_bouncing.format_table(scores))
 
 
 if __name__ == '__main__':

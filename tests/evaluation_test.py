@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hiar_jax import evaluation
 from hiar_jax.codecs import linear
 from hiar_jax.data import bouncing
+from hiar_jax.evaluation import bouncing as evaluation_bouncing
 
 CFG = bouncing.WorldConfig()
 COUNT = 16
@@ -52,12 +52,12 @@ PROMPT = 'a small red disc drifting slowly over black'
 
 
 def test_held_out_captions_say_everything_and_stay_the_same():
-  scenes = evaluation.held_out_scenes(CFG, 30)
+  scenes = evaluation_bouncing.held_out_scenes(CFG, 30)
   assert len(scenes) == 30
   for scene in scenes:
     for term in (scene.shape, scene.colour, scene.background):
       assert term in scene.caption
-  again = evaluation.held_out_scenes(CFG, 2)
+  again = evaluation_bouncing.held_out_scenes(CFG, 2)
   assert [s.caption for s in again] == [s.caption for s in scenes[:2]]
   assert scenes[0].positions[0].tolist() not in [
     bouncing.sample_scene(CFG, 1, i).positions[0].tolist() for i in range(99)
@@ -65,7 +65,7 @@ def test_held_out_captions_say_everything_and_stay_the_same():
 
 
 def test_true_videos_score_near_perfect(videos, prompts):
-  result = evaluation.evaluate_prompts(videos, prompts)
+  result = evaluation_bouncing.evaluate_prompts(videos, prompts)
   assert result['visible'] == 1.0
   assert result['background_error'] < 0.01
   assert result['colour_error'] < 0.01
@@ -81,7 +81,7 @@ def test_codec_round_trip_scores_as_well_as_the_codec_allows(videos, prompts):
   codec = linear.fit_linear_codec(CFG, num_videos=50, channels=16, seed=0)
   latents = codec.encode(linear.pixels_to_float(videos))
   decoded = np.asarray(linear.float_to_pixels(codec.decode(latents)))
-  result = evaluation.evaluate_prompts(decoded, prompts)
+  result = evaluation_bouncing.evaluate_prompts(decoded, prompts)
   assert result['visible'] == 1.0
   assert result['background_error'] < 0.01
   assert result['colour_error'] < 0.03
@@ -93,7 +93,7 @@ def test_codec_round_trip_scores_as_well_as_the_codec_allows(videos, prompts):
 
 def test_measured_place_and_colours_are_the_scene_s(scenes, videos):
   for scene, video in zip(scenes, videos, strict=True):
-    frames = evaluation.measure_frames(video)
+    frames = evaluation_bouncing.measure_frames(video)
     np.testing.assert_allclose(frames.centre_F2, scene.positions, atol=0.3)
     np.testing.assert_array_equal(frames.colour_F3, [scene.rgb] * 21)
     np.testing.assert_array_equal(
@@ -103,7 +103,7 @@ def test_measured_place_and_colours_are_the_scene_s(scenes, videos):
 
 @pytest.mark.parametrize('speed', [0.5, 1.0, 2.5])
 def test_motion_is_measured_in_pixels_per_frame(speed):
-  score = evaluation.evaluate_video(make_video(speed=speed), PROMPT)
+  score = evaluation_bouncing.evaluate_video(make_video(speed=speed), PROMPT)
   np.testing.assert_allclose(score.motion, speed, atol=0.03)
   np.testing.assert_allclose(score.motion_by_quarter, speed, atol=0.06)
   assert score.steadiness == 1.0
@@ -111,7 +111,7 @@ def test_motion_is_measured_in_pixels_per_frame(speed):
 
 def test_a_frozen_video_is_told_by_its_motion_alone(videos, prompts):
   frozen = np.repeat(videos[:, :1], 21, axis=1)
-  result = evaluation.evaluate_prompts(frozen, prompts)
+  result = evaluation_bouncing.evaluate_prompts(frozen, prompts)
   assert result['motion'] < 0.01
   assert result['motion_correct'] == 0.0
   assert result['shape_correct'] > 0.99
@@ -119,17 +119,19 @@ def test_a_frozen_video_is_told_by_its_motion_alone(videos, prompts):
 
 
 def test_a_wrong_speed_is_told():
-  fast = evaluation.evaluate_video(make_video(speed=2.4), PROMPT)
-  slow = evaluation.evaluate_video(make_video(speed=1.0), PROMPT)
-  either = evaluation.evaluate_video(make_video(speed=2.4), 'a red disc')
+  fast = evaluation_bouncing.evaluate_video(make_video(speed=2.4), PROMPT)
+  slow = evaluation_bouncing.evaluate_video(make_video(speed=1.0), PROMPT)
+  either = evaluation_bouncing.evaluate_video(
+    make_video(speed=2.4), 'a red disc'
+  )
   assert fast.motion_correct == 0.0
   assert slow.motion_correct == 1.0
   assert either.motion_correct == 1.0
 
 
 def test_a_wrong_colour_is_told_and_by_how_much():
-  right = evaluation.evaluate_video(make_video(), PROMPT)
-  wrong = evaluation.evaluate_video(make_video(colour='cyan'), PROMPT)
+  right = evaluation_bouncing.evaluate_video(make_video(), PROMPT)
+  wrong = evaluation_bouncing.evaluate_video(make_video(colour='cyan'), PROMPT)
   expected = np.linalg.norm(
     np.subtract(bouncing.PALETTE['red'], bouncing.PALETTE['cyan'])
   )
@@ -141,7 +143,9 @@ def test_a_wrong_colour_is_told_and_by_how_much():
 
 
 def test_a_wrong_background_is_told():
-  score = evaluation.evaluate_video(make_video(background='dark red'), PROMPT)
+  score = evaluation_bouncing.evaluate_video(
+    make_video(background='dark red'), PROMPT
+  )
   assert score.background_error > 0.2
   assert score.colour_error == 0.0
   assert score.ideal_db < 20
@@ -150,11 +154,13 @@ def test_a_wrong_background_is_told():
 @pytest.mark.parametrize('radius', [8.5, 14.0])
 @pytest.mark.parametrize('shape', bouncing.SHAPES)
 def test_every_shape_is_told_from_the_others(shape, radius):
-  score = evaluation.evaluate_video(make_video(shape, radius=radius), PROMPT)
+  score = evaluation_bouncing.evaluate_video(
+    make_video(shape, radius=radius), PROMPT
+  )
   assert score.shape == shape
   assert score.shape_correct == float(shape == 'disc')
   if shape != 'disc':
-    right = evaluation.evaluate_video(
+    right = evaluation_bouncing.evaluate_video(
       make_video(shape, radius=radius), PROMPT.replace('disc', shape)
     )
     assert score.ideal_db < right.ideal_db - 10
@@ -163,7 +169,7 @@ def test_every_shape_is_told_from_the_others(shape, radius):
 def test_a_missing_object_is_told():
   video = make_video()
   video[8:] = bouncing.BACKGROUNDS['black']
-  score = evaluation.evaluate_video(video, PROMPT)
+  score = evaluation_bouncing.evaluate_video(video, PROMPT)
   assert score.visible == 0.5
   assert score.shape_correct == 0.5
   assert score.colour_error == 0.0
@@ -176,7 +182,7 @@ def test_a_missing_object_is_told():
 def test_noise_and_emptiness_have_no_object():
   noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
   for video in (noise, np.zeros_like(noise)):
-    score = evaluation.evaluate_video(video, PROMPT)
+    score = evaluation_bouncing.evaluate_video(video, PROMPT)
     assert score.visible == 0.0
     assert score.motion_correct == 0.0
     assert np.isnan(score.motion)
@@ -189,7 +195,7 @@ def test_a_missing_object_costs_what_an_object_is_worth():
   video = bouncing.composite(cover, bouncing.PALETTE['red'], (0, 0, 0))
   empty = np.zeros_like(video)
   mse = np.mean((video.astype(float) - empty) ** 2)
-  score = evaluation.evaluate_video(empty, PROMPT)
+  score = evaluation_bouncing.evaluate_video(empty, PROMPT)
   np.testing.assert_allclose(
     score.ideal_db, 10 * np.log10(255**2 / mse), atol=0.05
   )
@@ -197,22 +203,24 @@ def test_a_missing_object_costs_what_an_object_is_worth():
 
 def test_a_ghost_is_not_an_object():
   ghost = np.uint8(0.2 * make_video())
-  assert evaluation.evaluate_video(ghost, PROMPT).visible == 0.0
+  assert evaluation_bouncing.evaluate_video(ghost, PROMPT).visible == 0.0
 
 
 def test_a_speck_elsewhere_does_not_move_the_object():
   video = make_video()
   video[:, 58:61, 3:6] = bouncing.PALETTE['red']
-  clean = evaluation.measure_frames(make_video())
-  speckled = evaluation.measure_frames(video)
+  clean = evaluation_bouncing.measure_frames(make_video())
+  speckled = evaluation_bouncing.measure_frames(video)
   np.testing.assert_allclose(speckled.centre_F2, clean.centre_F2, atol=1e-6)
 
 
 def test_fading_shows_as_drift():
   share = np.linspace(1.0, 0.6, 16)[:, None, None, None]
   faded = np.uint8(make_video() * share + 60 * (1 - share))
-  result = evaluation.evaluate_prompts([faded, make_video()], [PROMPT] * 2)
-  faded_only = evaluation.evaluate_prompts([faded], [PROMPT])
+  result = evaluation_bouncing.evaluate_prompts(
+    [faded, make_video()], [PROMPT] * 2
+  )
+  faded_only = evaluation_bouncing.evaluate_prompts([faded], [PROMPT])
   assert faded_only['ideal_db_drift'] < -10
   np.testing.assert_allclose(
     faded_only['ideal_db_drift'],
@@ -224,7 +232,7 @@ def test_fading_shows_as_drift():
 
 
 def test_what_the_prompt_leaves_open_is_not_judged():
-  score = evaluation.evaluate_video(
+  score = evaluation_bouncing.evaluate_video(
     make_video('ring', 'cyan', 'grey', radius=13.0), 'something'
   )
   assert np.isnan(score.colour_error)
@@ -238,18 +246,18 @@ def test_long_videos_are_measured_as_short_ones():
   # More frames than are measured at once, and not a multiple of them.
   short = make_video(num_frames=16)
   long = np.concatenate([short, short[-2::-1]] * 5)
-  one = evaluation.evaluate_video(short, PROMPT)
-  many = evaluation.evaluate_video(long, PROMPT)
+  one = evaluation_bouncing.evaluate_video(short, PROMPT)
+  many = evaluation_bouncing.evaluate_video(long, PROMPT)
   np.testing.assert_allclose(many.ideal_db, one.ideal_db, atol=0.5)
   np.testing.assert_allclose(many.motion, one.motion, atol=0.02)
 
 
 def test_table_shows_every_result_and_dashes_for_nan():
   results = {
-    'true': evaluation.evaluate_prompts([make_video()], [PROMPT]),
-    'open': evaluation.evaluate_prompts([make_video()], ['something']),
+    'true': evaluation_bouncing.evaluate_prompts([make_video()], [PROMPT]),
+    'open': evaluation_bouncing.evaluate_prompts([make_video()], ['something']),
   }
-  lines = evaluation.format_table(results).splitlines()
+  lines = evaluation_bouncing.format_table(results).splitlines()
   assert len({len(line) for line in lines}) == 1
   assert lines[1].startswith('true')
   assert lines[2].split()[:5] == ['open', '1.00', '-', '-', '-']
@@ -265,9 +273,9 @@ def test_table_shows_every_result_and_dashes_for_nan():
 )
 def test_an_unfit_video_is_refused(video, message):
   with pytest.raises(ValueError, match=message):
-    evaluation.evaluate_video(video, PROMPT)
+    evaluation_bouncing.evaluate_video(video, PROMPT)
 
 
 def test_videos_without_prompts_are_refused():
   with pytest.raises(ValueError, match='1 videos for 2 prompts'):
-    evaluation.evaluate_prompts([make_video()], [PROMPT] * 2)
+    evaluation_bouncing.evaluate_prompts([make_video()], [PROMPT] * 2)
