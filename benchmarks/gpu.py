@@ -46,11 +46,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import generate, noise_schedule, planning_parts, rollout, sampling
+from hiar_jax import noise_schedule, planning_parts, rollout
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, kv_cache, umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.sampling import calls, video_pipeline
 from hiar_jax.text import word_hash
 
 _LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
@@ -330,7 +331,7 @@ def _video(
 ) -> Iterator[dict[str, float]]:
   model = dataclasses.replace(size.transformer, attention=backend)
   denoiser = Denoiser(model)
-  pipe = generate.VideoPipeline(
+  pipe = video_pipeline.VideoPipeline(
     name='random',
     denoiser=denoiser,
     params=random_params(jax.eval_shape(denoiser.init, jax.random.key(0))),
@@ -350,12 +351,12 @@ def _video(
 
 
 def _offline(pipe, order, num_blocks, flops) -> Iterator[dict[str, float]]:
-  request = sampling.Request(num_blocks, order=order)
-  total = sampling.num_passes(request, pipe.rollout)
+  request = calls.Request(num_blocks, order=order)
+  total = calls.num_passes(request, pipe.rollout)
   # The sweep that finishes the blocks is the last one.
   last = 2 if order == 'step_first' else pipe.rollout.num_steps + 1
   until_first = total - last * (num_blocks - 1)
-  keys = sampling.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
+  keys = calls.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
   states = pipe.encoder.encode(['a cat'])
   block_frames = pipe.rollout.frames_per_block
   while True:
@@ -367,7 +368,7 @@ def _offline(pipe, order, num_blocks, flops) -> Iterator[dict[str, float]]:
       if done >= until_first and not first:
         first = time.perf_counter() - started  # noqa: B023
 
-    latents = sampling.sample(
+    latents = calls.sample(
       *(pipe.denoiser, pipe.params, pipe.rollout, request, keys, states),
       *(None, report),
     )

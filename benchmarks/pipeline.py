@@ -154,16 +154,10 @@ def _maker(case: Case, options):
   import jax
   import numpy as np
 
-  from hiar_jax import (
-    noise_schedule,
-    pipeline,
-    rollout,
-    sampling,
-    shared_pipeline,
-    streaming,
-  )
+  from hiar_jax import noise_schedule, rollout
   from hiar_jax.denoiser import Denoiser
   from hiar_jax.models.config import WanConfig
+  from hiar_jax.sampling import calls, pipeline, shared_pipeline, streaming
 
   dim, ffn_dim, heads, layers, side = _SIZES[options.size]
   denoiser = Denoiser(
@@ -188,12 +182,12 @@ def _maker(case: Case, options):
   )
   params = denoiser.unstack_layers(denoiser.init(jax.random.key(0)))
   states = np.zeros((1, 16, 64), np.float32)
-  keys = sampling.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
+  keys = calls.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
   num_blocks = options.num_blocks
 
   if case.kind == 'offline':
-    request = sampling.Request(num_blocks, order=case.mode)
-    total = sampling.num_passes(request, config)
+    request = calls.Request(num_blocks, order=case.mode)
+    total = calls.num_passes(request, config)
     per_block = 2 if case.mode == 'step_first' else case.steps + 1
     if case.context == 'shared':
       per_block = case.steps + 1
@@ -209,7 +203,7 @@ def _maker(case: Case, options):
         if done >= until_first and not first:
           first.append(time.perf_counter() - started)
 
-      sampling.sample(
+      calls.sample(
         *(denoiser, params, config, request, keys, states, None, report)
       )
       return first[0], ()

@@ -23,12 +23,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import pipeline
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops
 from hiar_jax.models.config import WanConfig
 from hiar_jax.rollout import RolloutConfig
-from hiar_jax.streaming import Engine
+from hiar_jax.sampling import pipeline
+from hiar_jax.sampling.streaming import Engine
 
 _NUM_TICKS = 2  # One block in the steady state.
 _GB = 1e9

@@ -13,13 +13,14 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hiar_jax import generate, phases, sampling, video
+from hiar_jax import phases
 from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.loop_config import LoopConfig
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
+from hiar_jax.sampling import calls, video, video_pipeline
 from hiar_jax.text import word_hash
 
 ORDERS = ('step_first', 'block_first')
@@ -63,12 +64,12 @@ class Sampler:
       ).caption
       for index in range(_NUM_PROMPTS)
     )
-    generate.check_prompts(self._prompts)
-    self._request = sampling.Request(
+    video_pipeline.check_prompts(self._prompts)
+    self._request = calls.Request(
       num_blocks=loop.sample_blocks, seed=config.seed
     )
     # The parameters come later, and so does the order.
-    self._pipeline = generate.VideoPipeline(
+    self._pipeline = video_pipeline.VideoPipeline(
       name=config.name,
       denoiser=Denoiser(WanConfig(**config.model)),
       params={},

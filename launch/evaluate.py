@@ -14,10 +14,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import generate
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import errors
+from hiar_jax.sampling import video_pipeline
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')
@@ -40,7 +40,7 @@ _OUT = flags.DEFINE_string('out', None, 'also writes the numbers as JSON')
 def main(argv):
   del argv
   config = _CONFIG.value
-  pipeline = generate.load(_FOLDER.value or config.name)
+  pipeline = video_pipeline.load(_FOLDER.value or config.name)
   world = bouncing.WorldConfig(**config.world)
   latents = _NUM_BLOCKS.value * pipeline.rollout.frames_per_block
   frames = 1 + (latents - 1) * pipeline.codec.temporal_stride

@@ -11,10 +11,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import generate, phases, sampling, teacher_sampling
+from hiar_jax import phases
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import errors
+from hiar_jax.sampling import calls, video_pipeline
+from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -37,11 +39,11 @@ def main(argv):
     raise ValueError(f'the {config.phase} config has no trajectories')
   world = bouncing.WorldConfig(**config.world)
   weights, codec = teacher_files.find(config, _WEIGHTS.value)
-  pipeline = generate.from_config(
+  pipeline = video_pipeline.from_config(
     config.to_dict(), weights=weights, codec=codec
   )
   settings = config.trajectories
-  solver = teacher_sampling.SamplingConfig(
+  solver = sampling_teacher.SamplingConfig(
     solver='euler',
     num_steps=settings.num_steps,
     shift=settings.shift,
@@ -59,11 +61,11 @@ def main(argv):
   for start in range(0, len(prompts), _BATCH):
     batch = prompts[start : start + _BATCH]
     numbers = np.arange(start, start + len(batch))
-    latents = teacher_sampling.sample(
+    latents = sampling_teacher.sample(
       pipeline.denoiser,
       pipeline.params,
       solver,
-      sampling.sample_keys(np.uint32(_SEED.value), numbers, 0 * numbers),
+      calls.sample_keys(np.uint32(_SEED.value), numbers, 0 * numbers),
       pipeline.encoder.encode(batch),
       pipeline.encoder.encode(['']),
       num_frames=phases.latent_frames(config),

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import checkpoint, generate, phases, train
+from hiar_jax import checkpoint, phases, train
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors
+from hiar_jax.sampling import video_pipeline
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -39,7 +40,7 @@ def main(argv):
   teacher = None
   if _WITH_TEACHER.value:
     teacher = phases.load_params(config.teacher_weights, denoiser)
-  generate.export(
+  video_pipeline.export(
     out,
     config=config.to_dict(),
     params=params,

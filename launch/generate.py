@@ -40,9 +40,10 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hiar_jax import generate, rollout, sampling, streaming, video
+from hiar_jax import rollout
 from hiar_jax.data import bouncing
 from hiar_jax.runtime import errors, metrics, video_io
+from hiar_jax.sampling import calls, streaming, video, video_pipeline
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _PIPELINE = flags.DEFINE_string(
@@ -81,7 +82,7 @@ _WEIGHTS = flags.DEFINE_string(
   'weights',
   None,
   'a .safetensors file, or a folder that holds '
-  f'{generate.WEIGHTS_FILE}; default: those that come with the package',
+  f'{video_pipeline.WEIGHTS_FILE}; default: those that come with the package',
 )
 _TEXT_ENCODER = flags.DEFINE_string(
   'text_encoder',
@@ -170,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('flag --num_blocks=0, without end, goes with --stream')
   paths = _paths(len(prompts) * _NUM_VIDEOS.value)
   pipeline = _load(watch)
-  request = sampling.Request(
+  request = calls.Request(
     num_blocks=_NUM_BLOCKS.value,
     num_videos=_NUM_VIDEOS.value,
     seed=_SEED.value,
@@ -195,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
   print(watch)
 
 
-def _load(watch: _Stopwatch) -> generate.VideoPipeline:
+def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
   """The pipeline asked for, with --context and --fps in it."""
   text = {
     'text_encoder': _TEXT_ENCODER.value,
@@ -205,13 +206,13 @@ def _load(watch: _Stopwatch) -> generate.VideoPipeline:
     if _PIPELINE.value is None:
       config = _CONFIG.value
       weights, codec = _weights(config)
-      pipeline = generate.from_config(
+      pipeline = video_pipeline.from_config(
         config.to_dict(), weights=weights, codec=codec, **text
       )
     else:
       if _WEIGHTS.value is not None:
         raise ValueError('--weights goes with --config, not with --pipeline')
-      pipeline = generate.load(_PIPELINE.value, **text)
+      pipeline = video_pipeline.load(_PIPELINE.value, **text)
   changes = {}
   if _FPS.value is not None:
     changes['fps'] = _FPS.value
@@ -222,7 +223,9 @@ def _load(watch: _Stopwatch) -> generate.VideoPipeline:
   return dataclasses.replace(pipeline, **changes)
 
 
-def _initial_frames(pipeline: generate.VideoPipeline) -> np.ndarray | None:
+def _initial_frames(
+  pipeline: video_pipeline.VideoPipeline,
+) -> np.ndarray | None:
   """What --continue_from names, at the size of the pipeline's frames."""
   if _CONTINUE.value is None:
     if _CONTINUE_FRAMES.value is not None:
@@ -381,14 +384,14 @@ def _prompts() -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
       raise ValueError(f'prompts file {path} has no prompt in it')
-  generate.check_prompts(prompts)
+  video_pipeline.check_prompts(prompts)
   _note_unknown(prompts)
   return prompts
 
 
 def _note_unknown(prompts: Sequence[str]) -> None:
   """Says which prompts ask for what the small world was not taught."""
-  if _PIPELINE.value not in (None, *generate.known_names()):
+  if _PIPELINE.value not in (None, *video_pipeline.known_names()):
     return
   for prompt in prompts:
     terms = bouncing.parse_prompt(prompt)
@@ -421,17 +424,17 @@ def _paths(count: int) -> list[pathlib.Path]:
 def _weights(config) -> tuple[pathlib.Path, pathlib.Path]:
   """The files of the weights and of the codec."""
   if _WEIGHTS.value is None:
-    if config.name not in generate.known_names():
+    if config.name not in video_pipeline.known_names():
       raise ValueError(
         f'no weights of {config.name!r} come with the package, only of '
-        f'{generate.known_names()}; give --weights'
+        f'{video_pipeline.known_names()}; give --weights'
       )
-    weights = generate.ASSETS / config.name / generate.WEIGHTS_FILE
+    weights = video_pipeline.ASSETS / config.name / video_pipeline.WEIGHTS_FILE
   else:
     weights = pathlib.Path(_WEIGHTS.value)
     if weights.is_dir():
-      weights /= generate.WEIGHTS_FILE
-  codec = weights.with_name(generate.codec_file(_CONFIG.value))
+      weights /= video_pipeline.WEIGHTS_FILE
+  codec = weights.with_name(video_pipeline.codec_file(_CONFIG.value))
   return weights, codec if codec.exists() else pathlib.Path(config.codec.path)
 
 

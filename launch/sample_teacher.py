@@ -24,15 +24,10 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hiar_jax import (
-  generate,
-  phases,
-  sampling,
-  solvers,
-  teacher_sampling,
-  video,
-)
+from hiar_jax import phases
 from hiar_jax.runtime import errors, metrics, video_io
+from hiar_jax.sampling import calls, solvers, video, video_pipeline
+from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.text import word_hash
 from hiar_jax.weights import teacher_files
 
@@ -83,11 +78,11 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('give either --config or --pipeline')
   if config is None and _WEIGHTS.value:
     raise ValueError('--weights goes with --config')
-  generate.check_prompts([_PROMPT.value])
-  defaults, num_frames = teacher_sampling.SamplingConfig(), 21
+  video_pipeline.check_prompts([_PROMPT.value])
+  defaults, num_frames = sampling_teacher.SamplingConfig(), 21
   if config is not None:
     defaults, num_frames = _defaults(config), phases.latent_frames(config)
-  solver = teacher_sampling.SamplingConfig(
+  solver = sampling_teacher.SamplingConfig(
     solver=_SOLVER.value,
     num_steps=_given(_STEPS, defaults.num_steps),
     shift=_given(_SHIFT, defaults.shift),
@@ -101,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
   negative = _NEGATIVE_PROMPT.value
   if negative is None:
     small = isinstance(pipeline.encoder, word_hash.WordHashEncoder)
-    negative = '' if small else teacher_sampling.WAN_NEGATIVE_PROMPT
+    negative = '' if small else sampling_teacher.WAN_NEGATIVE_PROMPT
   numbers = np.arange(len(paths))
   done = 0
   with metrics.Progress(
@@ -113,11 +108,11 @@ def main(argv: Sequence[str]) -> None:
       done += steps
       progress.update(done)
 
-    latents = teacher_sampling.sample(
+    latents = sampling_teacher.sample(
       pipeline.denoiser,
       pipeline.params,
       solver,
-      sampling.sample_keys(np.uint32(_SEED.value), 0 * numbers, numbers),
+      calls.sample_keys(np.uint32(_SEED.value), 0 * numbers, numbers),
       pipeline.encoder.encode([_PROMPT.value]).repeat(len(paths), 0),
       pipeline.encoder.encode([negative]),
       num_frames=num_frames,
@@ -131,26 +126,28 @@ def main(argv: Sequence[str]) -> None:
     print(f'wrote {path} and {path.with_suffix(".png").name}')
 
 
-def _defaults(config) -> teacher_sampling.SamplingConfig:
+def _defaults(config) -> sampling_teacher.SamplingConfig:
   """How the config's trajectories are sampled, solver apart."""
   for section in ('trajectories', 'generate'):
     if section not in config:
       raise ValueError(
         f'the {config.phase} config has no {section}; leave the phase away'
       )
-  return teacher_sampling.SamplingConfig(
+  return sampling_teacher.SamplingConfig(
     num_steps=config.trajectories.num_steps,
     shift=config.trajectories.shift,
     guidance=config.trajectories.guidance,
   )
 
 
-def _load(config) -> generate.VideoPipeline:
+def _load(config) -> video_pipeline.VideoPipeline:
   if config is None:
-    return generate.load(_PIPELINE.value)
+    return video_pipeline.load(_PIPELINE.value)
   weights, codec = teacher_files.find(config, _WEIGHTS.value)
   # The teacher has the student's sizes, text and codec.
-  return generate.from_config(config.to_dict(), weights=weights, codec=codec)
+  return video_pipeline.from_config(
+    config.to_dict(), weights=weights, codec=codec
+  )
 
 
 def _given(flag, default):

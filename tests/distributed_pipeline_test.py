@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hiar_jax import noise_schedule, pipeline, rollout, streaming
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed
+from hiar_jax.sampling import pipeline, streaming
 
 _ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)

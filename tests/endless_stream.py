@@ -16,9 +16,10 @@ import time
 import jax
 import numpy as np
 
-from hiar_jax import noise_schedule, rollout, streaming
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.sampling import streaming
 
 
 class _PlainCodec:

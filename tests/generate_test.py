@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import generate, rollout, sampling
+from hiar_jax import rollout
 from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
+from hiar_jax.sampling import calls, video_pipeline
 
 _CONFIG = {
   'name': 'tiny',
@@ -57,7 +58,7 @@ def folder(tmp_path_factory):
     decoder_CP=jnp.asarray(basis.T / 4, jnp.float32),
     spatial_stride=4,
   )
-  generate.export(
+  video_pipeline.export(
     path, config=_CONFIG, params=structure.unflatten(leaves), codec=codec
   )
   return path
@@ -65,7 +66,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pipe(folder):
-  return generate.load(folder)
+  return video_pipeline.load(folder)
 
 
 def _with_rollout(pipe, **changes):
@@ -152,7 +153,7 @@ def test_a_second_or_longer_video_compiles_nothing(pipe):
 
 
 def test_a_sample_does_not_depend_on_the_others(pipe, monkeypatch):
-  monkeypatch.setattr(generate, 'MAX_BATCH', 2)
+  monkeypatch.setattr(video_pipeline, 'MAX_BATCH', 2)
 
   def make(prompts, num_videos):
     return pipe(prompts, num_blocks=2, num_videos=num_videos, progress=False)
@@ -193,10 +194,10 @@ def test_given_frames_come_first_and_matter(pipe):
   ],
 )
 def test_progress_counts_the_network_passes(pipe, options, passes):
-  request = sampling.Request(num_blocks=6, **options)
+  request = calls.Request(num_blocks=6, **options)
   reports = []
-  keys = sampling.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
-  sampling.sample(
+  keys = calls.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
+  calls.sample(
     pipe.denoiser,
     pipe.params,
     pipe.rollout,
@@ -206,7 +207,7 @@ def test_progress_counts_the_network_passes(pipe, options, passes):
     None,
     reports.append,
   )
-  assert sum(reports) == passes == sampling.num_passes(request, pipe.rollout)
+  assert sum(reports) == passes == calls.num_passes(request, pipe.rollout)
   # After each block, not at the end.
   assert len(reports) >= 6
 
@@ -221,7 +222,7 @@ def test_progress_is_shown_on_request(pipe, capsys):
 def test_a_video_saves_and_shows_itself(tmp_path):
   frames = np.zeros((5, 16, 24, 3), np.uint8)
   frames[:, 4:12, 4:12] = (230, 40, 40)
-  video = generate.Video(frames, 12.0, 'a red <square>')
+  video = video_pipeline.Video(frames, 12.0, 'a red <square>')
   assert len(video) == 5 and video.shape == (5, 16, 24, 3)
   assert repr(video) == "Video('a red <square>', [5, 16, 24, 3], fps=12)"
   video.save(tmp_path / 'video.mp4')
@@ -238,14 +239,14 @@ def test_a_video_saves_and_shows_itself(tmp_path):
 
 
 def test_loaded_weights_are_the_exported_ones(pipe, folder, tmp_path):
-  generate.export(
+  video_pipeline.export(
     tmp_path / 'copy', config=_CONFIG, params=pipe.params, codec=pipe.codec
   )
-  again = generate.load(tmp_path / 'copy')
+  again = video_pipeline.load(tmp_path / 'copy')
   for name in (
-    generate.CONFIG_FILE,
-    generate.WEIGHTS_FILE,
-    generate.CODEC_FILE,
+    video_pipeline.CONFIG_FILE,
+    video_pipeline.WEIGHTS_FILE,
+    video_pipeline.CODEC_FILE,
   ):
     copy = tmp_path / 'copy' / name
     assert copy.read_bytes() == (folder / name).read_bytes()
@@ -297,9 +298,9 @@ def test_a_wrong_value_is_named(pipe, options, message):
 
 def test_an_unknown_name_or_folder_is_named(tmp_path):
   with pytest.raises(ValueError, match="no pipeline 'bounce'"):
-    generate.load('bounce')
+    video_pipeline.load('bounce')
   with pytest.raises(FileNotFoundError, match='it has no config.json'):
-    generate.load(tmp_path)
+    video_pipeline.load(tmp_path)
 
 
 def _truncated(path):
@@ -322,17 +323,17 @@ def test_a_damaged_folder_is_named(folder, tmp_path, name, damage, message):
     (tmp_path / path.name).write_bytes(path.read_bytes())
   damage(tmp_path / name)
   with pytest.raises((FileNotFoundError, ValueError), match=message):
-    generate.load(tmp_path)
+    video_pipeline.load(tmp_path)
 
 
 def test_weights_of_another_model_are_refused(folder):
-  config = json.loads((folder / generate.CONFIG_FILE).read_text())
+  config = json.loads((folder / video_pipeline.CONFIG_FILE).read_text())
   config['model']['dim'] = 36
   with pytest.raises(ValueError, match='does not fit the model'):
-    generate.from_config(
+    video_pipeline.from_config(
       config,
-      weights=folder / generate.WEIGHTS_FILE,
-      codec=folder / generate.CODEC_FILE,
+      weights=folder / video_pipeline.WEIGHTS_FILE,
+      codec=folder / video_pipeline.CODEC_FILE,
     )
 
 
@@ -353,8 +354,8 @@ def test_the_package_hands_out_what_it_lists():
   root = pathlib.Path(hiar_jax.__file__).parent
   for name in hiar_jax.__all__:
     is_module = (root / f'{name}.py').exists() or (root / name).is_dir()
-    assert is_module or hasattr(generate, name), name
-  assert hiar_jax.load is generate.load
+    assert is_module or hasattr(video_pipeline, name), name
+  assert hiar_jax.load is video_pipeline.load
   assert hiar_jax.rollout is rollout
   with pytest.raises(AttributeError, match='no attribute .hierarchy.'):
     _ = hiar_jax.hierarchy

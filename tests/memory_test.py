@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hiar_jax import generate, memory, rollout, sampling, streaming
+from hiar_jax import rollout
 from hiar_jax.runtime import errors
+from hiar_jax.sampling import calls, memory, streaming, video_pipeline
 from tests import toy_network
 
 CONFIG = rollout.RolloutConfig(levels=(1.0, 0.5, 0.0), window=6)
@@ -30,11 +31,11 @@ class Device:
 
 
 def estimate(order='step_first', batch_size=2, **changes):
-  return sampling.estimate_memory(
+  return calls.estimate_memory(
     DENOISER,
     dataclasses.replace(CONFIG, **changes),
     toy_network.params(),
-    sampling.Request(num_blocks=2, order=order),
+    calls.Request(num_blocks=2, order=order),
     batch_size,
   )
 
@@ -72,8 +73,8 @@ def test_what_does_not_fit_is_refused_with_both_numbers():
 def test_sampling_and_streaming_ask_before_they_compile(monkeypatch):
   monkeypatch.setattr(memory, 'account', lambda device: {'bytes_limit': 1000})
   with pytest.raises(ValueError, match='needs about .* of memory'):
-    sampling.check_memory(
-      *(DENOISER, CONFIG, toy_network.params(), sampling.Request(1), 1)
+    calls.check_memory(
+      *(DENOISER, CONFIG, toy_network.params(), calls.Request(1), 1)
     )
   for context in ('matched', 'shared'):
     config = dataclasses.replace(CONFIG, context=context)
@@ -103,7 +104,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 @pytest.mark.slow
 @pytest.mark.parametrize('how', [(), ('--stream',)], ids=['offline', 'stream'])
 def test_the_program_tells_it_in_one_line(tmp_path, how):
-  root = pathlib.Path(generate.__file__).parents[1]
+  root = pathlib.Path(video_pipeline.__file__).parents[1]
   done = subprocess.run(
     [
       *(sys.executable, '-c', _SMALL_DEVICE, root / 'launch' / 'generate.py'),

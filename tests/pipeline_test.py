@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from hiar_jax import noise_schedule, pipeline, rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.sampling import pipeline
 from tests import toy_network
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)

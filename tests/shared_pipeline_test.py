@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from hiar_jax import noise_schedule, pipeline, rollout
-from hiar_jax.shared_pipeline import SharedPipeline
+from hiar_jax import noise_schedule, rollout
+from hiar_jax.sampling import pipeline
+from hiar_jax.sampling.shared_pipeline import SharedPipeline
 from tests import toy_network as toy
 
 LEVELS = {

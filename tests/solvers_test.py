@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import noise_schedule, solvers
+from hiar_jax import noise_schedule
+from hiar_jax.sampling import solvers
 
 # A Gaussian world: x0 ~ N(MEAN, STD^2), where everything is known.
 MEAN, STD = 0.7, 0.4

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from configs import bouncing_linear
-from hiar_jax import generate
 from hiar_jax.codecs import linear
 from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
+from hiar_jax.sampling import video_pipeline
 from tests.forked_runs import DRIVER
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def arguments(tmp_path_factory):
     channels=config['model']['channels'],
     seed=0,
   )
-  generate.export(folder, config=config, params=params, codec=codec)
+  video_pipeline.export(folder, config=config, params=params, codec=codec)
   return [
     *(sys.executable, str(_PROGRAM), f'--weights={folder}', '--stream'),
     f'--config={_ROOT / "configs" / "bouncing_linear.py"}',

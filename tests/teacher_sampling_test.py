@@ -11,25 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import checkpoint, generate, sampling, solvers, teacher_sampling
+from hiar_jax import checkpoint
 from hiar_jax.data import trajectories
 from hiar_jax.runtime import video_io
+from hiar_jax.sampling import calls, solvers, video_pipeline
+from hiar_jax.sampling import teacher as sampling_teacher
 from tests import toy_network
 
 _ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = teacher_sampling.SamplingConfig(num_steps=3, shift=5.0, guidance=2.0)
+CONFIG = sampling_teacher.SamplingConfig(num_steps=3, shift=5.0, guidance=2.0)
 NULL = np.zeros((1, 3, 4), np.float32)
 
 
 def keys(*videos):
   videos = np.asarray(videos)
-  return sampling.sample_keys(np.uint32(3), 0 * videos, videos)
+  return calls.sample_keys(np.uint32(3), 0 * videos, videos)
 
 
 def sample(config=CONFIG, videos=(0, 1), negative=NULL, states=None, **kwargs):
   if states is None:
     states = toy_network.text_states(2)[np.asarray(videos)]
-  return teacher_sampling.sample(
+  return sampling_teacher.sample(
     toy_network.DENOISER,
     toy_network.params(),
     config,
@@ -88,14 +90,14 @@ def test_steps_are_reported_and_all_settings_share_one_program():
   told = []
   sample(report=told.append)
   assert told == [1, 1, 1]
-  compiled = teacher_sampling._guided_step._cache_size()
+  compiled = sampling_teacher._guided_step._cache_size()
   sample(dataclasses.replace(CONFIG, num_steps=5, shift=2.0, guidance=7.0))
-  assert teacher_sampling._guided_step._cache_size() == compiled
+  assert sampling_teacher._guided_step._cache_size() == compiled
 
 
 def test_wan_samples_as_published():
-  config = teacher_sampling.SamplingConfig()
-  assert config == teacher_sampling.SamplingConfig('unipc', 50, 5.0, 5.0)
+  config = sampling_teacher.SamplingConfig()
+  assert config == sampling_teacher.SamplingConfig('unipc', 50, 5.0, 5.0)
   # 0.999 and 0.01998, the last of 50 steps, after shift 5.
   np.testing.assert_allclose(
     config.levels[[0, 49, 50]], [4.995 / 4.996, 0.0999 / 1.07992, 0], atol=1e-9
@@ -104,17 +106,17 @@ def test_wan_samples_as_published():
 
 @pytest.mark.slow
 def test_unipc_needs_fewer_steps_than_euler_for_the_small_worlds_video():
-  pipeline = generate.load('bouncing')
+  pipeline = video_pipeline.load('bouncing')
   denoiser = pipeline.denoiser
   params = checkpoint.load_weights(
-    generate.ASSETS / 'bouncing' / 'teacher.safetensors', pipeline.params
+    video_pipeline.ASSETS / 'bouncing' / 'teacher.safetensors', pipeline.params
   )
 
   def video(solver, num_steps):
-    return teacher_sampling.sample(
+    return sampling_teacher.sample(
       denoiser,
       params,
-      teacher_sampling.SamplingConfig(solver, num_steps, 2.5, 2.0),
+      sampling_teacher.SamplingConfig(solver, num_steps, 2.5, 2.0),
       keys(0, 1),
       pipeline.encoder.encode(['a large red disc on dark blue'] * 2),
       pipeline.encoder.encode(['']),
@@ -137,7 +139,7 @@ def test_bad_values_are_refused():
     (dict(guidance=float('nan')), 'guidance=nan'),
   ):
     with pytest.raises(ValueError, match=message):
-      teacher_sampling.SamplingConfig(**settings)
+      sampling_teacher.SamplingConfig(**settings)
   with pytest.raises(ValueError, match='num_frames=0 is not at least 1'):
     sample(num_frames=0)
   with pytest.raises(ValueError, match='2 keys, 1 prompts and 1 negative'):

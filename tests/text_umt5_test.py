@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import sampling
+from hiar_jax.sampling import calls
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import conversion, releases
 from tests import fake_release
@@ -97,8 +97,8 @@ def test_weights_are_freed_before_the_video_starts(folder, loads, monkeypatch):
     assert states.shape == (2, LENGTH, CONFIG.dim)
     return np.zeros((len(keys), *shape), np.float32)
 
-  monkeypatch.setattr(sampling, 'sample', sample)
-  request = sampling.Request(num_blocks=1)
+  monkeypatch.setattr(calls, 'sample', sample)
+  request = calls.Request(num_blocks=1)
   pipe.sample([PROMPT, 'a cat'], request, progress=False)
   assert len(loads) == 1 and in_use and not any(in_use)
 

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from hiar_jax import generate
+from hiar_jax.sampling import video_pipeline
 
 TEACHER_FILE = 'teacher.safetensors'
 
@@ -25,10 +25,10 @@ def find(
   trained = pathlib.Path(weights or config['teacher_weights'])
   if weights or trained.exists():
     return trained, pathlib.Path(config['codec']['path'])
-  folder = generate.ASSETS / config['name']
+  folder = video_pipeline.ASSETS / config['name']
   if not (folder / TEACHER_FILE).exists():
     raise FileNotFoundError(
       f'no teacher at {trained}, and none of {config["name"]!r} comes with the '
       'package; give --weights'
     )
-  return folder / TEACHER_FILE, folder / generate.codec_file(config)
+  return folder / TEACHER_FILE, folder / video_pipeline.codec_file(config)

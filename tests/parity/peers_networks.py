@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import sampling, teacher_sampling
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.sampling import calls
+from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.weights import tables, vae_tables
 from tests.parity import peers_lib, peers_solvers
 from tests.parity.golden_lib import from_model, to_model
@@ -97,7 +98,7 @@ def sampler_comparisons(
   denoiser = Denoiser(config)
   peer, params = _transformer(config, seed=1)
   _, states = _inputs(np.random.default_rng(1), config)
-  keys = sampling.sample_keys(np.uint32(0), np.arange(2), np.zeros(2, int))
+  keys = calls.sample_keys(np.uint32(0), np.arange(2), np.zeros(2, int))
   shape = (_FRAMES, 8, 12, config.channels)
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
   guidance, shift = 5.0, 5.0
@@ -113,10 +114,10 @@ def sampler_comparisons(
         cond = peer(x, level, prompt).sample
         flow = uncond + guidance * (cond - uncond)
         x = scheduler.step(flow, timestep, x).prev_sample
-    ours = teacher_sampling.sample(
+    ours = sampling_teacher.sample(
       denoiser,
       params,
-      teacher_sampling.SamplingConfig(solver, num_steps, shift, guidance),
+      sampling_teacher.SamplingConfig(solver, num_steps, shift, guidance),
       keys,
       states,
       np.zeros_like(states[:1]),

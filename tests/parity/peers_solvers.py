@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax import noise_schedule, solvers
+from hiar_jax import noise_schedule
+from hiar_jax.sampling import solvers
 from tests.parity import peers_lib
 
 

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import noise_schedule, solvers
+from hiar_jax import noise_schedule
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.sampling import solvers
 
 # What Wan2.1's guidance leads away from unless it is told otherwise: part of
 # the model, for its training captions are in this language.

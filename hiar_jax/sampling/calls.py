@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import memory, rollout
+from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.sampling import memory
 
 
 @dataclasses.dataclass(frozen=True)

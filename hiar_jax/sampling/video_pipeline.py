@@ -22,16 +22,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from hiar_jax import checkpoint, noise_schedule, rollout, sampling, streaming
+from hiar_jax import checkpoint, noise_schedule, rollout
 from hiar_jax.codecs import linear
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import metrics
+from hiar_jax.sampling import calls, streaming
+from hiar_jax.sampling.video import Video
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.text import word_hash
-from hiar_jax.video import Video
 from hiar_jax.weights import conversion, releases
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
@@ -117,7 +118,7 @@ class VideoPipeline:
       ValueError: naming the value that does not fit.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    request = sampling.Request(
+    request = calls.Request(
       num_blocks=num_blocks,
       num_videos=num_videos,
       seed=seed,
@@ -143,7 +144,7 @@ class VideoPipeline:
   def sample(
     self,
     prompts: Sequence[str],
-    request: sampling.Request,
+    request: calls.Request,
     *,
     initial_frames: np.ndarray | None = None,
     progress: bool = True,
@@ -155,14 +156,14 @@ class VideoPipeline:
       given frames included.
     """
     check_prompts(prompts)
-    passes = sampling.num_passes(request, self.rollout)
+    passes = calls.num_passes(request, self.rollout)
     initial = None
     if initial_frames is not None:
       initial = self.encode(initial_frames)
     states_PLD = self.encoder.encode(prompts)
     size = len(prompts) * request.num_videos
     batches = _batches(size)
-    sampling.check_memory(
+    calls.check_memory(
       *(self.denoiser, self.rollout, self.params, request, len(batches[0]))
     )
     latents = []
@@ -170,12 +171,12 @@ class VideoPipeline:
       for samples in batches:
         prompt, video = np.divmod(samples, request.num_videos)
         latents.append(
-          sampling.sample(
+          calls.sample(
             self.denoiser,
             self.params,
             self.rollout,
             request,
-            sampling.sample_keys(np.uint32(request.seed), prompt, video),
+            calls.sample_keys(np.uint32(request.seed), prompt, video),
             states_PLD[prompt],
             initial,
             report,
@@ -225,7 +226,7 @@ class VideoPipeline:
     if initial_frames is not None:
       initial = self.encode(initial_frames).repeat(len(prompts), 0)
     numbers = np.arange(len(prompts))
-    keys = sampling.sample_keys(np.uint32(seed), numbers, 0 * numbers)
+    keys = calls.sample_keys(np.uint32(seed), numbers, 0 * numbers)
     return streaming.Stream(
       engine,
       self.params,

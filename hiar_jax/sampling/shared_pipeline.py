@@ -31,10 +31,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hiar_jax import pipeline
 from hiar_jax.models.kv_cache import KV, KVCache
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
+from hiar_jax.sampling import pipeline
 
 
 @flax.struct.dataclass

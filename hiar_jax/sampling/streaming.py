@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hiar_jax import memory, pipeline, rollout, shared_pipeline
+from hiar_jax import rollout
 from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
+from hiar_jax.sampling import memory, pipeline, shared_pipeline
 
 MODES = ('batched', 'serial', 'shared')
 AUTO = 'auto'  # `choose_mode` decides.

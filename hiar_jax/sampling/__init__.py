@@ -1,0 +1,1 @@
+"""Videos from weights: calls, streams, pipelines, the teacher."""
