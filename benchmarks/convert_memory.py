@@ -22,8 +22,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from hiar_jax import checkpoint
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import checkpoint
 from hiar_jax.weights import conversion, layouts, releases, safetensors_io
 
 _PARTS = ('nothing', 'create', 'convert', 'load', 'back', 'compare')

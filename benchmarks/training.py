@@ -37,7 +37,7 @@ def _worker(path: str) -> None:
   """Makes one cycle of iterations for each line of stdin."""
   import jax
 
-  from hiar_jax import phases
+  from hiar_jax.training import phases
 
   config = _load_config(path)
   phase = phases.build(config)

@@ -18,7 +18,7 @@ import dataclasses
 
 import ml_collections
 
-from hiar_jax.loop_config import LoopConfig
+from hiar_jax.training.loop_config import LoopConfig
 
 PHASES = (
   'codec_start',

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import planning, planning_traffic, train_state, train_step
+from hiar_jax import planning, planning_traffic
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import state as training_state
+from hiar_jax.training import steps as training_steps
 
 PARTS = ('generator', 'critic', 'trajectory')
 _DAY = 86400.0
@@ -43,7 +45,7 @@ class Training:
     trajectory_batch: of them at a time.
   """
 
-  steps: train_step.Distillation
+  steps: training_steps.Distillation
   mesh: sharding.MeshConfig
   batch_size: int
   num_blocks: int
@@ -355,17 +357,19 @@ def _params(denoiser):
   return jax.eval_shape(denoiser.init, jax.random.key(0))
 
 
-def _first_state(steps: train_step.Distillation) -> train_state.DistillState:
+def _first_state(
+  steps: training_steps.Distillation,
+) -> training_state.DistillState:
   def zeros(denoiser):
     return jax.tree.map(
       lambda a: jnp.zeros(a.shape, a.dtype), _params(denoiser)
     )
 
   student, critic = zeros(steps.student), zeros(steps.critic)
-  return train_state.DistillState(
+  return training_state.DistillState(
     iteration=jnp.zeros((), jnp.int32),
-    student=train_state.init_net(student, steps.student_optimiser),
-    critic=train_state.init_net(critic, steps.critic_optimiser),
+    student=training_state.init_net(student, steps.student_optimiser),
+    critic=training_state.init_net(critic, steps.critic_optimiser),
     ema=student,
   )
 

@@ -10,9 +10,9 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import phases
 from hiar_jax.data import latent_files
 from hiar_jax.runtime import errors, stopping
+from hiar_jax.training import phases
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')

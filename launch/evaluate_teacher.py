@@ -11,12 +11,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import phases
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import errors
 from hiar_jax.sampling import calls, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
+from hiar_jax.training import phases
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)

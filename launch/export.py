@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import checkpoint, phases, train
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors
 from hiar_jax.sampling import video_pipeline
+from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import loop as training_loop
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -33,7 +34,9 @@ def main(argv):
   del argv
   config = _CONFIG.value
   denoiser = Denoiser(WanConfig(**config.model))
-  weights = _WEIGHTS.value or pathlib.Path(config.workdir) / train.WEIGHTS
+  weights = (
+    _WEIGHTS.value or pathlib.Path(config.workdir) / training_loop.WEIGHTS
+  )
   params = phases.load_params(weights, denoiser)
   codec = phases.world_codec(config)
   out = pathlib.Path(_OUT.value)

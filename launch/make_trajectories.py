@@ -19,12 +19,13 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import checkpoint, noise_schedule, phases
+from hiar_jax import noise_schedule
 from hiar_jax.data import bouncing, sources, trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed, errors, stopping
 from hiar_jax.text import word_hash
+from hiar_jax.training import checkpoint, phases
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WEIGHTS = flags.DEFINE_string(

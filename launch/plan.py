@@ -23,11 +23,12 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import phases, planning, planning_parts, planning_train
+from hiar_jax import planning, planning_parts, planning_train
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding, umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors
+from hiar_jax.training import phases
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')

@@ -24,11 +24,11 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from hiar_jax import phases
 from hiar_jax.runtime import errors, metrics, video_io
 from hiar_jax.sampling import calls, solvers, video, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.text import word_hash
+from hiar_jax.training import phases
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)

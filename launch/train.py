@@ -10,8 +10,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import train
 from hiar_jax.runtime import distributed, errors
+from hiar_jax.training import loop as training_loop
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _PROFILE = flags.DEFINE_string(
@@ -53,7 +53,7 @@ def main(argv):
     )
   if _COMPILATION_CACHE.value is not None:
     jax.config.update('jax_compilation_cache_dir', _COMPILATION_CACHE.value)
-  train.train(
+  training_loop.train(
     _CONFIG.value,
     profile=_profile_window(),
     step_timeout=_STEP_TIMEOUT.value,

@@ -13,8 +13,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hiar_jax import checkpoint
 from hiar_jax.runtime import provenance
+from hiar_jax.training import checkpoint
 
 
 @flax.struct.dataclass

@@ -6,9 +6,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from hiar_jax import checkpoint
 from hiar_jax.data import bouncing, sources
 from hiar_jax.text import word_hash
+from hiar_jax.training import checkpoint
 
 WORLD = bouncing.WorldConfig(num_frames=3)
 ENCODER = word_hash.WordHashEncoder(dim=8)

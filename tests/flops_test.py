@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hiar_jax import phases
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import profiling
+from hiar_jax.training import phases
 from tests import tiny
 
 # Wide enough for the matrix products to be nearly all.

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import checkpoint, guards, phases, train, train_state
 from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
+from hiar_jax.training import checkpoint, guards, phases
+from hiar_jax.training import loop as training_loop
+from hiar_jax.training import state as training_state
 from tests import tiny
 
 
@@ -85,8 +87,8 @@ def test_a_value_that_is_not_finite_must_have_been_skipped():
 
 # A phase that fits one number to the text; jitted, so that it is quick.
 
-_OPTIMISER = train_state.make_optimiser(
-  train_state.OptimiserConfig('adamw', learning_rate=0.1, b1=0.9), 8
+_OPTIMISER = training_state.make_optimiser(
+  training_state.OptimiserConfig('adamw', learning_rate=0.1, b1=0.9), 8
 )
 
 
@@ -119,8 +121,8 @@ def fit(monkeypatch, tmp_path):
       return state, metrics
 
     phase = phases.Phase(
-      state=train_state.RegressionState(
-        jnp.int32(0), train_state.init_net(params, _OPTIMISER), params
+      state=training_state.RegressionState(
+        jnp.int32(0), training_state.init_net(params, _OPTIMISER), params
       ),
       step=step,
       batches=sources.batches(prompts, batch_size=4, seed=0),
@@ -130,7 +132,7 @@ def fit(monkeypatch, tmp_path):
     config = tiny.config('teacher', tmp_path)
     config.update(dict(iterations=8, checkpoint_every=4, log_every=8))
     config.loop = settings
-    train.train(config)
+    training_loop.train(config)
     return states
 
   return fit
@@ -173,4 +175,4 @@ def test_many_in_a_row_end_the_run_with_a_saved_state(fit, tmp_path):
     assert checkpoint.latest_step(manager) == 4
   # Started again, it goes on with the next batches.
   assert len(fit()) == 4
-  assert (workdir / train.WEIGHTS).exists()
+  assert (workdir / training_loop.WEIGHTS).exists()

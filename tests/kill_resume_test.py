@@ -20,9 +20,10 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax import checkpoint, phases, train
-from hiar_jax.run_log import METRICS
 from hiar_jax.runtime import stopping
+from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import loop as training_loop
+from hiar_jax.training.run_log import METRICS
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -191,10 +192,13 @@ def test_an_ended_phase_ends_bit_equal(
     states.append(last_state(config))
   jax.tree.map(np.testing.assert_array_equal, *states)
   whole, cut = (
-    {name: (folder / name).read_bytes() for name in (train.WEIGHTS, METRICS)}
+    {
+      name: (folder / name).read_bytes()
+      for name in (training_loop.WEIGHTS, METRICS)
+    }
     for folder in folders.values()
   )
-  assert whole[train.WEIGHTS] == cut[train.WEIGHTS]
+  assert whole[training_loop.WEIGHTS] == cut[training_loop.WEIGHTS]
   # A stop on request writes a line where the other run has none.
   assert whole[METRICS] == cut[METRICS] or ending == signal.SIGTERM
   if phase in ('distill', 'self_forcing'):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax import checkpoint
+from hiar_jax.training import checkpoint
 from hiar_jax.weights import (
   conversion,
   layouts,

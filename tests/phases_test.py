@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax import checkpoint, phases, train_state, train_step
 from hiar_jax.data import trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors
+from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import state as training_state
+from hiar_jax.training import steps as training_steps
 from tests import tiny
 
 
@@ -29,7 +31,7 @@ def no_work(monkeypatch):
   def too_late(*args):
     raise AssertionError('work began before the config was checked')
 
-  monkeypatch.setattr(train_state, 'init_net', too_late)
+  monkeypatch.setattr(training_state, 'init_net', too_late)
 
 
 def mistake(config):
@@ -133,8 +135,10 @@ def test_host_draws_follow_from_seed_and_iteration(inputs, monkeypatch):
   def critic_step(steps, state, batch, key, *, num_blocks):
     return state, {'critic': num_blocks}
 
-  monkeypatch.setattr(train_step.Distillation, 'generator_step', generator_step)
-  monkeypatch.setattr(train_step.Distillation, 'critic_step', critic_step)
+  monkeypatch.setattr(
+    training_steps.Distillation, 'generator_step', generator_step
+  )
+  monkeypatch.setattr(training_steps.Distillation, 'critic_step', critic_step)
   config = tiny.config('distill', inputs)
   config.rollout_blocks = (2, 4)
   config.distill.update(dict(forward_kl_steps=2, generator_every=3))

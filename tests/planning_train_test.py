@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import hiar_1_3b
-from hiar_jax import phases, planning, planning_traffic, planning_train
+from hiar_jax import planning, planning_traffic, planning_train
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
+from hiar_jax.training import phases
 from tests import sharded_update
 
 needs_compiler = pytest.mark.skipif(

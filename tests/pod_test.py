@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hiar_jax import phases
-from hiar_jax import train as training_loop
 from hiar_jax.data import trajectory_files
 from hiar_jax.runtime import metrics
+from hiar_jax.training import loop as training_loop
+from hiar_jax.training import phases
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hiar_jax import loop_config, run_log
 from hiar_jax.runtime import errors, provenance
+from hiar_jax.training import loop_config, run_log
 
 _CONFIG = {'name': 'bouncing', 'phase': 'teacher', 'iterations': 9}
 

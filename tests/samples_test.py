@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from hiar_jax import phases, samples, train
-from hiar_jax.loop_config import LoopConfig
 from hiar_jax.runtime import video_io
+from hiar_jax.training import loop as training_loop
+from hiar_jax.training import phases, samples
+from hiar_jax.training.loop_config import LoopConfig
 from tests import tiny
 
 
@@ -36,7 +37,7 @@ def test_a_run_samples_both_orders_and_measures_them(
     return phase
 
   monkeypatch.setattr(phases, 'build', without_training)
-  train.train(config)
+  training_loop.train(config)
   names = [f'{i:07d}_{order}' for i in (2, 4) for order in samples.ORDERS]
   folder = tmp_path / 'samples'
   assert {path.name for path in folder.iterdir()} == {

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import noise_schedule, rollout, train_state, train_step
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed
+from hiar_jax.training import state as training_state
+from hiar_jax.training import steps as training_steps
 
 # Sizes that the axes divide, two tokens a frame.
 _SIZES = dict(
@@ -41,10 +43,10 @@ ADAMW = dict(name='adamw', learning_rate=1e-3, b1=0.5, clip_norm=0.5)
 @functools.cache
 def steps(optimiser: str = 'adamw', microbatches: int = 1):
   numbers = ADAMW | dict(name=optimiser)
-  optimiser = train_state.make_optimiser(
-    train_state.OptimiserConfig(**numbers), 100
+  optimiser = training_state.make_optimiser(
+    training_state.OptimiserConfig(**numbers), 100
   )
-  return train_step.Distillation(
+  return training_steps.Distillation(
     student=STUDENT,
     critic=STUDENT,
     teacher=TEACHER,
@@ -55,7 +57,7 @@ def steps(optimiser: str = 'adamw', microbatches: int = 1):
       frames_per_block=2,
       window=4,
     ),
-    config=train_step.DistillConfig(
+    config=training_steps.DistillConfig(
       loss_blocks=2, ema_start=0, ema_decay=0.9, microbatches=microbatches
     ),
   )
@@ -89,11 +91,11 @@ def first_state(steps, mesh):
   def net(seed, optimiser):
     placed = sharding.put(params(STUDENT, seed), mesh)
     if mesh is None:
-      return train_state.init_net(placed, optimiser)
+      return training_state.init_net(placed, optimiser)
     opt_state = sharding.make(optimiser.init, mesh, placed)
-    return train_state.NetState(placed, opt_state)
+    return training_state.NetState(placed, opt_state)
 
-  return train_state.DistillState(
+  return training_state.DistillState(
     iteration=sharding.put(jnp.zeros((), jnp.int32), mesh),
     student=net(0, steps.student_optimiser),
     critic=net(1, steps.critic_optimiser),

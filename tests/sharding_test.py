@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from hiar_jax import checkpoint, phases, train_state
 from hiar_jax.models import kv_cache, sharding
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import state as training_state
 from tests import sharded_update, tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -66,8 +67,8 @@ def test_a_path_that_no_rule_knows_is_named():
 def test_states_of_optimisers_lie_where_their_parameter_does(name):
   mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
   params = abstract_params()
-  config = train_state.OptimiserConfig(name, learning_rate=1e-3)
-  optimiser = train_state.make_optimiser(config, 10)
+  config = training_state.OptimiserConfig(name, learning_rate=1e-3)
+  optimiser = training_state.make_optimiser(config, 10)
   state = jax.eval_shape(optimiser.init, params)
   wanted = paths(sharding.shardings(params, mesh))
   found = jax.tree_util.tree_leaves_with_path(sharding.shardings(state, mesh))

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import checkpoint
 from hiar_jax.data import trajectories
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, solvers, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
+from hiar_jax.training import checkpoint
 from tests import toy_network
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -12,10 +12,11 @@ import ml_collections
 import numpy as np
 
 from configs import bouncing, bouncing_linear
-from hiar_jax import checkpoint, phases, train
 from hiar_jax.data import trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import loop as training_loop
 
 PHASES = ('codec', *bouncing_linear.PHASES)
 
@@ -72,7 +73,7 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   if phase == 'teacher':
     return c
   c.rollout.window = 6
-  c.teacher_weights = str(root / 'teacher' / train.WEIGHTS)
+  c.teacher_weights = str(root / 'teacher' / training_loop.WEIGHTS)
   c.trajectories.update(
     dict(
       dir=str(root / 'trajectories'),
@@ -83,7 +84,7 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
     )
   )
   if phase != 'student_start':
-    c.student_weights = str(root / 'student_start' / train.WEIGHTS)
+    c.student_weights = str(root / 'student_start' / training_loop.WEIGHTS)
     c.rollout_blocks = (2, 2)
     c.distill.generator_every = 2
     c.distill.ema_start = 2
@@ -94,7 +95,7 @@ def _codec(c, phase, root):
   c.workdir = str(root / phase)
   c.world = dict(height=32, width=32, num_frames=6)
   c.text = dict(dim=8, length=4)
-  c.codec.path = str(root / 'codec' / train.WEIGHTS)
+  c.codec.path = str(root / 'codec' / training_loop.WEIGHTS)
   c.vae.update(
     dict(
       base_dim=4, z_dim=4, dim_mult=(1, 1, 1), mean=(0.0,) * 4, std=(1.0,) * 4

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from hiar_jax import train_state
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import state as training_state
 
 RATE = 0.01
 DENOISER = Denoiser(
@@ -40,7 +40,7 @@ MATRICES = {
 
 def settings(name='adamw', **kwargs):
   defaults = dict(learning_rate=RATE, b1=0.9, weight_decay=0.0)
-  return train_state.OptimiserConfig(name, **(defaults | kwargs))
+  return training_state.OptimiserConfig(name, **(defaults | kwargs))
 
 
 def by_path(tree):
@@ -52,7 +52,7 @@ def by_path(tree):
 
 def updates(config, grads, *, iterations=10):
   """What the optimiser adds to zeros, gradient after gradient."""
-  optimiser = train_state.make_optimiser(config, iterations)
+  optimiser = training_state.make_optimiser(config, iterations)
   params = jax.tree.map(jnp.zeros_like, grads[0])
   state = optimiser.init(params)
   update = jax.jit(optimiser.update)
@@ -154,9 +154,11 @@ def test_weight_decay_pulls_both_kinds_of_parameters_to_zero():
   params = {
     'layers': {'kernel': jnp.full((2, 3, 3), 2.0), 'bias': jnp.full(3, 2.0)}
   }
-  optimiser = train_state.make_optimiser(settings('muon', weight_decay=0.1), 10)
+  optimiser = training_state.make_optimiser(
+    settings('muon', weight_decay=0.1), 10
+  )
   zero = jax.tree.map(jnp.zeros_like, params)
-  net = train_state.init_net(params, optimiser)
+  net = training_state.init_net(params, optimiser)
   net = jax.jit(lambda net: net.update(zero, optimiser))(net)
   for value in jax.tree.leaves(net.params):
     np.testing.assert_allclose(value, 2 * (1 - 0.1 * RATE), rtol=1e-6)
@@ -164,13 +166,13 @@ def test_weight_decay_pulls_both_kinds_of_parameters_to_zero():
 
 def test_average_moves_by_its_rate():
   ema, params = {'x': jnp.array([1.0, 2.0])}, {'x': jnp.array([3.0, 2.0])}
-  average = train_state.ema_update(ema, params, 0.75)
+  average = training_state.ema_update(ema, params, 0.75)
   np.testing.assert_allclose(average['x'], [1.5, 2.0])
 
 
 def test_copies_share_no_buffer():
   tree = {'x': jnp.ones(3)}
-  copied = train_state.copy(tree)
+  copied = training_state.copy(tree)
   assert (
     copied['x'].unsafe_buffer_pointer() != tree['x'].unsafe_buffer_pointer()
   )
@@ -178,7 +180,7 @@ def test_copies_share_no_buffer():
 
 def test_a_net_remembers_its_optimiser_state():
   optimiser = optax.sgd(1.0, momentum=0.5)
-  net = train_state.init_net({'x': jnp.zeros(1)}, optimiser)
+  net = training_state.init_net({'x': jnp.zeros(1)}, optimiser)
   for _ in range(2):
     net = net.update({'x': jnp.ones(1)}, optimiser)
   np.testing.assert_allclose(net.params['x'], -2.5)
@@ -193,4 +195,4 @@ def test_a_net_remembers_its_optimiser_state():
 )
 def test_optimiser_names_a_value_that_does_not_fit(kwargs, message):
   with pytest.raises(ValueError, match=message):
-    train_state.OptimiserConfig(**kwargs)
+    training_state.OptimiserConfig(**kwargs)

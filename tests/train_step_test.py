@@ -11,14 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import (
-  losses,
-  noise_schedule,
-  rollout,
-  train_state,
-  train_step,
-)
+from hiar_jax import losses, noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.training import state as training_state
+from hiar_jax.training import steps as training_steps
 from tests import tiny
 
 DENOISER = tiny.DENOISER
@@ -27,8 +23,8 @@ ROLLOUT = rollout.RolloutConfig(
   frames_per_block=2,
   window=4,
 )
-OPTIMISER = train_state.make_optimiser(
-  train_state.OptimiserConfig(learning_rate=1e-3), 100
+OPTIMISER = training_state.make_optimiser(
+  training_state.OptimiserConfig(learning_rate=1e-3), 100
 )
 BATCH, BLOCKS = 2, 3
 FRAMES = BLOCKS * ROLLOUT.frames_per_block
@@ -58,25 +54,25 @@ def batch():
 
 
 def regression_state(params):
-  return train_state.RegressionState(
+  return training_state.RegressionState(
     iteration=jnp.zeros((), jnp.int32),
-    net=train_state.init_net(params, OPTIMISER),
+    net=training_state.init_net(params, OPTIMISER),
     ema=params,
   )
 
 
 def test_teacher_step_lowers_the_loss_on_a_fixed_batch():
-  optimiser = train_state.make_optimiser(
-    train_state.OptimiserConfig('adamw', learning_rate=0.02, b1=0.9), 20
+  optimiser = training_state.make_optimiser(
+    training_state.OptimiserConfig('adamw', learning_rate=0.02, b1=0.9), 20
   )
   params = jax.jit(DENOISER.init)(jax.random.key(0))
-  state = train_state.RegressionState(
+  state = training_state.RegressionState(
     iteration=jnp.zeros((), jnp.int32),
-    net=train_state.init_net(params, optimiser),
+    net=training_state.init_net(params, optimiser),
     ema=params,
   )
   step = jax.jit(
-    train_step.teacher_step(
+    training_steps.teacher_step(
       DENOISER, optimiser, timestep_shift=3.0, ema_decay=0.9
     )
   )
@@ -118,7 +114,7 @@ def student_start_run():
   class Watched(Denoiser):
     x0 = watched
 
-  step = train_step.student_start_step(
+  step = training_steps.student_start_step(
     Watched(DENOISER.config),
     OPTIMISER,
     ROLLOUT,
@@ -161,7 +157,7 @@ def test_student_start_asks_nothing_of_clean_blocks(student_start_run):
 def test_matched_start_is_the_rollout_on_the_trajectory():
   """x0 of every block as a sampler with its ring cache would name it."""
   params = tiny.random_params(DENOISER, 0)
-  step = train_step.student_start_step(
+  step = training_steps.student_start_step(
     DENOISER, OPTIMISER, ROLLOUT, context='matched', ema_decay=0.9
   )
   key = jax.random.key(1)
@@ -188,7 +184,7 @@ def test_matched_start_is_the_rollout_on_the_trajectory():
 
 def test_an_unknown_start_context_is_named():
   with pytest.raises(ValueError, match="'clean' is not one of"):
-    train_step.student_start_step(
+    training_steps.student_start_step(
       DENOISER, OPTIMISER, ROLLOUT, context='clean', ema_decay=0.9
     )
 
@@ -204,14 +200,14 @@ def distillation(**kwargs):
     ema_start=2,
     ema_decay=0.9,
   )
-  return train_step.Distillation(
+  return training_steps.Distillation(
     student=DENOISER,
     critic=DENOISER,
     teacher=DENOISER,
     student_optimiser=OPTIMISER,
     critic_optimiser=OPTIMISER,
     rollout=ROLLOUT,
-    config=train_step.DistillConfig(**(numbers | kwargs)),
+    config=training_steps.DistillConfig(**(numbers | kwargs)),
   )
 
 
@@ -223,10 +219,10 @@ def networks():
 
 def distill_state(critic, *, iteration=0):
   student = networks()[0]
-  return train_state.DistillState(
+  return training_state.DistillState(
     iteration=jnp.asarray(iteration, jnp.int32),
-    student=train_state.init_net(student, OPTIMISER),
-    critic=train_state.init_net(critic, OPTIMISER),
+    student=training_state.init_net(student, OPTIMISER),
+    critic=training_state.init_net(critic, OPTIMISER),
     ema=jax.tree.map(jnp.ones_like, student),
   )
 
@@ -373,7 +369,7 @@ def forward_kl(**kwargs):
 
 def test_forward_kl_differs_by_who_sees_whom():
   values = {}
-  for mode in train_step.FORWARD_KL_ATTENTION:
+  for mode in training_steps.FORWARD_KL_ATTENTION:
     function = jax.value_and_grad(forward_kl(forward_kl_attention=mode))
     values[mode], grads = jax.jit(function)(networks()[0])
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hiar_jax import checkpoint, phases, train
 from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
+from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import loop as training_loop
 from tests import tiny
 
 
@@ -80,14 +81,14 @@ def test_an_interrupted_run_ends_bit_equal(phase, inputs, tmp_path):
   config.iterations = 5
   config.workdir = str(tmp_path / 'whole')
   with watched() as whole:
-    whole_weights = train.train(config)
+    whole_weights = training_loop.train(config)
   config.workdir = str(tmp_path / 'cut')
   # Iterations 0, 1 and 2 are done and a checkpoint of the first two is saved.
   with watched(like=whole, cut_before=3), pytest.raises(KeyboardInterrupt):
-    train.train(config)
-  assert not (tmp_path / 'cut' / train.WEIGHTS).exists()
+    training_loop.train(config)
+  assert not (tmp_path / 'cut' / training_loop.WEIGHTS).exists()
   with watched(like=whole) as rest:
-    weights = train.train(config)
+    weights = training_loop.train(config)
 
   assert whole.iterations == [0, 1, 2, 3, 4]
   assert rest.iterations == [2, 3, 4]
@@ -141,7 +142,7 @@ def count(monkeypatch, tmp_path):
     monkeypatch.setattr(
       phases, 'build', lambda config: counting_phase(bad_iteration, raises)
     )
-    return train.train(config, **(kwargs or {}))
+    return training_loop.train(config, **(kwargs or {}))
 
   return count
 
@@ -177,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_checkpoint(
     checkpoint.make_manager(workdir / 'checkpoints')
   ) as manager:
     assert checkpoint.latest_step(manager) == 4
-  assert not (workdir / train.WEIGHTS).exists()
+  assert not (workdir / training_loop.WEIGHTS).exists()
   # Without the bad iteration it goes on from there.
   weights = count()
   whole = count(workdir=str(tmp_path / 'whole'))
@@ -257,8 +258,8 @@ def test_other_code_goes_on_with_a_warning(count, monkeypatch, capsys):
   capsys.readouterr()
   count()
   assert 'warning' not in capsys.readouterr().err
-  version = train.provenance.code_version() | {'commit': 'another'}
-  monkeypatch.setattr(train.provenance, 'code_version', lambda: version)
+  version = training_loop.provenance.code_version() | {'commit': 'another'}
+  monkeypatch.setattr(training_loop.provenance, 'code_version', lambda: version)
   count()
   (line,) = [
     line

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.training_rollout import training_rollout
+from hiar_jax.training.rollout import training_rollout
 from tests import tiny
 
 DENOISER = tiny.DENOISER

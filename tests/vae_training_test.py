@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from hiar_jax import train_state, vae_training
 from hiar_jax.data import bouncing, sources
 from hiar_jax.models import vae
 from hiar_jax.text import word_hash
+from hiar_jax.training import codec as training_codec
+from hiar_jax.training import state as training_state
 
 WORLD = bouncing.WorldConfig(num_frames=5)
 VIDEOS = sources.BouncingVideos(
@@ -26,7 +27,7 @@ CONFIG = vae.VAEConfig(
   patch_size=4,
 )
 
-init = jax.jit(vae_training.init, static_argnums=0)
+init = jax.jit(training_codec.init, static_argnums=0)
 
 
 def shape_pixels(frames, scene):
@@ -35,7 +36,7 @@ def shape_pixels(frames, scene):
 
 
 def test_crops_have_the_object_and_follow_from_the_index():
-  clips = vae_training.ObjectClips(VIDEOS, crop=32)
+  clips = training_codec.ObjectClips(VIDEOS, crop=32)
   for index in range(20):
     element = clips[index]
     assert element['crop'].shape == (5, 32, 32, 3)
@@ -47,7 +48,7 @@ def test_crops_have_the_object_and_follow_from_the_index():
 
 def test_a_crop_larger_than_the_frame_is_refused():
   with pytest.raises(ValueError, match=r'crop=65 is not in \[1, 64\]'):
-    vae_training.ObjectClips(VIDEOS, crop=65)
+    training_codec.ObjectClips(VIDEOS, crop=65)
 
 
 def test_every_residual_branch_starts_as_nothing():
@@ -65,14 +66,14 @@ def test_updates_lower_the_error():
   optimiser = optax.adam(3e-3)
   params = init(CONFIG, jax.random.key(0))
   step = jax.jit(
-    vae_training.make_step(CONFIG, optimiser, kl_weight=1e-4, ema_decay=0.5)
+    training_codec.make_step(CONFIG, optimiser, kl_weight=1e-4, ema_decay=0.5)
   )
-  state = train_state.RegressionState(
+  state = training_state.RegressionState(
     iteration=jnp.zeros((), jnp.int32),
-    net=train_state.init_net(params, optimiser),
+    net=training_state.init_net(params, optimiser),
     ema=params,
   )
-  clips = vae_training.ObjectClips(VIDEOS, crop=16)
+  clips = training_codec.ObjectClips(VIDEOS, crop=16)
   video = np.stack([clips[index]['crop'] for index in range(4)])
   errors = []
   for iteration in range(60):
@@ -85,9 +86,11 @@ def test_updates_lower_the_error():
 
 def test_folded_statistics_whiten_the_latents_and_change_no_pixel():
   params = jax.jit(vae.init, static_argnums=0)(CONFIG, jax.random.key(1))
-  mean_C, std_C = vae_training.statistics(CONFIG, params, VIDEOS, num_videos=4)
-  folded = vae_training.fold_statistics(params, mean_C, std_C)
-  after = vae_training.statistics(CONFIG, folded, VIDEOS, num_videos=4)
+  mean_C, std_C = training_codec.statistics(
+    CONFIG, params, VIDEOS, num_videos=4
+  )
+  folded = training_codec.fold_statistics(params, mean_C, std_C)
+  after = training_codec.statistics(CONFIG, folded, VIDEOS, num_videos=4)
   np.testing.assert_allclose(after[0], 0, atol=1e-4)
   np.testing.assert_allclose(after[1], 1, atol=1e-4)
   video = jnp.asarray(VIDEOS[0]['video'][None] / 127.5 - 1, jnp.float32)

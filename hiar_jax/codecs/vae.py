@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from hiar_jax import checkpoint
 from hiar_jax.models import vae
+from hiar_jax.training import checkpoint
 
 
 @struct.dataclass

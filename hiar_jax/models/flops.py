@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import jax
 
-from hiar_jax import train_step
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import steps as training_steps
 
 # Dense bfloat16 FLOP/s of one device, by jax's `device_kind`, as the makers'
 # data sheets state them.
@@ -84,7 +84,7 @@ def trained(model: WanConfig, recompute: bool = False) -> int:
 
 
 def distillation_flops(
-  steps: train_step.Distillation,
+  steps: training_steps.Distillation,
   part: str,
   batch_size: int,
   num_blocks: float,
@@ -129,7 +129,7 @@ def distillation_flops(
 
 
 def distillation_iteration(
-  steps: train_step.Distillation, batch_size: int, num_blocks: float
+  steps: training_steps.Distillation, batch_size: int, num_blocks: float
 ) -> float:
   """Of a mean iteration: a critic step, and a part of a generator step."""
 

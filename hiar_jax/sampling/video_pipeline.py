@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hiar_jax import checkpoint, noise_schedule, rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import linear
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
@@ -33,6 +33,7 @@ from hiar_jax.sampling import calls, streaming
 from hiar_jax.sampling.video import Video
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.text import word_hash
+from hiar_jax.training import checkpoint
 from hiar_jax.weights import conversion, releases
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'

@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hiar_jax import checkpoint
 from hiar_jax.models import umt5
+from hiar_jax.training import checkpoint
 from hiar_jax.weights import safetensors_io
 
 LENGTH = 512  # tokens of Wan2.1, padding included

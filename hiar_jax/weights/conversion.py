@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax import checkpoint
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.text import umt5 as text_umt5
+from hiar_jax.training import checkpoint
 from hiar_jax.weights import (
   layouts,
   orbax_weights,

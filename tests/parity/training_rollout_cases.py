@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.training_rollout import training_rollout
+from hiar_jax.training.rollout import training_rollout
 from tests.parity.golden_lib import (
   GRADIENT,
   PIPELINE,

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hiar_jax import loop_config
 from hiar_jax.runtime import metrics, profiling
+from hiar_jax.training import loop_config
 
 METRICS = 'metrics.jsonl'
 SPEED = 'speed.jsonl'

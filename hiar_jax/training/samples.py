@@ -13,15 +13,15 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hiar_jax import phases
 from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
-from hiar_jax.loop_config import LoopConfig
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, video, video_pipeline
 from hiar_jax.text import word_hash
+from hiar_jax.training import phases
+from hiar_jax.training.loop_config import LoopConfig
 
 ORDERS = ('step_first', 'block_first')
 _NUM_PROMPTS = 4

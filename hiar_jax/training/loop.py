@@ -15,10 +15,10 @@ import sys
 import jax
 import ml_collections
 
-from hiar_jax import checkpoint, guards, phases, run_log, samples
-from hiar_jax.loop_config import LoopConfig
 from hiar_jax.models import flops
 from hiar_jax.runtime import profiling, provenance, stopping, watchdog
+from hiar_jax.training import checkpoint, guards, phases, run_log, samples
+from hiar_jax.training.loop_config import LoopConfig
 
 WEIGHTS = 'weights.safetensors'
 # What may differ between a run and its continuation.

@@ -15,14 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from hiar_jax import (
-  checkpoint,
-  noise_schedule,
-  rollout,
-  train_state,
-  train_step,
-  vae_training,
-)
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import linear
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.data import bouncing, latent_files, sources, trajectories
@@ -30,6 +23,10 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.text import word_hash
+from hiar_jax.training import checkpoint
+from hiar_jax.training import codec as training_codec
+from hiar_jax.training import state as training_state
+from hiar_jax.training import steps as training_steps
 
 Config = ml_collections.ConfigDict
 
@@ -184,16 +181,16 @@ def load_params(
 
 
 def _optimiser(config: Config, iterations: int):
-  return train_state.make_optimiser(
-    train_state.OptimiserConfig(**config), iterations
+  return training_state.make_optimiser(
+    training_state.OptimiserConfig(**config), iterations
   )
 
 
-def _regression_state(params, optimiser) -> train_state.RegressionState:
-  return train_state.RegressionState(
+def _regression_state(params, optimiser) -> training_state.RegressionState:
+  return training_state.RegressionState(
     iteration=jnp.zeros((), jnp.int32),
-    net=train_state.init_net(params, optimiser),
-    ema=train_state.copy(params),
+    net=training_state.init_net(params, optimiser),
+    ema=training_state.copy(params),
   )
 
 
@@ -226,14 +223,14 @@ def _codec(config: Config) -> Phase:
     seed=config.world_seed,
     with_truth=True,
   )
-  clips = vae_training.ObjectClips(source, numbers.crop)
+  clips = training_codec.ObjectClips(source, numbers.crop)
   side = min(config.world.height, config.world.width)
   whole_videos = max(1, config.batch_size * numbers.crop**2 // side**2)
   batches = sources.batches(
     clips, batch_size=config.batch_size, seed=config.seed
   )
   update = jax.jit(
-    vae_training.make_step(
+    training_codec.make_step(
       vae_config,
       optimiser,
       kl_weight=numbers.kl_weight,
@@ -248,15 +245,15 @@ def _codec(config: Config) -> Phase:
     return update(state, video, jax.random.fold_in(key, iteration))
 
   def weights(state):
-    mean_C, std_C = vae_training.statistics(
+    mean_C, std_C = training_codec.statistics(
       vae_config, state.ema, source, num_videos=_STATISTICS_VIDEOS
     )
-    return vae_training.fold_statistics(state.ema, mean_C, std_C)
+    return training_codec.fold_statistics(state.ema, mean_C, std_C)
 
   if numbers.start_weights:
     params = codecs_vae.load_vae_codec(numbers.start_weights, vae_config).params
   else:
-    params = vae_training.init(vae_config, key)
+    params = training_codec.init(vae_config, key)
   return Phase(
     state=_regression_state(params, optimiser),
     step=step,
@@ -270,7 +267,7 @@ def _teacher(config: Config) -> Phase:
   denoiser = Denoiser(WanConfig(**config.model))
   optimiser = _optimiser(config.optimiser, config.iterations)
   codec = world_codec(config)
-  update = train_step.teacher_step(
+  update = training_steps.teacher_step(
     denoiser,
     optimiser,
     timestep_shift=config.timestep_shift,
@@ -306,7 +303,7 @@ def _student_start(config: Config) -> Phase:
   """ODE regression from the teacher's weights."""
   denoiser = Denoiser(WanConfig(**config.model))
   optimiser = _optimiser(config.optimiser, config.iterations)
-  update = train_step.student_start_step(
+  update = training_steps.student_start_step(
     denoiser,
     optimiser,
     rollout_config(config),
@@ -351,7 +348,7 @@ class PromptsAndTrajectories:
     }
 
 
-def distillation(config: Config) -> train_step.Distillation:
+def distillation(config: Config) -> training_steps.Distillation:
   """The networks, optimisers and numbers of the distillation.
 
   The teacher is a network of the student's size unless the config has a section
@@ -361,9 +358,9 @@ def distillation(config: Config) -> train_step.Distillation:
   teacher = student
   if 'teacher' in config:
     teacher = Denoiser(WanConfig(**config.teacher.model))
-  numbers = train_step.DistillConfig(**config.distill)
+  numbers = training_steps.DistillConfig(**config.distill)
   updates = -(-config.iterations // numbers.generator_every)
-  return train_step.Distillation(
+  return training_steps.Distillation(
     student=student,
     critic=student,
     teacher=teacher,
@@ -374,7 +371,7 @@ def distillation(config: Config) -> train_step.Distillation:
   )
 
 
-def _distill_mesh(config: Config, steps: train_step.Distillation):
+def _distill_mesh(config: Config, steps: training_steps.Distillation):
   """The mesh that the config asks for, None without a section `mesh`."""
   if 'mesh' not in config:
     return None
@@ -385,11 +382,11 @@ def _distill_mesh(config: Config, steps: train_step.Distillation):
   return mesh
 
 
-def _init_net(params, optimiser, mesh) -> train_state.NetState:
+def _init_net(params, optimiser, mesh) -> training_state.NetState:
   if mesh is None:
-    return train_state.init_net(params, optimiser)
+    return training_state.init_net(params, optimiser)
   opt_state = sharding.make(optimiser.init, mesh, params)
-  return train_state.NetState(params, opt_state)
+  return training_state.NetState(params, opt_state)
 
 
 def _distill(config: Config) -> Phase:
@@ -420,11 +417,11 @@ def _distill(config: Config) -> Phase:
   )
   params = load_params(config.student_weights, student, mesh=mesh)
   critic_params = load_params(critic_weights, steps.critic, mesh=mesh)
-  state = train_state.DistillState(
+  state = training_state.DistillState(
     iteration=sharding.put(jnp.zeros((), jnp.int32), mesh),
     student=_init_net(params, steps.student_optimiser, mesh),
     critic=_init_net(critic_params, steps.critic_optimiser, mesh),
-    ema=train_state.copy(params),
+    ema=training_state.copy(params),
   )
   generator = sharding.jit_step(
     steps.generator_step,

@@ -19,16 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hiar_jax import (
-  losses,
-  noise_schedule,
-  rollout,
-  train_state,
-  training_rollout,
-)
+from hiar_jax import losses, noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, sharding
 from hiar_jax.models.transformer import TextKV
+from hiar_jax.training import rollout as training_rollout
+from hiar_jax.training import state as training_state
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[Any, dict, jax.Array], tuple[Any, Metrics]]
@@ -264,14 +260,14 @@ class Distillation:
 
   def generator_step(
     self,
-    state: train_state.DistillState,
+    state: training_state.DistillState,
     teacher_params: Any,
     batch: dict,
     key: jax.Array,
     *,
     num_blocks: int,
     forward_kl_step: int = 0,
-  ) -> tuple[train_state.DistillState, Metrics]:
+  ) -> tuple[training_state.DistillState, Metrics]:
     """One update of the student: reverse KL + weight * forward KL.
 
     Args:
@@ -300,7 +296,7 @@ class Distillation:
       loss_fn, state.student.params, (batch, draws)
     )
     norm = optax.tree.norm(grads)
-    finite = train_state.finite_update(norm, *metrics.values())
+    finite = training_state.finite_update(norm, *metrics.values())
     metrics |= {
       'exit_step': exit_step,
       'student_grad_norm': norm,
@@ -310,21 +306,21 @@ class Distillation:
     decay = jnp.where(
       state.iteration < self.config.ema_start, 0.0, self.config.ema_decay
     )
-    ema = train_state.ema_update(state.ema, student.params, decay)
+    ema = training_state.ema_update(state.ema, student.params, decay)
     state = state.replace(
-      student=train_state.where(finite, student, state.student),
-      ema=train_state.where(finite, ema, state.ema),
+      student=training_state.where(finite, student, state.student),
+      ema=training_state.where(finite, ema, state.ema),
     )
     return state, metrics
 
   def critic_step(
     self,
-    state: train_state.DistillState,
+    state: training_state.DistillState,
     batch: dict,
     key: jax.Array,
     *,
     num_blocks: int,
-  ) -> tuple[train_state.DistillState, Metrics]:
+  ) -> tuple[training_state.DistillState, Metrics]:
     """One update of the critic: flow matching on a fresh rollout."""
     exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
@@ -345,9 +341,9 @@ class Distillation:
     )
     critic = state.critic.update(grads, self.critic_optimiser)
     norm = optax.tree.norm(grads)
-    finite = train_state.finite_update(norm, *metrics.values())
+    finite = training_state.finite_update(norm, *metrics.values())
     state = state.replace(
-      critic=train_state.where(finite, critic, state.critic),
+      critic=training_state.where(finite, critic, state.critic),
       iteration=state.iteration + 1,
     )
     metrics |= {

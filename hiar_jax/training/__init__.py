@@ -1,0 +1,1 @@
+"""From data to weights: rollout, steps, phases, the loop."""
