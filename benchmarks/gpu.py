@@ -46,11 +46,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import noise_schedule, planning_parts, rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, kv_cache, umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.planning import parts as planning_parts
 from hiar_jax.sampling import calls, video_pipeline
 from hiar_jax.text import word_hash
 

@@ -23,10 +23,12 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 from absl import flags
 from ml_collections import config_flags
 
-from hiar_jax import planning, planning_parts, planning_train
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding, umt5, vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.planning import parts as planning_parts
+from hiar_jax.planning import stream as planning_stream
+from hiar_jax.planning import training as planning_training
 from hiar_jax.runtime import errors
 from hiar_jax.training import phases
 
@@ -38,7 +40,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _PART = flags.DEFINE_enum(
   'part',
   'stream',
-  ('stream', 'vae', 'text', 'training', *planning_train.PARTS),
+  ('stream', 'vae', 'text', 'training', *planning_training.PARTS),
   'what is compiled',
 )
 
@@ -53,7 +55,7 @@ def main(argv):
   settings = config.plan.to_dict()
   topology = _TOPOLOGY.value or settings['topology']
   if _PART.value == 'stream':
-    plan = planning.plan_tick(
+    plan = planning_stream.plan_tick(
       Denoiser(WanConfig(**config.model)),
       phases.rollout_config(config),
       **(settings | {'topology': topology}),
@@ -86,7 +88,7 @@ def main(argv):
 
 def _plan_training(config, topology):
   """Prints the table of every part asked for as soon as it is known."""
-  training = planning_train.Training(
+  training = planning_training.Training(
     steps=phases.distillation(config),
     mesh=sharding.MeshConfig(**config.mesh),
     batch_size=config.batch_size,
@@ -105,10 +107,10 @@ def _plan_training(config, topology):
   )
   plans = []
   for part in parts:
-    plans.append(planning_train.plan_part(training, part, topology))
+    plans.append(planning_training.plan_part(training, part, topology))
     print(f'\n{plans[-1].table()}', flush=True)
   if len(plans) == 2:
-    print(f'\n{planning_train.summary(*plans)}')
+    print(f'\n{planning_training.summary(*plans)}')
 
 
 if __name__ == '__main__':

@@ -7,11 +7,13 @@ import jax
 import pytest
 
 from configs import hiar_1_3b
-from hiar_jax import noise_schedule, planning, planning_parts, rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.flops import PassFlops
+from hiar_jax.planning import parts as planning_parts
+from hiar_jax.planning import stream as planning_stream
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 # Sizes apart from each other, so that a shape tells what it is of.
@@ -37,11 +39,11 @@ needs_compiler = pytest.mark.skipif(
 
 
 @functools.cache
-def tiny_plan() -> planning.Plan:
+def tiny_plan() -> planning_stream.Plan:
   # The tests' precision, 'highest', is not one of a product of bfloat16 in a
   # TPU kernel.
   with jax.default_matmul_precision('default'):
-    return planning.plan_tick(
+    return planning_stream.plan_tick(
       Denoiser(MODEL),
       ROLLOUT,
       'v5e:2x2',
@@ -52,7 +54,7 @@ def tiny_plan() -> planning.Plan:
 
 def test_the_full_size_pass_has_the_papers_flops():
   config = hiar_1_3b.get_config()
-  flops = planning.pass_flops(
+  flops = planning_stream.pass_flops(
     WanConfig(**config.model),
     rollout.RolloutConfig(levels=LEVELS, **config.rollout),
   )
@@ -73,8 +75,8 @@ def test_the_full_size_pass_has_the_papers_flops():
   ],
 )
 def test_a_time_that_no_chip_can_reach_is_marked(seconds, words):
-  peak = planning.CHIPS['v5e'].peak
-  plan = planning.Plan(
+  peak = planning_stream.CHIPS['v5e'].peak
+  plan = planning_stream.Plan(
     topology='v5e:2x2',
     num_chips=4,
     stages_per_chip=1,
@@ -116,7 +118,7 @@ def test_flops_of_the_formula_are_those_that_the_compiler_counts():
 
   counted = jax.jit(one_pass).lower(params, x, text, past).compile()
   counted = counted.cost_analysis()['flops']
-  ours = planning.pass_flops(model, ROLLOUT).total
+  ours = planning_stream.pass_flops(model, ROLLOUT).total
   # It also counts norms, softmax and what else goes element by element.
   assert ours == pytest.approx(counted, rel=0.08)
 
@@ -130,10 +132,10 @@ def test_collectives_and_their_bytes_are_found_in_a_program():
   ROOT %g = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%b), dimensions={0}
   %r = (pred[5]{0}, s32[]{:T(128)}) all-reduce(%x, %y), to_apply=%sum
   """
-  assert planning.collectives(hlo) == [
-    planning.Collective('collective-permute', 'f32[1,3,4]', 48),
-    planning.Collective('all-gather', 'bf16[8,16]', 256),
-    planning.Collective('all-reduce', 'pred[5], s32[]', 9),
+  assert planning_stream.collectives(hlo) == [
+    planning_stream.Collective('collective-permute', 'f32[1,3,4]', 48),
+    planning_stream.Collective('all-gather', 'bf16[8,16]', 256),
+    planning_stream.Collective('all-reduce', 'pred[5], s32[]', 9),
   ]
 
 
@@ -146,7 +148,7 @@ def test_collectives_and_their_bytes_are_found_in_a_program():
 )
 def test_a_chip_that_is_unknown_is_refused(topology, message):
   with pytest.raises(ValueError, match=message):
-    planning.stage_mesh(topology, 4)
+    planning_stream.stage_mesh(topology, 4)
 
 
 @needs_compiler
@@ -160,13 +162,13 @@ def test_a_chip_that_is_unknown_is_refused(topology, message):
 )
 def test_a_topology_that_does_not_serve_is_refused(topology, message):
   with pytest.raises(ValueError, match=message):
-    planning.stage_mesh(topology, 4)
+    planning_stream.stage_mesh(topology, 4)
 
 
 def test_a_missing_compiler_is_named_with_its_extra(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r"needs libtpu.*'hiar_jax\[tpu\]'"):
-    planning.stage_mesh('v5e:2x2', 4)
+    planning_stream.stage_mesh('v5e:2x2', 4)
 
 
 @needs_compiler
@@ -215,7 +217,7 @@ VAE = vae.VAEConfig(
 def test_flops_of_a_prompt_are_those_that_the_compiler_counts():
   params = jax.eval_shape(lambda: umt5.init(ENCODER, jax.random.key(0)))
   ids = jax.ShapeDtypeStruct((1, 64), 'int32')
-  program = planning.compile_program(
+  program = planning_stream.compile_program(
     jax.jit(lambda params, ids: umt5.encode(ENCODER, params, ids, ids)),
     (params, ids),
   )

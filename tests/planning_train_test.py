@@ -9,9 +9,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import hiar_1_3b
-from hiar_jax import planning, planning_traffic, planning_train
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
+from hiar_jax.planning import stream as planning_stream
+from hiar_jax.planning import traffic
+from hiar_jax.planning import training as planning_training
 from hiar_jax.training import phases
 from tests import sharded_update
 
@@ -20,8 +22,8 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def tiny(**mesh) -> planning_train.Training:
-  return planning_train.Training(
+def tiny(**mesh) -> planning_training.Training:
+  return planning_training.Training(
     steps=sharded_update.steps(),
     mesh=sharding.MeshConfig(**mesh),
     batch_size=4,
@@ -33,7 +35,7 @@ def tiny(**mesh) -> planning_train.Training:
   )
 
 
-def full_size(**mesh) -> planning_train.Training:
+def full_size(**mesh) -> planning_training.Training:
   c = hiar_1_3b.get_config()
   return dataclasses.replace(
     tiny(**mesh),
@@ -67,7 +69,7 @@ def test_collectives_in_loops_count_as_often_as_they_run():
 
   x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=split)
   hlo = jax.jit(three_times_five).lower(x).compile().as_text()
-  (gathers,) = planning_traffic.traffic(hlo, unknown_trips=1.0)
+  (gathers,) = traffic.traffic(hlo, unknown_trips=1.0)
   assert (gathers.kind, gathers.count) == ('all-gather', 15)
   # 7 of 8 parts of 64 numbers, each time.
   assert gathers.num_bytes == 15 * 7 / 8 * 64 * 4
@@ -90,14 +92,14 @@ def test_collectives_in_loops_count_as_often_as_they_run():
 )
 def test_bytes_that_a_chip_sends_in_a_ring(line, num_bytes):
   hlo = f'ENTRY %main (x: f32[8]) -> f32[8] {{\n  {line}\n}}'
-  (one,) = planning_traffic.traffic(hlo, unknown_trips=1.0)
+  (one,) = traffic.traffic(hlo, unknown_trips=1.0)
   assert one.num_bytes == num_bytes
 
 
 def test_full_size_flops_are_the_papers():
   training = full_size()
-  generator = planning_train.part_flops(training, 'generator')
-  critic = planning_train.part_flops(training, 'critic')
+  generator = planning_training.part_flops(training, 'generator')
+  critic = planning_training.part_flops(training, 'critic')
   # 5 passes of 7 blocks of 40.4 TFLOP, see planning_test.
   assert generator['rollout'] == pytest.approx(64 * 35 * 40.4e12, rel=0.002)
   assert critic['rollout'] == generator['rollout']
@@ -115,18 +117,18 @@ def test_full_size_flops_are_the_papers():
 
 def test_an_iteration_has_a_part_of_a_generator_step():
   def plan(part, flops):
-    return planning_train.TrainingPlan(
+    return planning_training.TrainingPlan(
       part=part,
       topology='v5p:2x2x1',
       training=tiny(fsdp=4),
       held={},
       temporaries=0,
-      flops={'all': flops * 4 * planning.CHIPS['v5p'].peak},
+      flops={'all': flops * 4 * planning_stream.CHIPS['v5p'].peak},
       traffic=[],
       compile_seconds=0.0,
     )
 
-  said = planning_train.summary(plan('generator', 10.0), plan('critic', 3.0))
+  said = planning_training.summary(plan('generator', 10.0), plan('critic', 3.0))
   assert said.startswith('5.00 s an iteration')
   assert 'modelled' in said
 
@@ -144,13 +146,13 @@ def test_an_iteration_has_a_part_of_a_generator_step():
   ],
 )
 def test_a_small_distillation_is_compiled_for_a_pod(part):
-  plan = planning_train.plan_part(tiny(fsdp=2, context=2), part, 'v5e:2x2')
+  plan = planning_training.plan_part(tiny(fsdp=2, context=2), part, 'v5e:2x2')
   assert plan.fits and not plan.proposal
   assert {'all-gather'} <= {t.kind for t in plan.traffic}
   # In bfloat16, over two chips that divide parameters.
   whole = sum(
     2 * a.size
-    for a in jax.tree.leaves(planning_train._params(sharded_update.TEACHER))
+    for a in jax.tree.leaves(planning_training._params(sharded_update.TEACHER))
   )
   assert 0.5 <= plan.held['teacher'] / whole < 0.75
   assert f'{part} on v5e:2x2' in plan.table()
@@ -160,11 +162,11 @@ def test_a_small_distillation_is_compiled_for_a_pod(part):
 def test_a_mesh_that_should_fit_is_proposed():
   training = full_size(fsdp=64)
   # Compiled, this mesh takes 153 GB of 95.
-  said = planning_train.propose(training, 'v5p:4x4x4', 153e9)
+  said = planning_training.propose(training, 'v5p:4x4x4', 153e9)
   assert '--config.mesh.fsdp=16' in said and 'not compiled' in said
   # What took more than the formula says scales it.
-  assert said != planning_train.propose(training, 'v5p:4x4x4', 400e9)
-  said = planning_train.propose(training, 'v5e:2x2', 153e9)
+  assert said != planning_training.propose(training, 'v5p:4x4x4', 400e9)
+  said = planning_training.propose(training, 'v5e:2x2', 153e9)
   assert said.startswith('no mesh of v5e:2x2')
 
 
@@ -179,5 +181,5 @@ def test_a_mesh_that_should_fit_is_proposed():
 def test_the_formula_is_near_what_was_compiled(mesh, microbatches, compiled):
   training = full_size(**mesh)
   training = training.with_mesh(training.mesh, microbatches)
-  said = planning_train.estimated_bytes(training)
+  said = planning_training.estimated_bytes(training)
   assert said == pytest.approx(compiled, rel=0.2)

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 
-from hiar_jax import planning
+from hiar_jax.planning import stream as planning_stream
 
 # Bytes a second that a chip sends over all its links to other chips.
 # Source: the specifications in the Google Cloud TPU documentation (1600, 4800
@@ -65,7 +65,7 @@ def traffic(hlo: str, *, unknown_trips: float) -> list[Traffic]:
       total[kind] = (old[0] + count, old[1] + num_bytes)
 
     for line in bodies.get(name, ()):
-      for one in planning.collectives(line):
+      for one in planning_stream.collectives(line):
         add(one.kind, 1.0, _sent(one, line))
       for role, called in _CALLED.findall(line):
         times = 1.0
@@ -83,7 +83,7 @@ def traffic(hlo: str, *, unknown_trips: float) -> list[Traffic]:
   ]
 
 
-def _sent(one: planning.Collective, line: str) -> float:
+def _sent(one: planning_stream.Collective, line: str) -> float:
   """Bytes that a chip sends, by the usual ring; from the size of the result."""
   size = _group_size(line)
   share = (size - 1) / size

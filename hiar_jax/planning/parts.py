@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from hiar_jax import planning
 from hiar_jax.models import umt5, vae
+from hiar_jax.planning import stream as planning_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class PartPlan:
   state: int
   flops: float
   flops_from: str
-  program: planning.Program
+  program: planning_stream.Program
 
   @property
-  def chip(self) -> planning.Chip:
-    return planning.CHIPS[self.topology.partition(':')[0]]
+  def chip(self) -> planning_stream.Chip:
+    return planning_stream.CHIPS[self.topology.partition(':')[0]]
 
   @property
   def total(self) -> int:
@@ -53,7 +53,7 @@ class PartPlan:
 
   def table(self) -> str:
     """A Markdown table."""
-    gigabytes, program = planning.gigabytes, self.program
+    gigabytes, program = planning_stream.gigabytes, self.program
     room = f'{gigabytes(self.total)} of {gigabytes(self.chip.hbm)}'
     fits = f'yes: {room}' if self.fits else f'no: {program.refusal or room}'
     shortest = self.flops / self.chip.peak
@@ -61,7 +61,7 @@ class PartPlan:
     temporaries = 'unknown'
     if program.temporaries is not None:
       temporaries = gigabytes(program.temporaries)
-    return planning.markdown(
+    return planning_stream.markdown(
       [
         (self.title, f'one chip of {self.topology}'),
         ('fits', fits),
@@ -76,7 +76,7 @@ class PartPlan:
         ),
         (
           "compiler's time estimate",
-          planning.compiler_estimate(program.compiler_seconds, shortest),
+          planning_stream.compiler_estimate(program.compiler_seconds, shortest),
         ),
         ('compiling took', f'{program.compile_seconds:.0f} s'),
       ]
@@ -123,12 +123,12 @@ def plan_vae_decode(
     return vae.decode_block(cfg, params, cache, latents, first=False)
 
   run = jax.jit(decode, donate_argnums=1)
-  program = planning.compile_program(run, (decoder, cache, latents))
+  program = planning_stream.compile_program(run, (decoder, cache, latents))
   return PartPlan(
     title=f'VAE decode, {frames} latent frames',
     topology=topology,
-    weights=planning.bytes_per_chip(decoder),
-    state=planning.bytes_per_chip(cache),
+    weights=planning_stream.bytes_per_chip(decoder),
+    state=planning_stream.bytes_per_chip(cache),
     # No loop and no kernel is in this program, so it is counted in full.
     flops=program.flops or 0.0,
     flops_from="the compiler's count",
@@ -163,11 +163,11 @@ def plan_text_encoder(
   def encode(params, ids, mask):
     return umt5.encode(cfg, params, ids, mask)
 
-  program = planning.compile_program(jax.jit(encode), (params, ids, ids))
+  program = planning_stream.compile_program(jax.jit(encode), (params, ids, ids))
   return PartPlan(
     title=f'text encoder, {tokens} tokens',
     topology=topology,
-    weights=planning.bytes_per_chip(params),
+    weights=planning_stream.bytes_per_chip(params),
     state=0,
     flops=text_flops(cfg, tokens),
     flops_from='2 N L (4 D A + 3 D E) + 4 N L² A',
@@ -184,7 +184,7 @@ def text_flops(cfg: umt5.UMT5Config, tokens: int) -> float:
 
 def _placer(topology: str) -> Callable[..., Any]:
   """A function that puts abstract arrays on the topology's first chip."""
-  sharding = SingleDeviceSharding(planning.describe(topology).devices[0])
+  sharding = SingleDeviceSharding(planning_stream.describe(topology).devices[0])
 
   def place(tree: Any, dtype: Any = None) -> Any:
     return jax.tree.map(

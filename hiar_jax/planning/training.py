@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax import planning, planning_traffic
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
+from hiar_jax.planning import stream as planning_stream
+from hiar_jax.planning import traffic
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 
@@ -116,7 +117,7 @@ class TrainingPlan:
   held: dict[str, int]
   temporaries: int | None
   flops: dict[str, float]
-  traffic: list[planning_traffic.Traffic]
+  traffic: list[traffic.Traffic]
   compile_seconds: float
   refusal: str = ''
   proposal: str = ''
@@ -126,8 +127,8 @@ class TrainingPlan:
     return self.topology.partition(':')[0]
 
   @property
-  def chip(self) -> planning.Chip:
-    return planning.CHIPS[self.kind]
+  def chip(self) -> planning_stream.Chip:
+    return planning_stream.CHIPS[self.kind]
 
   @property
   def num_chips(self) -> int:
@@ -149,9 +150,7 @@ class TrainingPlan:
 
   @property
   def link_seconds(self) -> float:
-    return (
-      sum(t.num_bytes for t in self.traffic) / planning_traffic.LINKS[self.kind]
-    )
+    return sum(t.num_bytes for t in self.traffic) / traffic.LINKS[self.kind]
 
   @property
   def seconds(self) -> float:
@@ -160,7 +159,7 @@ class TrainingPlan:
 
   def table(self) -> str:
     """A Markdown table."""
-    gigabytes, link = planning.gigabytes, planning_traffic.LINKS[self.kind]
+    gigabytes, link = planning_stream.gigabytes, traffic.LINKS[self.kind]
     room = f'{gigabytes(self.total)} of {gigabytes(self.chip.hbm)} a chip'
     fits = f'yes: {room}' if self.fits else f'no: {self.refusal or room}'
     temporaries = 'unknown'
@@ -195,7 +194,7 @@ class TrainingPlan:
     ]
     if self.proposal:
       rows.append(('instead', self.proposal))
-    return planning.markdown(rows)
+    return planning_stream.markdown(rows)
 
 
 def summary(generator: TrainingPlan, critic: TrainingPlan) -> str:
@@ -227,8 +226,10 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
   mesh, training = _on_topology(training, topology)
   run, arguments, named = _program(training, part, mesh)
   with jax.set_mesh(mesh):
-    program = planning.compile_program(run, arguments)
-  held = {name: planning.bytes_per_chip(tree) for name, tree in named.items()}
+    program = planning_stream.compile_program(run, arguments)
+  held = {
+    name: planning_stream.bytes_per_chip(tree) for name, tree in named.items()
+  }
   # The compiler pads arrays to its tiles.
   held['other arguments'] = program.arguments - sum(held.values())
   plan = TrainingPlan(
@@ -238,7 +239,7 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
     held=held,
     temporaries=program.temporaries,
     flops=part_flops(training, part),
-    traffic=planning_traffic.traffic(
+    traffic=traffic.traffic(
       program.hlo, unknown_trips=(training.steps.rollout.num_steps - 1) / 2
     ),
     compile_seconds=program.compile_seconds,
@@ -252,7 +253,7 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
 
 
 def _on_topology(training, topology) -> tuple[Mesh, Training]:
-  devices = planning.describe(topology).devices
+  devices = planning_stream.describe(topology).devices
   filled = training.mesh.filled(len(devices))
   mesh = sharding.make_mesh(filled, devices)
   _check_networks(training, mesh)
@@ -390,8 +391,8 @@ def propose(training: Training, topology: str, compiled_bytes: float) -> str:
     compiled_bytes: of a chip that it takes. Where that is more than the formula
       says, the formula is scaled to it.
   """
-  devices = planning.describe(topology).devices
-  hbm = planning.CHIPS[topology.partition(':')[0]].hbm
+  devices = planning_stream.describe(topology).devices
+  hbm = planning_stream.CHIPS[topology.partition(':')[0]].hbm
   scale = max(1.0, compiled_bytes / estimated_bytes(training))
   tried = []
   for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
@@ -416,7 +417,7 @@ def propose(training: Training, topology: str, compiled_bytes: float) -> str:
       )
       return (
         f'{flags} --config.distill.microbatches={other.microbatches}: '
-        f'{planning.gigabytes(size)} a chip by a formula, not compiled'
+        f'{planning_stream.gigabytes(size)} a chip by a formula, not compiled'
       )
   return f'no mesh of {topology} that a formula would let fit: take more chips'
 

@@ -1,0 +1,1 @@
+"""What a job costs on hardware that is not at hand."""
