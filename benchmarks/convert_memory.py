@@ -23,8 +23,13 @@ import ml_dtypes
 import numpy as np
 
 from hiar_jax.models.config import WanConfig
-from hiar_jax.training import checkpoint
-from hiar_jax.weights import conversion, layouts, releases, safetensors_io
+from hiar_jax.weights import (
+  conversion,
+  layouts,
+  networks,
+  releases,
+  safetensors_io,
+)
 
 _PARTS = ('nothing', 'create', 'convert', 'load', 'back', 'compare')
 _FILE = layouts.FILES['wan']['transformer']
@@ -108,7 +113,7 @@ def _load(folder, config):
     releases.abstract_params(config),
   )
   file = folder / 'ours' / conversion.FILES['transformer']
-  params = checkpoint.load_weights(file, abstract)
+  params = networks.load_weights(file, abstract)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   print(f'{count:,} parameters', flush=True)
 

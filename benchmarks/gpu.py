@@ -277,7 +277,7 @@ def _pass_program(model: WanConfig, window: int) -> tuple[Any, tuple]:
   )
 
   def one_pass(params, x, text, past):
-    return denoiser.flow(params, x, 0.5, word_hash, past=past)
+    return denoiser.flow(params, x, 0.5, text, past=past)
 
   return jax.jit(one_pass), (params, x, projected, past)
 

@@ -17,9 +17,9 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors
 from hiar_jax.sampling import video_pipeline
-from hiar_jax.training import checkpoint, phases
 from hiar_jax.training import loop as training_loop
-from hiar_jax.weights import teacher_files
+from hiar_jax.training import phases
+from hiar_jax.weights import networks, teacher_files
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')
@@ -51,7 +51,7 @@ def main(argv):
     dtype=jnp.float16,
   )
   if teacher is not None:
-    checkpoint.save_weights(
+    networks.save_weights(
       out / teacher_files.TEACHER_FILE, teacher, dtype=jnp.float16
     )
   for path in sorted(out.iterdir()):

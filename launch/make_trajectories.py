@@ -25,7 +25,8 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed, errors, stopping
 from hiar_jax.text import word_hash
-from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import phases
+from hiar_jax.weights import networks
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WEIGHTS = flags.DEFINE_string(
@@ -71,7 +72,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   # Every batch is shared by as many devices as divide it.
   devices = devices[: math.gcd(len(devices), settings.batch_size)]
   denoiser = Denoiser(WanConfig(**config.model))
-  params = checkpoint.load_weights(
+  params = networks.load_weights(
     config.teacher_weights if _WEIGHTS.value is None else _WEIGHTS.value,
     jax.eval_shape(denoiser.init, jax.random.key(0)),
   )

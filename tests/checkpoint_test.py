@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hiar_jax.runtime import provenance
 from hiar_jax.training import checkpoint
+from hiar_jax.weights import networks
 
 
 @flax.struct.dataclass
@@ -72,7 +73,7 @@ def _restore(directory, state=None):
 
 
 def test_resume_is_bit_exact_including_next_batch(saved):
-  state, data, config = _restore(saved, checkpoint.abstract(_state(0)))
+  state, data, config = _restore(saved, networks.abstract(_state(0)))
   _assert_equal(state, _state())
   expected = _data()
   next(expected)
@@ -89,7 +90,7 @@ def test_config_can_be_read_before_the_state_is_built(saved):
 def test_state_returns_onto_the_sharding_that_is_asked_for(saved):
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, PartitionSpec('data'))
-  wanted = checkpoint.abstract(_state())
+  wanted = networks.abstract(_state())
   kernel = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=sharding)
   wanted.params['layer']['kernel'] = kernel
   state, _, _ = _restore(saved, wanted)
@@ -228,18 +229,18 @@ def test_config_differences_list_changed_added_and_removed_keys():
 def test_weights_return_as_they_were(tmp_path):
   path = tmp_path / 'weights.safetensors'
   params = _state().params
-  checkpoint.save_weights(path, params, metadata={'config': '{}'})
-  _assert_equal(checkpoint.load_weights(path, params), params)
-  assert checkpoint.read_metadata(path) == {'config': '{}'}
+  networks.save_weights(path, params, metadata={'config': '{}'})
+  _assert_equal(networks.load_weights(path, params), params)
+  assert networks.read_metadata(path) == {'config': '{}'}
   assert os.listdir(tmp_path) == ['weights.safetensors']
 
 
 def test_shipped_weights_are_half_the_size_and_load_as_float32(tmp_path):
   path = tmp_path / 'weights.safetensors'
   params = {'kernel': jnp.linspace(-1, 1, 4096), 'count': jnp.arange(4)}
-  checkpoint.save_weights(path, params, dtype=jnp.bfloat16)
+  networks.save_weights(path, params, dtype=jnp.bfloat16)
   assert path.stat().st_size < 8192 + 512
-  loaded = checkpoint.load_weights(path, params)
+  loaded = networks.load_weights(path, params)
   assert loaded['kernel'].dtype == np.float32
   np.testing.assert_array_equal(
     loaded['kernel'], params['kernel'].astype(jnp.bfloat16).astype(jnp.float32)
@@ -248,7 +249,7 @@ def test_shipped_weights_are_half_the_size_and_load_as_float32(tmp_path):
 
 
 def test_weights_may_be_read_by_whoever_may_read_new_files(tmp_path):
-  checkpoint.save_weights(tmp_path / 'weights', {'a': jnp.ones(3)})
+  networks.save_weights(tmp_path / 'weights', {'a': jnp.ones(3)})
   (tmp_path / 'other').touch()
   modes = [(tmp_path / name).stat().st_mode for name in ('weights', 'other')]
   assert modes[0] == modes[1]
@@ -256,9 +257,9 @@ def test_weights_may_be_read_by_whoever_may_read_new_files(tmp_path):
 
 def test_weights_of_another_model_are_refused_with_all_mismatches(tmp_path):
   path = tmp_path / 'weights.safetensors'
-  checkpoint.save_weights(path, {'a': jnp.ones((2, 3)), 'b': jnp.ones(1)})
+  networks.save_weights(path, {'a': jnp.ones((2, 3)), 'b': jnp.ones(1)})
   with pytest.raises(ValueError) as error:
-    checkpoint.load_weights(path, {'a': jnp.ones((3, 2)), 'c': jnp.ones(1)})
+    networks.load_weights(path, {'a': jnp.ones((3, 2)), 'c': jnp.ones(1)})
   assert 'c is missing; b is unknown; a has shape (2, 3), not (3, 2)' in str(
     error.value
   )
@@ -267,10 +268,10 @@ def test_weights_of_another_model_are_refused_with_all_mismatches(tmp_path):
 def test_missing_and_truncated_weights_are_named(tmp_path):
   path = tmp_path / 'weights.safetensors'
   with pytest.raises(FileNotFoundError, match=f'no weights at {path}'):
-    checkpoint.load_weights(path, {})
-  checkpoint.save_weights(path, {'a': jnp.ones((20, 30))})
+    networks.load_weights(path, {})
+  networks.save_weights(path, {'a': jnp.ones((20, 30))})
   os.truncate(path, 1000)
   with pytest.raises(ValueError, match=f'{path} are damaged'):
-    checkpoint.load_weights(path, {'a': jnp.ones((20, 30))})
+    networks.load_weights(path, {'a': jnp.ones((20, 30))})
   with pytest.raises(ValueError, match=f'{path} are damaged'):
-    checkpoint.read_metadata(path)
+    networks.read_metadata(path)

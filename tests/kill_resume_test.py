@@ -24,6 +24,7 @@ from hiar_jax.runtime import stopping
 from hiar_jax.training import checkpoint, phases
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training.run_log import METRICS
+from hiar_jax.weights import networks
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -140,7 +141,7 @@ def last_state(config):
     step = checkpoint.latest_step(manager)
     assert step == config.iterations
     state, batches, _ = checkpoint.restore(
-      manager, step, checkpoint.abstract(phase.state), phase.batches
+      manager, step, networks.abstract(phase.state), phase.batches
     )
   return state, next(batches)
 

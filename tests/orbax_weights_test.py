@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import hiar_jax
-from hiar_jax.training import checkpoint
 from hiar_jax.weights import (
   conversion,
   layouts,
+  networks,
   orbax_weights,
   releases,
   safetensors_io,
@@ -63,7 +63,7 @@ def test_a_release_comes_back_through_orbax_bit_by_bit(converted, tmp_path):
   for file in conversion.FILES.values():
     assert_same_bits(
       *(
-        checkpoint.open_weights(converted / name / file)
+        networks.open_weights(converted / name / file)
         for name in ('orbax', 'safetensors')
       )
     )
@@ -118,7 +118,7 @@ def test_arrays_are_read_onto_their_shards_and_in_slices(tmp_path):
     },
     'b': jax.ShapeDtypeStruct((8, 3), 'float32'),
   }
-  found = checkpoint.load_weights(tmp_path / 'w.safetensors', abstract)
+  found = networks.load_weights(tmp_path / 'w.safetensors', abstract)
   assert found['a']['kernel'].sharding == sharding
   np.testing.assert_array_equal(
     found['a']['kernel'], arrays['a/kernel'].astype(np.float32)
@@ -168,23 +168,23 @@ def test_what_is_missing_or_cut_is_named(converted, tmp_path):
   path, file = damaged('missing')
   file.unlink()
   with pytest.raises(FileNotFoundError, match=f'incomplete: no {file}'):
-    checkpoint.load_weights(path, abstract)
+    networks.load_weights(path, abstract)
   path, file = damaged('cut')
   file.write_bytes(file.read_bytes()[:-1])
   with pytest.raises(ValueError, match=f'{file} is damaged: it has'):
-    checkpoint.load_weights(path, abstract)
+    networks.load_weights(path, abstract)
   path, _ = damaged('unfinished')
   (path.with_suffix('.orbax') / 'files.json').unlink()
   with pytest.raises(
     FileNotFoundError, match='w.orbax are incomplete: no .*fi'
   ):
-    checkpoint.load_weights(path, abstract)
+    networks.load_weights(path, abstract)
   path, _ = damaged('shape')
   wrong = {'a': jax.ShapeDtypeStruct((3, 2), 'float32')}
   with pytest.raises(ValueError, match=r'a has shape \(2, 3\), not \(3, 2\)'):
-    checkpoint.load_weights(path, wrong)
+    networks.load_weights(path, wrong)
   with pytest.raises(FileNotFoundError, match='no weights at .*nowhere'):
-    checkpoint.load_weights(tmp_path / 'nowhere.safetensors', abstract)
+    networks.load_weights(tmp_path / 'nowhere.safetensors', abstract)
 
 
 def test_a_failed_conversion_leaves_no_checkpoint(converted, tmp_path):

@@ -10,9 +10,10 @@ from hiar_jax.data import trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors
-from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import phases
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
+from hiar_jax.weights import networks
 from tests import tiny
 
 
@@ -45,7 +46,7 @@ def mistake(config):
 
 def weights_of(path):
   denoiser = Denoiser(WanConfig(**tiny.config('teacher', '').model))
-  return checkpoint.load_weights(path, tiny.random_params(denoiser, seed=0))
+  return networks.load_weights(path, tiny.random_params(denoiser, seed=0))
 
 
 def assert_equal(a, b):

@@ -15,8 +15,9 @@ from configs import bouncing, bouncing_linear
 from hiar_jax.data import trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
-from hiar_jax.training import checkpoint, phases
 from hiar_jax.training import loop as training_loop
+from hiar_jax.training import phases
+from hiar_jax.weights import networks
 
 PHASES = ('codec', *bouncing_linear.PHASES)
 
@@ -123,7 +124,7 @@ def write_inputs(root: str | pathlib.Path) -> None:
   denoiser = Denoiser(WanConfig(**c.model))
   for path, seed in ((c.teacher_weights, 0), (c.student_weights, 1)):
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_weights(path, random_params(denoiser, seed))
+    networks.save_weights(path, random_params(denoiser, seed))
   prompts = phases.prompts(c)
   manifest = trajectories.make_manifest(
     phases.trajectory_config(c),

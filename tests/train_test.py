@@ -17,6 +17,7 @@ from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
 from hiar_jax.training import checkpoint, phases
 from hiar_jax.training import loop as training_loop
+from hiar_jax.weights import networks
 from tests import tiny
 
 
@@ -103,7 +104,7 @@ def test_an_interrupted_run_ends_bit_equal(phase, inputs, tmp_path):
   if phase != 'codec':  # Its average is whitened on the way out.
     # The average itself is what is shipped.
     ema = whole.state.ema
-    assert_equal(checkpoint.load_weights(weights, ema), ema)
+    assert_equal(networks.load_weights(weights, ema), ema)
 
 
 # A phase that costs nothing: the loop alone.

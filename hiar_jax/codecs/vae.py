@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from hiar_jax.models import vae
-from hiar_jax.training import checkpoint
+from hiar_jax.weights import networks
 
 
 @struct.dataclass
@@ -101,5 +101,5 @@ def load_vae_codec(path: str | os.PathLike, config: vae.VAEConfig) -> VAECodec:
     ValueError: if it is damaged, or of another VAE.
   """
   abstract = jax.eval_shape(lambda: vae.init(config, jax.random.key(0)))
-  params = jax.device_put(checkpoint.load_weights(path, abstract))
+  params = jax.device_put(networks.load_weights(path, abstract))
   return VAECodec(params, config)

@@ -33,8 +33,7 @@ from hiar_jax.sampling import calls, streaming
 from hiar_jax.sampling.video import Video
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.text import word_hash
-from hiar_jax.training import checkpoint
-from hiar_jax.weights import conversion, releases
+from hiar_jax.weights import conversion, networks, releases
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 CONFIG_FILE = 'config.json'
@@ -358,7 +357,7 @@ def from_config(
       'weights_dtype' (float32 if not), 'vae' (sizes of the VAE that is the
       codec) and 'umt5' (sizes of the text encoder, instead of 'text'; it and
       its tokenizer lie beside the weights); others are ignored.
-    weights: of `checkpoint.save_weights`.
+    weights: of `networks.save_weights`.
     codec: of `codecs.save_linear_codec`, or of the VAE.
     text_encoder: 'keep', 'release' or a path, see `text_umt5.load_encoder`.
     text_cache: a folder for the states of prompts, see there.
@@ -393,7 +392,7 @@ def from_config(
   return VideoPipeline(
     name=config['name'],
     denoiser=denoiser,
-    params=checkpoint.load_weights(weights, abstract),
+    params=networks.load_weights(weights, abstract),
     encoder=encoder,
     codec=_load_codec(codec, config),
     rollout=rollout_config,
@@ -428,10 +427,10 @@ def export(
   )
   path = folder / codec_file(config)
   if 'vae' in config:
-    checkpoint.save_weights(path, codec.params, dtype=dtype)
+    networks.save_weights(path, codec.params, dtype=dtype)
   else:
     linear.save_linear_codec(codec, path)
-  checkpoint.save_weights(folder / WEIGHTS_FILE, params, dtype=dtype)
+  networks.save_weights(folder / WEIGHTS_FILE, params, dtype=dtype)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

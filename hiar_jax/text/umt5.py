@@ -23,8 +23,7 @@ import jax
 import numpy as np
 
 from hiar_jax.models import umt5
-from hiar_jax.training import checkpoint
-from hiar_jax.weights import safetensors_io
+from hiar_jax.weights import networks, safetensors_io
 
 LENGTH = 512  # tokens of Wan2.1, padding included
 # What `load_encoder` takes beside the path of embeddings.
@@ -132,7 +131,7 @@ class UMT5TextEncoder:
     """
     digest = hashlib.sha256(repr(self.config).encode())
     if isinstance(self._weights, str | os.PathLike):
-      digest.update(checkpoint.open_weights(self._weights).digest().encode())
+      digest.update(networks.open_weights(self._weights).digest().encode())
     else:
       for path, leaf in jax.tree_util.tree_leaves_with_path(self._weights):
         digest.update(f'{jax.tree_util.keystr(path)} {leaf.dtype}'.encode())
@@ -418,7 +417,7 @@ def _load_params(path: str | os.PathLike, config: umt5.UMT5Config):
     lambda a: jax.ShapeDtypeStruct(a.shape, config.dtype, sharding=device),
     jax.eval_shape(lambda: umt5.init(config, jax.random.key(0))),
   )
-  return checkpoint.load_weights(path, abstract)
+  return networks.load_weights(path, abstract)
 
 
 @functools.partial(jax.jit, static_argnames='config')

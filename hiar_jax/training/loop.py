@@ -19,6 +19,7 @@ from hiar_jax.models import flops
 from hiar_jax.runtime import profiling, provenance, stopping, watchdog
 from hiar_jax.training import checkpoint, guards, phases, run_log, samples
 from hiar_jax.training.loop_config import LoopConfig
+from hiar_jax.weights import networks
 
 WEIGHTS = 'weights.safetensors'
 # What may differ between a run and its continuation.
@@ -97,7 +98,7 @@ def train(
   # Collecting them from all processes takes all processes.
   params = phase.weights(state)
   if jax.process_index() == 0:
-    checkpoint.save_weights(weights, params)
+    networks.save_weights(weights, params)
     print(f'wrote {weights}', flush=True)
   return weights
 
@@ -127,7 +128,7 @@ def _restore(config, phase, manager):
       flush=True,
     )
   state, batches, _ = checkpoint.restore(
-    manager, iteration, checkpoint.abstract(phase.state), phase.batches
+    manager, iteration, networks.abstract(phase.state), phase.batches
   )
   print(f'{config.workdir}: goes on after iteration {iteration}', flush=True)
   return state, batches, iteration

@@ -23,10 +23,10 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.text import word_hash
-from hiar_jax.training import checkpoint
 from hiar_jax.training import codec as training_codec
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
+from hiar_jax.weights import networks
 
 Config = ml_collections.ConfigDict
 
@@ -177,7 +177,7 @@ def load_params(
   )
   if mesh is not None:
     abstract = sharding.abstract(abstract, mesh)
-  return checkpoint.load_weights(path, abstract)
+  return networks.load_weights(path, abstract)
 
 
 def _optimiser(config: Config, iterations: int):

@@ -29,9 +29,9 @@ import numpy as np
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.text import umt5 as text_umt5
-from hiar_jax.training import checkpoint
 from hiar_jax.weights import (
   layouts,
+  networks,
   orbax_weights,
   releases,
   safetensors_io,
@@ -138,17 +138,17 @@ def to_ours(
       is too small.
   """
   out = pathlib.Path(out)
-  networks = open_networks(release, options)
+  opened = open_networks(release, options)
   plans = {
     kind: _our_arrays(network, options.dtype)
-    for kind, network in networks.items()
+    for kind, network in opened.items()
   }
   out.mkdir(parents=True, exist_ok=True)
   _check_space(out, plans.values())
   config: dict[str, Any] = {'name': name} | DEFAULTS
   for section in DEFAULTS:
     config[section] = dict((sections or {}).get(section, DEFAULTS[section]))
-  for kind, network in networks.items():
+  for kind, network in opened.items():
     config[_SECTIONS[kind][0]] = dataclasses.asdict(network.config)
     _write_ours(network, out / FILES[kind], plans[kind], options, report)
   # Weights that are read in for sampling; the files keep what they have.
@@ -165,7 +165,7 @@ def open_networks(release: Release, options: Options) -> dict[str, Network]:
   Raises:
     FileNotFoundError, ValueError: see `to_ours`.
   """
-  networks = {}
+  opened = {}
   for kind in releases.KINDS:
     path = getattr(release, kind)
     if path is None:
@@ -181,12 +181,12 @@ def open_networks(release: Release, options: Options) -> dict[str, Network]:
     changes = {'dtype': options.compute_dtype}
     if kind == 'transformer':
       changes['attention'] = options.attention
-    networks[kind] = dataclasses.replace(
+    opened[kind] = dataclasses.replace(
       network, config=dataclasses.replace(network.config, **changes)
     )
-  if not networks:
+  if not opened:
     raise ValueError('the release has no network in it')
-  return networks
+  return opened
 
 
 def to_foreign(
@@ -258,7 +258,7 @@ def network_to_foreign(
 
   Args:
     weights: file of ours, such as a training's student.safetensors; see
-      `checkpoint.open_weights`.
+      `networks.open_weights`.
     config: of the network.
     path: the .safetensors file to write.
     naming: one of releases.NAMINGS.
@@ -303,7 +303,7 @@ def open_ours(
     FileNotFoundError: if there is no such file.
     ValueError: naming every array that does not fit.
   """
-  reader = checkpoint.open_weights(weights)
+  reader = networks.open_weights(weights)
   wanted = tables.flatten(releases.abstract_params(config))
   stored = {name: entry.shape for name, entry in reader.entries.items()}
   problems = [f'{k} is missing' for k in wanted if k not in stored]
