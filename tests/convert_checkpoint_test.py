@@ -24,6 +24,7 @@ from hiar_jax.weights import (
   releases,
   safetensors_io,
   tables,
+  umt5_tables,
   vae_tables,
 )
 from tests import fake_release
@@ -99,7 +100,7 @@ def test_both_namings_give_the_same_folder(tmp_path):
       {
         'transformer': tables.WAN_RULES,
         'vae': vae_tables.VAE_RULES,
-        'text_encoder': umt5.UMT5_RULES,
+        'text_encoder': umt5_tables.RULES,
       }[kind],
       {
         path: jax.ShapeDtypeStruct(leaf.shape, dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.models import umt5
-from hiar_jax.weights import tables
+from hiar_jax.weights import tables, umt5_tables
 
 CFG = umt5.UMT5Config(
   vocab_size=100,
@@ -31,7 +31,7 @@ encode = jit(umt5.encode, static_argnums=0)
 def params(golden):
   return tables.convert_state_dict(
     {k[2:]: v for k, v in golden('umt5').items() if k.startswith('w/')},
-    umt5.UMT5_RULES,
+    umt5_tables.RULES,
     jax.eval_shape(functools.partial(umt5.init, CFG), jax.random.key(0)),
   )
 
@@ -116,7 +116,7 @@ def test_bfloat16_stays_near_float32(golden, params):
 
 def test_every_rule_names_a_weight_of_the_original(golden):
   names = [k[2:] for k in golden('umt5') if k.startswith('w/')]
-  for rule in umt5.UMT5_RULES:
+  for rule in umt5_tables.RULES:
     assert any(tables.rule_matches(rule, name) for name in names), rule
 
 

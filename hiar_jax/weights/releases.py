@@ -25,7 +25,13 @@ import jax
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.weights import foreign, safetensors_io, tables, vae_tables
+from hiar_jax.weights import (
+  foreign,
+  safetensors_io,
+  tables,
+  umt5_tables,
+  vae_tables,
+)
 from hiar_jax.weights.tables import Rule, Shape, Slot
 
 KINDS = ('transformer', 'vae', 'text_encoder')
@@ -222,7 +228,7 @@ def open_network(
     ValueError: naming every array that is unknown, missing or misshapen.
   """
   state = foreign.StateDict(path, member=member)
-  state.rename(umt5.UMT5_ALIASES)
+  state.rename(umt5_tables.ALIASES)
   kind, naming, rules = identify(state.shapes, state.path)
   ours = tables.our_shapes(state.shapes, rules)
   known = _config_sizes(state.path, kind)
@@ -314,8 +320,8 @@ def _tables(names: Mapping[str, Any]) -> dict[str, dict[str, list[Rule]]]:
       'diffusers': vae_tables.diffusers_rules_of(names),
     },
     'text_encoder': {
-      'wan': umt5.UMT5_RULES,
-      'diffusers': umt5.UMT5_TRANSFORMERS_RULES,
+      'wan': umt5_tables.RULES,
+      'diffusers': umt5_tables.TRANSFORMERS_RULES,
     },
   }
 

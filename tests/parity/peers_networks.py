@@ -22,7 +22,7 @@ from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.sampling import calls
 from hiar_jax.sampling import teacher as sampling_teacher
-from hiar_jax.weights import tables, vae_tables
+from hiar_jax.weights import tables, umt5_tables, vae_tables
 from tests.parity import peers_lib, peers_solvers
 from tests.parity.golden_lib import from_model, to_model
 from tests.toy_network import jit
@@ -225,7 +225,7 @@ def umt5_comparisons(
     # Takes the place of 1 / sqrt(head_dim), which T5 leaves to its weights.
     block.layer[0].SelfAttention.q.weight.data *= 64**-0.5
   params = _converted(
-    peer, umt5.UMT5_TRANSFORMERS_RULES, functools.partial(umt5.init, config)
+    peer, umt5_tables.TRANSFORMERS_RULES, functools.partial(umt5.init, config)
   )
   rng = np.random.default_rng(3)
   mask = np.arange(160) < np.array([[150], [23]])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from hiar_jax.models import umt5
-from hiar_jax.weights import tables
+from hiar_jax.weights import tables, umt5_tables
 from tests.parity.golden_lib import FORWARD, cases, load, state_dict, stored
 
 
@@ -22,7 +22,7 @@ def _run():
   )
   params = tables.convert_state_dict(
     state_dict('umt5'),
-    umt5.UMT5_RULES,
+    umt5_tables.RULES,
     jax.eval_shape(functools.partial(umt5.init, config), jax.random.key(0)),
   )
   # The module, because `encode` clears the padding that some arrays hold.
