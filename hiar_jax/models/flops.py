@@ -1,4 +1,4 @@
-"""FLOPs of passes and of training, modelled, and what devices can do.
+"""FLOPs of passes, modelled, and what devices can do.
 
 Matrix products only: embeddings, the head, norms, RoPE and softmax are below
 0.1 % of them at 1.3B. XLA's own count is of no use here, because it takes the
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import jax
 
 from hiar_jax.models.config import WanConfig
-from hiar_jax.training import steps as training_steps
 
 # Dense bfloat16 FLOP/s of one device, by jax's `device_kind`, as the makers'
 # data sheets state them.
@@ -81,60 +80,3 @@ def trained(model: WanConfig, recompute: bool = False) -> int:
     recompute: whether what remat 'full' computes again counts.
   """
   return 4 if recompute and model.remat == 'full' else 3
-
-
-def distillation_flops(
-  steps: training_steps.Distillation,
-  part: str,
-  batch_size: int,
-  num_blocks: float,
-  recompute: bool = False,
-) -> dict[str, float]:
-  """Of one step of a network, by what they are for, all devices together.
-
-  generator   rollout + exit pass + fake score + real score + forward KL
-  critic      rollout + exit pass + critic
-
-  The rollout is counted with its mean exit step: 2 (S - 1) / 2 passes a block
-  before the recorded sweep's 2, at the full window, because the cache's empty
-  slots are computed too.
-
-  Args:
-    steps: networks and numbers.
-    part: 'generator' or 'critic'.
-    batch_size: videos.
-    num_blocks: blocks of a rollout; may be a mean.
-    recompute: see `trained`.
-  """
-  student, teacher = steps.student.config, steps.teacher.config
-  config = steps.rollout
-  num_frames = num_blocks * config.frames_per_block
-  loss_blocks = min(num_blocks, steps.config.loss_blocks)
-  frames = loss_blocks * config.frames_per_block
-  block = forward_flops(student, config.frames_per_block, config.window)
-  leave = forward_flops(student, frames, frames + num_frames)
-  score = forward_flops(steps.critic.config, frames, frames)
-  parts = {'rollout': (config.num_steps + 1) * num_blocks * block}
-  if part == 'critic':
-    parts['exit pass'] = leave
-    parts['critic'] = trained(steps.critic.config, recompute) * score
-  else:
-    parts['exit pass'] = trained(student, recompute) * leave
-    parts['fake score'] = score
-    parts['real score'] = 2 * forward_flops(teacher, frames, frames)
-    if steps.config.forward_kl_weight:
-      whole = forward_flops(student, num_frames, num_frames)
-      parts['forward KL'] = trained(student, recompute) * whole
-  return {name: batch_size * flops for name, flops in parts.items()}
-
-
-def distillation_iteration(
-  steps: training_steps.Distillation, batch_size: int, num_blocks: float
-) -> float:
-  """Of a mean iteration: a critic step, and a part of a generator step."""
-
-  def total(part):
-    flops = distillation_flops(steps, part, batch_size, num_blocks)
-    return sum(flops.values())
-
-  return total('critic') + total('generator') / steps.config.generator_every

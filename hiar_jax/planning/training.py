@@ -23,6 +23,7 @@ from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning import traffic
+from hiar_jax.training import flops as training_flops
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 
@@ -74,7 +75,7 @@ class Training:
 def part_flops(training: Training, part: str) -> dict[str, float]:
   """FLOPs of a part by what they are for, all chips together.
 
-  Those of `flops.distillation_flops`, with what remat computes again; of
+  Those of `training_flops.distillation_flops`, with what remat computes again; of
   'trajectory' all steps of the teacher, with guidance.
   """
   steps = training.steps
@@ -86,7 +87,7 @@ def part_flops(training: Training, part: str) -> dict[str, float]:
     frames = training.num_frames
     one = flops.forward_flops(steps.teacher.config, frames, frames)
     return {'teacher': passes * one}
-  return flops.distillation_flops(
+  return training_flops.distillation_flops(
     *(steps, part, training.batch_size, training.num_blocks), recompute=True
   )
 

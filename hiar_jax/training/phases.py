@@ -24,6 +24,7 @@ from hiar_jax.models import flops, sharding, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.text import word_hash
 from hiar_jax.training import codec as training_codec
+from hiar_jax.training import flops as training_flops
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 from hiar_jax.weights import networks
@@ -460,7 +461,7 @@ def _distill(config: Config) -> Phase:
     step=step,
     batches=batches,
     weights=lambda state: sharding.whole(state.ema, mesh),
-    flops=flops.distillation_iteration(
+    flops=training_flops.distillation_iteration(
       steps, config.batch_size, (low + high) / 2
     ),
   )
