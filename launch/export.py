@@ -19,7 +19,7 @@ from hiar_jax.runtime import errors
 from hiar_jax.sampling import video_pipeline
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training import phases
-from hiar_jax.weights import networks, teacher_files
+from hiar_jax.weights import layouts, networks
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 flags.mark_flag_as_required('config')
@@ -52,7 +52,7 @@ def main(argv):
   )
   if teacher is not None:
     networks.save_weights(
-      out / teacher_files.TEACHER_FILE, teacher, dtype=jnp.float16
+      out / layouts.TEACHER_FILE, teacher, dtype=jnp.float16
     )
   for path in sorted(out.iterdir()):
     print(f'wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)')

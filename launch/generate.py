@@ -44,6 +44,7 @@ from hiar_jax import rollout
 from hiar_jax.data import bouncing
 from hiar_jax.runtime import errors, metrics, video_io
 from hiar_jax.sampling import calls, streaming, video, video_pipeline
+from hiar_jax.weights import layouts
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _PIPELINE = flags.DEFINE_string(
@@ -82,7 +83,7 @@ _WEIGHTS = flags.DEFINE_string(
   'weights',
   None,
   'a .safetensors file, or a folder that holds '
-  f'{video_pipeline.WEIGHTS_FILE}; default: those that come with the package',
+  f'{layouts.STUDENT_FILE}; default: those that come with the package',
 )
 _TEXT_ENCODER = flags.DEFINE_string(
   'text_encoder',
@@ -429,12 +430,12 @@ def _weights(config) -> tuple[pathlib.Path, pathlib.Path]:
         f'no weights of {config.name!r} come with the package, only of '
         f'{video_pipeline.known_names()}; give --weights'
       )
-    weights = video_pipeline.ASSETS / config.name / video_pipeline.WEIGHTS_FILE
+    weights = layouts.ASSETS / config.name / layouts.STUDENT_FILE
   else:
     weights = pathlib.Path(_WEIGHTS.value)
     if weights.is_dir():
-      weights /= video_pipeline.WEIGHTS_FILE
-  codec = weights.with_name(video_pipeline.codec_file(_CONFIG.value))
+      weights /= layouts.STUDENT_FILE
+  codec = weights.with_name(layouts.codec_file(_CONFIG.value))
   return weights, codec if codec.exists() else pathlib.Path(config.codec.path)
 
 

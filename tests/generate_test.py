@@ -19,6 +19,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, video_pipeline
+from hiar_jax.weights import layouts
 
 _CONFIG = {
   'name': 'tiny',
@@ -244,9 +245,9 @@ def test_loaded_weights_are_the_exported_ones(pipe, folder, tmp_path):
   )
   again = video_pipeline.load(tmp_path / 'copy')
   for name in (
-    video_pipeline.CONFIG_FILE,
-    video_pipeline.WEIGHTS_FILE,
-    video_pipeline.CODEC_FILE,
+    layouts.CONFIG_FILE,
+    layouts.STUDENT_FILE,
+    layouts.LINEAR_CODEC_FILE,
   ):
     copy = tmp_path / 'copy' / name
     assert copy.read_bytes() == (folder / name).read_bytes()
@@ -327,13 +328,13 @@ def test_a_damaged_folder_is_named(folder, tmp_path, name, damage, message):
 
 
 def test_weights_of_another_model_are_refused(folder):
-  config = json.loads((folder / video_pipeline.CONFIG_FILE).read_text())
+  config = json.loads((folder / layouts.CONFIG_FILE).read_text())
   config['model']['dim'] = 36
   with pytest.raises(ValueError, match='does not fit the model'):
     video_pipeline.from_config(
       config,
-      weights=folder / video_pipeline.WEIGHTS_FILE,
-      codec=folder / video_pipeline.CODEC_FILE,
+      weights=folder / layouts.STUDENT_FILE,
+      codec=folder / layouts.LINEAR_CODEC_FILE,
     )
 
 

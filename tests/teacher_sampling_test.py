@@ -15,7 +15,7 @@ from hiar_jax.data import trajectories
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, solvers, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
-from hiar_jax.weights import networks
+from hiar_jax.weights import layouts, networks
 from tests import toy_network
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_unipc_needs_fewer_steps_than_euler_for_the_small_worlds_video():
   pipeline = video_pipeline.load('bouncing')
   denoiser = pipeline.denoiser
   params = networks.load_weights(
-    video_pipeline.ASSETS / 'bouncing' / 'teacher.safetensors', pipeline.params
+    layouts.ASSETS / 'bouncing' / 'teacher.safetensors', pipeline.params
   )
 
   def video(solver, num_steps):

@@ -11,7 +11,7 @@ import pytest
 import hiar_jax
 from hiar_jax.sampling import calls
 from hiar_jax.text import umt5 as text_umt5
-from hiar_jax.weights import conversion, releases
+from hiar_jax.weights import conversion, layouts, releases
 from tests import fake_release
 
 PROMPT = 'a  red disc'
@@ -35,8 +35,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
 def make_encoder(folder, **options) -> text_umt5.UMT5TextEncoder:
   return text_umt5.UMT5TextEncoder(
     CONFIG,
-    folder / text_umt5.WEIGHTS_FILE,
-    text_umt5.load_tokenizer(folder / text_umt5.TOKENIZER),
+    folder / layouts.TEXT_ENCODER_FILE,
+    text_umt5.load_tokenizer(folder / layouts.TOKENIZER),
     length=LENGTH,
     **options,
   )
@@ -134,10 +134,10 @@ def test_other_weights_tokens_and_lengths_have_embeddings_of_their_own(
   folder, encoder, tmp_path
 ):
   params = encoder._params or text_umt5._load_params(
-    folder / text_umt5.WEIGHTS_FILE, CONFIG
+    folder / layouts.TEXT_ENCODER_FILE, CONFIG
   )
   other = jax.tree.map(lambda a: a + 1, params)
-  tokenize = text_umt5.load_tokenizer(folder / text_umt5.TOKENIZER)
+  tokenize = text_umt5.load_tokenizer(folder / layouts.TOKENIZER)
   encoders = [
     text_umt5.UMT5TextEncoder(config, weights, tok, length=n, cache=tmp_path)
     for config, weights, tok, n in (

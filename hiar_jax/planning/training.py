@@ -75,8 +75,8 @@ class Training:
 def part_flops(training: Training, part: str) -> dict[str, float]:
   """FLOPs of a part by what they are for, all chips together.
 
-  Those of `training_flops.distillation_flops`, with what remat computes again; of
-  'trajectory' all steps of the teacher, with guidance.
+  Those of `training_flops.distillation_flops`, with what remat computes again;
+  of 'trajectory' all steps of the teacher, with guidance.
   """
   steps = training.steps
   if part == 'trajectory':

@@ -33,12 +33,7 @@ from hiar_jax.sampling import calls, streaming
 from hiar_jax.sampling.video import Video
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.text import word_hash
-from hiar_jax.weights import conversion, networks, releases
-
-ASSETS = pathlib.Path(__file__).parent / 'assets'
-CONFIG_FILE = 'config.json'
-WEIGHTS_FILE = 'student.safetensors'
-CODEC_FILE = 'codec.npz'
+from hiar_jax.weights import conversion, layouts, networks, releases
 
 # What a pipeline takes from a training config; the rest is about training.
 SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
@@ -297,28 +292,23 @@ def load(
     ValueError: if there is no such pipeline, or a file of it is damaged.
     FileNotFoundError: if a file is missing from the folder.
   """
-  folder = ASSETS / name_or_path
-  if not (folder / CONFIG_FILE).exists():
+  folder = layouts.ASSETS / name_or_path
+  if not (folder / layouts.CONFIG_FILE).exists():
     folder = pathlib.Path(name_or_path)
   if base is not None or not conversion.is_ours(folder):
     folder = _converted(name_or_path, base)
-  path = folder / CONFIG_FILE
+  path = folder / layouts.CONFIG_FILE
   try:
     config = json.loads(path.read_bytes())
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
   return from_config(
     config,
-    weights=folder / WEIGHTS_FILE,
-    codec=folder / codec_file(config),
+    weights=folder / layouts.STUDENT_FILE,
+    codec=folder / layouts.codec_file(config),
     text_encoder=text_encoder,
     text_cache=text_cache,
   )
-
-
-def codec_file(config: Mapping[str, Any]) -> str:
-  """Name of the codec's file in a pipeline's folder."""
-  return conversion.FILES['vae'] if 'vae' in config else CODEC_FILE
 
 
 def _converted(
@@ -328,7 +318,9 @@ def _converted(
   path = pathlib.Path(name)
   if path.is_dir():
     if not releases.holds_weights(path):
-      raise FileNotFoundError(f'no pipeline in {path}: it has no {CONFIG_FILE}')
+      raise FileNotFoundError(
+        f'no pipeline in {path}: it has no {layouts.CONFIG_FILE}'
+      )
   elif not path.exists() and not releases.is_hub_name(str(name)):
     raise ValueError(
       f'no pipeline {str(name)!r}: it is neither a folder nor one of '
@@ -339,7 +331,9 @@ def _converted(
 
 def known_names() -> list[str]:
   """Pipelines that come with the package."""
-  return sorted(path.parent.name for path in ASSETS.glob(f'*/{CONFIG_FILE}'))
+  return sorted(
+    path.parent.name for path in layouts.ASSETS.glob(f'*/{layouts.CONFIG_FILE}')
+  )
 
 
 def from_config(
@@ -422,15 +416,15 @@ def export(
   folder.mkdir(parents=True, exist_ok=True)
   names = (*SECTIONS, 'vae') if 'vae' in config else SECTIONS
   sections = {name: config[name] for name in names}
-  (folder / CONFIG_FILE).write_text(
+  (folder / layouts.CONFIG_FILE).write_text(
     json.dumps(sections, indent=2, default=dict) + '\n'
   )
-  path = folder / codec_file(config)
+  path = folder / layouts.codec_file(config)
   if 'vae' in config:
     networks.save_weights(path, codec.params, dtype=dtype)
   else:
     linear.save_linear_codec(codec, path)
-  networks.save_weights(folder / WEIGHTS_FILE, params, dtype=dtype)
+  networks.save_weights(folder / layouts.STUDENT_FILE, params, dtype=dtype)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

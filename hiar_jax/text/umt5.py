@@ -23,13 +23,11 @@ import jax
 import numpy as np
 
 from hiar_jax.models import umt5
-from hiar_jax.weights import networks, safetensors_io
+from hiar_jax.weights import layouts, networks, safetensors_io
 
 LENGTH = 512  # tokens of Wan2.1, padding included
 # What `load_encoder` takes beside the path of embeddings.
 CHOICES = ('keep', 'release')
-WEIGHTS_FILE = 'text_encoder.safetensors'
-TOKENIZER = 'tokenizer'
 
 # Of each array, for telling weights apart.
 _IDENTITY_BYTES = 4096
@@ -252,7 +250,7 @@ def load_encoder(
 
   Args:
     config: of the pipeline: its sections 'umt5' and 'model'.
-    folder: has WEIGHTS_FILE and TOKENIZER.
+    folder: has the encoder's weights and its tokenizer, see `layouts`.
     choice: 'keep' keeps the weights on the device once they were needed;
       'release' frees them when the prompts of a call are encoded, before the
       video starts; else the path of embeddings: the encoder is not needed.
@@ -275,8 +273,8 @@ def load_encoder(
   folder = pathlib.Path(folder)
   return UMT5TextEncoder(
     umt5.UMT5Config(**config['umt5']),
-    folder / WEIGHTS_FILE,
-    load_tokenizer(folder / TOKENIZER),
+    folder / layouts.TEXT_ENCODER_FILE,
+    load_tokenizer(folder / layouts.TOKENIZER),
     length=model['text_len'],
     keep_weights=choice == 'keep',
     cache=cache,

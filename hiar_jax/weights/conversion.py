@@ -28,7 +28,6 @@ import numpy as np
 
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import (
   layouts,
   networks,
@@ -39,13 +38,6 @@ from hiar_jax.weights import (
 )
 from hiar_jax.weights.releases import Config, Network, Release
 
-CONFIG_FILE = 'config.json'
-TOKENIZER = text_umt5.TOKENIZER
-FILES = {
-  'transformer': 'student.safetensors',
-  'vae': 'vae.safetensors',
-  'text_encoder': text_umt5.WEIGHTS_FILE,
-}
 DTYPES = ('float32', 'bfloat16', 'float16')
 FORMATS = ('safetensors', 'orbax')
 
@@ -150,13 +142,15 @@ def to_ours(
     config[section] = dict((sections or {}).get(section, DEFAULTS[section]))
   for kind, network in opened.items():
     config[_SECTIONS[kind][0]] = dataclasses.asdict(network.config)
-    _write_ours(network, out / FILES[kind], plans[kind], options, report)
+    _write_ours(
+      network, out / layouts.OWN_FILES[kind], plans[kind], options, report
+    )
   # Weights that are read in for sampling; the files keep what they have.
   config['weights_dtype'] = options.compute_dtype
   if release.tokenizer is not None:
-    copy_tokenizer(release.tokenizer, out / TOKENIZER)
+    copy_tokenizer(release.tokenizer, out / layouts.TOKENIZER)
   # Last: a folder that has it is whole.
-  _write_json(out / CONFIG_FILE, config)
+  _write_json(out / layouts.CONFIG_FILE, config)
 
 
 def open_networks(release: Release, options: Options) -> dict[str, Network]:
@@ -216,7 +210,7 @@ def to_foreign(
   if naming not in releases.NAMINGS:
     raise ValueError(f'naming={naming!r} is not one of {releases.NAMINGS}')
   folder, out = pathlib.Path(folder), pathlib.Path(out)
-  config = safetensors_io.read_json(folder / CONFIG_FILE)
+  config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
   written = []
   for kind, (section, config_class) in _SECTIONS.items():
     if section not in config:
@@ -224,7 +218,7 @@ def to_foreign(
     path = out / layouts.FILES[naming][kind]
     path.parent.mkdir(parents=True, exist_ok=True)
     network_to_foreign(
-      folder / FILES[kind],
+      folder / layouts.OWN_FILES[kind],
       config_class(**config[section]),
       path,
       naming=naming,
@@ -234,10 +228,10 @@ def to_foreign(
     )
     written.append(kind)
   if not written:
-    raise ValueError(f'{folder / CONFIG_FILE} is of no network')
-  if (folder / TOKENIZER).is_dir():
-    place = TOKENIZER if naming == 'diffusers' else 'google/umt5-xxl'
-    copy_tokenizer(folder / TOKENIZER, out / place)
+    raise ValueError(f'{folder / layouts.CONFIG_FILE} is of no network')
+  if (folder / layouts.TOKENIZER).is_dir():
+    place = layouts.TOKENIZER if naming == 'diffusers' else 'google/umt5-xxl'
+    copy_tokenizer(folder / layouts.TOKENIZER, out / place)
   if naming == 'diffusers' and len(written) == len(_SECTIONS):
     for name, value in layouts.diffusers_pipeline(config).items():
       (out / name).parent.mkdir(exist_ok=True)
@@ -291,7 +285,7 @@ def network_to_foreign(
         array = reader.read(slot.path, slice(slot.index, slot.index + 1))[0]
       writer.write(name, slot.to_foreign(array).astype(arrays[name][1]))
   if foreign_config:
-    _write_json(path.with_name(CONFIG_FILE), foreign_config)
+    _write_json(path.with_name(layouts.CONFIG_FILE), foreign_config)
 
 
 def open_ours(
@@ -330,7 +324,7 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def is_ours(folder: str | os.PathLike) -> bool:
   """Whether a folder has a config.json that is not another library's."""
-  path = pathlib.Path(folder) / CONFIG_FILE
+  path = pathlib.Path(folder) / layouts.CONFIG_FILE
   if not path.is_file():
     return False
   try:
@@ -371,7 +365,7 @@ def cached(
       config = releases.open_network(below.transformer).config
       options = dataclasses.replace(options, head_dim=config.head_dim)
   folder = cache_folder() / f'{_slug(name)}-{_fingerprint(release, options)}'
-  if (folder / CONFIG_FILE).exists():
+  if (folder / layouts.CONFIG_FILE).exists():
     return folder
   folder.parent.mkdir(parents=True, exist_ok=True)
   # Beside it, for the rename to be one move: no process sees half of it.
@@ -384,7 +378,7 @@ def cached(
       partial.rename(folder)
     except OSError:
       # Another process was faster; what it wrote is the same.
-      if not (folder / CONFIG_FILE).exists():
+      if not (folder / layouts.CONFIG_FILE).exists():
         raise
   finally:
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,10 +1,26 @@
-"""The folders that others expect weights in: file names and config.json."""
+"""The folders that weights lie in, ours and others': file names, config.json."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
+
+# Pipelines that come with the package, a folder each.
+ASSETS = pathlib.Path(__file__).parents[1] / 'assets'
+# A folder of ours: the config, a file for each part, and the tokenizer.
+CONFIG_FILE = 'config.json'
+STUDENT_FILE = 'student.safetensors'
+TEXT_ENCODER_FILE = 'text_encoder.safetensors'
+OWN_FILES = {
+  'transformer': STUDENT_FILE,
+  'vae': 'vae.safetensors',
+  'text_encoder': TEXT_ENCODER_FILE,
+}
+TOKENIZER = 'tokenizer'
+LINEAR_CODEC_FILE = 'codec.npz'
+TEACHER_FILE = 'teacher.safetensors'
 
 # Naming -> part -> file. In Wan2.1's layout the VAE and the text encoder are
 # pickles; the same arrays are written as safetensors here.
@@ -22,6 +38,11 @@ FILES = {
 }
 # That these configs are of.
 _DIFFUSERS_VERSION = '0.33.0'
+
+
+def codec_file(config: Mapping[str, Any]) -> str:
+  """Name of the codec's file in a folder of ours with this config."""
+  return OWN_FILES['vae'] if 'vae' in config else LINEAR_CODEC_FILE
 
 
 def config_of(

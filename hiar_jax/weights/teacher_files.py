@@ -4,15 +4,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from hiar_jax.sampling import video_pipeline
-
-TEACHER_FILE = 'teacher.safetensors'
+from hiar_jax.weights import layouts
 
 
 def find(
   config: Mapping[str, Any], weights: str | pathlib.Path | None = None
 ) -> tuple[pathlib.Path, pathlib.Path]:
-  """Weights and codec of a config's teacher, for `generate.from_config`.
+  """Weights and codec of a config's teacher, for `video_pipeline.from_config`.
 
   Args:
     config: of the training.
@@ -25,10 +23,10 @@ def find(
   trained = pathlib.Path(weights or config['teacher_weights'])
   if weights or trained.exists():
     return trained, pathlib.Path(config['codec']['path'])
-  folder = video_pipeline.ASSETS / config['name']
-  if not (folder / TEACHER_FILE).exists():
+  folder = layouts.ASSETS / config['name']
+  if not (folder / layouts.TEACHER_FILE).exists():
     raise FileNotFoundError(
       f'no teacher at {trained}, and none of {config["name"]!r} comes with the '
       'package; give --weights'
     )
-  return folder / TEACHER_FILE, folder / video_pipeline.codec_file(config)
+  return folder / layouts.TEACHER_FILE, folder / layouts.codec_file(config)
