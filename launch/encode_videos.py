@@ -10,6 +10,7 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
+from hiar_jax.codecs import pixels
 from hiar_jax.data import latent_files
 from hiar_jax.runtime import errors, stopping
 from hiar_jax.training import phases
@@ -38,7 +39,7 @@ def main(argv):
       out,
       manifest,
       phases.videos(config),
-      codec,
+      pixels.encoder(codec),
       batch_size=config.latents.batch_size,
       progress=bar.update,
       should_stop=lambda: stop.requested(bar.n),

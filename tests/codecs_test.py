@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, pixels
 from hiar_jax.data import bouncing
 
 CFG = bouncing.WorldConfig(num_frames=6)
@@ -13,7 +13,9 @@ CFG = bouncing.WorldConfig(num_frames=6)
 
 @pytest.fixture(scope='module')
 def codec():
-  return linear.fit_linear_codec(CFG, num_videos=200, channels=16, seed=0)
+  return linear.fit_linear_codec(
+    bouncing.videos(CFG, seed=0, num=200), channels=16
+  )
 
 
 @pytest.fixture(scope='module')
@@ -32,20 +34,20 @@ def psnr(a, b):
 
 
 def test_held_out_videos_survive_the_round_trip(codec, held_out):
-  latents = codec.encode(linear.pixels_to_float(held_out))
-  decoded = linear.float_to_pixels(codec.decode(latents))
+  latents = codec.encode(pixels.to_float(held_out))
+  decoded = pixels.from_float(codec.decode(latents))
   assert latents.shape == (32, 6, 8, 8, 16)
   assert psnr(decoded, held_out) > 28.0
 
 
 def test_more_channels_lose_less(held_out):
-  video = linear.pixels_to_float(held_out)
+  video = pixels.to_float(held_out)
   quality = []
   for channels in (3, 8, 16):
     codec = linear.fit_linear_codec(
-      CFG, num_videos=50, channels=channels, seed=0
+      bouncing.videos(CFG, seed=0, num=50), channels=channels
     )
-    decoded = linear.float_to_pixels(codec.decode(codec.encode(video)))
+    decoded = pixels.from_float(codec.decode(codec.encode(video)))
     quality.append(psnr(decoded, held_out))
   assert quality[0] + 3 < quality[1] < quality[2] - 2
 
@@ -73,7 +75,7 @@ def test_latents_are_white_over_the_world(codec):
       for index in range(200)
     ]
   )
-  latents = np.asarray(codec.encode(linear.pixels_to_float(videos)))
+  latents = np.asarray(codec.encode(pixels.to_float(videos)))
   latents = latents.reshape(-1, 16)
   np.testing.assert_allclose(latents.mean(axis=0), 0, atol=1e-3)
   np.testing.assert_allclose(np.cov(latents.T), np.eye(16), atol=1e-2)
@@ -91,7 +93,7 @@ def test_patches_come_back_in_place():
 
 @pytest.mark.parametrize('pieces', [(6,), (1, 2, 3), (1,) * 6])
 def test_streamed_decoding_equals_decoding_at_once(codec, held_out, pieces):
-  latents = codec.encode(linear.pixels_to_float(held_out[:2]))
+  latents = codec.encode(pixels.to_float(held_out[:2]))
   state = codec.init_decode_state(2)
   videos = []
   for piece in jnp.split(latents, np.cumsum(pieces)[:-1], axis=1):
@@ -109,7 +111,7 @@ def test_decoded_values_are_clipped_to_pixels(codec):
 
 
 def test_codec_is_an_argument_of_jit(codec, held_out):
-  video = linear.pixels_to_float(held_out[:2])
+  video = pixels.to_float(held_out[:2])
   encode = jax.jit(lambda codec, video: codec.encode(video))
   np.testing.assert_allclose(
     encode(codec, video), codec.encode(video), atol=1e-5
@@ -132,10 +134,10 @@ def test_codec_states_its_shape(codec):
 
 def test_pixels_survive_the_float_range():
   pixels = np.arange(256, dtype=np.uint8)
-  floats = linear.pixels_to_float(pixels)
+  floats = pixels.to_float(pixels)
   assert floats[0] == -1.0
   assert floats[-1] == 1.0
-  np.testing.assert_array_equal(linear.float_to_pixels(floats), pixels)
+  np.testing.assert_array_equal(pixels.from_float(floats), pixels)
 
 
 def test_a_frame_that_does_not_divide_is_refused(codec):
@@ -145,13 +147,13 @@ def test_a_frame_that_does_not_divide_is_refused(codec):
 
 def test_too_many_channels_are_refused():
   with pytest.raises(ValueError, match=r'channels=193 must be in \[1, 192\]'):
-    linear.fit_linear_codec(CFG, num_videos=1, channels=193, seed=0)
+    linear.fit_linear_codec(bouncing.videos(CFG, seed=0, num=1), channels=193)
 
 
 def test_whitening_sets_how_loud_the_channels_are():
   half, none = (
     linear.fit_linear_codec(
-      CFG, num_videos=50, channels=8, seed=0, whitening=whitening
+      bouncing.videos(CFG, seed=0, num=50), channels=8, whitening=whitening
     )
     for whitening in (0.5, 0.0)
   )
@@ -160,4 +162,6 @@ def test_whitening_sets_how_loud_the_channels_are():
   np.testing.assert_allclose(scale[1], scale[1][0], rtol=1e-4)
   assert scale[0][-1] < scale[0][0]
   with pytest.raises(ValueError, match=r'whitening=2 must be in \[0, 1\]'):
-    linear.fit_linear_codec(CFG, num_videos=1, channels=8, seed=0, whitening=2)
+    linear.fit_linear_codec(
+      bouncing.videos(CFG, seed=0, num=1), channels=8, whitening=2
+    )

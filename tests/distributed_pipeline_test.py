@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed
@@ -216,7 +216,7 @@ def _process(address: str, count: int, i: int, devices: int) -> None:
     wanted = jax.jit(expected)(params, states, seed)
     made = np.asarray(made.addressable_data(0))
     errors.append(float(np.abs(made - np.asarray(wanted)).max()))
-  linear.float_to_pixels = lambda latents: latents
+  pixels.from_float = lambda latents: latents
   stream_errors = {}
   for mode in ('batched', 'shared')[: 2 if mesh.size == 2 else 1]:
     made = _stream(denoiser, params, config, mode, mesh)

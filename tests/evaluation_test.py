@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, pixels
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 
@@ -78,9 +78,11 @@ def test_true_videos_score_near_perfect(videos, prompts):
 
 
 def test_codec_round_trip_scores_as_well_as_the_codec_allows(videos, prompts):
-  codec = linear.fit_linear_codec(CFG, num_videos=50, channels=16, seed=0)
-  latents = codec.encode(linear.pixels_to_float(videos))
-  decoded = np.asarray(linear.float_to_pixels(codec.decode(latents)))
+  codec = linear.fit_linear_codec(
+    bouncing.videos(CFG, seed=0, num=50), channels=16
+  )
+  latents = codec.encode(pixels.to_float(videos))
+  decoded = np.asarray(pixels.from_float(codec.decode(latents)))
   result = evaluation_bouncing.evaluate_prompts(decoded, prompts)
   assert result['visible'] == 1.0
   assert result['background_error'] < 0.01

@@ -14,7 +14,7 @@ import pytest
 
 import hiar_jax
 from hiar_jax import rollout
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
@@ -108,7 +108,7 @@ def test_every_order_is_the_rollouts_own(
     given = np.random.default_rng(1).integers(
       0, 256, (num_given, 16, 16, 3), np.uint8
     )
-    initial = pipe.codec.encode(linear.pixels_to_float(given[None]))
+    initial = pipe.codec.encode(pixels.to_float(given[None]))
   video = pipe(
     _PROMPT,
     num_blocks=5,
@@ -121,7 +121,7 @@ def test_every_order_is_the_rollouts_own(
   expected = _defined(pipe, order, initial, **options)
   assert video.latents.shape == (num_given + 10, 4, 4, 4)
   np.testing.assert_allclose(video.latents, expected, rtol=1e-5, atol=1e-5)
-  decoded = linear.float_to_pixels(pipe.codec.decode(expected[None]))[0]
+  decoded = pixels.from_float(pipe.codec.decode(expected[None]))[0]
   # A value on the edge of rounding may fall to either side.
   assert np.abs(video.frames.astype(int) - decoded).max() <= 1
 
@@ -177,10 +177,8 @@ def test_given_frames_come_first_and_matter(pipe):
   given = np.full((1, 16, 16, 3), 200, np.uint8)
   image = pipe(_PROMPT, num_blocks=2, initial_frames=given, progress=False)
   assert len(image) == 1 + 4
-  seen = pipe.codec.decode(
-    pipe.codec.encode(linear.pixels_to_float(given[None]))
-  )
-  seen = np.asarray(linear.float_to_pixels(seen))[0].astype(int)
+  seen = pipe.codec.decode(pipe.codec.encode(pixels.to_float(given[None])))
+  seen = np.asarray(pixels.from_float(seen))[0].astype(int)
   assert np.abs(image.frames[:1] - seen).max() <= 1
   alone = pipe(_PROMPT, num_blocks=2, progress=False)
   assert np.abs(image.latents[1:] - alone.latents).max() > 0.01

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, pixels
 from hiar_jax.data import bouncing, latent_files, sources
 from hiar_jax.text import word_hash
 
@@ -24,12 +24,16 @@ MANIFEST = latent_files.Manifest(
 
 @pytest.fixture(scope='module')
 def codec():
-  return linear.fit_linear_codec(WORLD, num_videos=8, channels=4, seed=0)
+  return linear.fit_linear_codec(
+    bouncing.videos(WORLD, seed=0, num=8), channels=4
+  )
 
 
 @pytest.fixture
 def folder(codec, tmp_path):
-  latent_files.make(tmp_path, MANIFEST, VIDEOS, codec, batch_size=2)
+  latent_files.make(
+    tmp_path, MANIFEST, VIDEOS, pixels.encoder(codec), batch_size=2
+  )
   return tmp_path
 
 
@@ -38,7 +42,7 @@ def test_elements_are_the_encoded_videos_with_their_captions(folder, codec):
   assert len(source) == 7
   for index in range(7):
     video = VIDEOS[index]
-    latents = codec.encode(linear.pixels_to_float(video['video'][None]))[0]
+    latents = codec.encode(pixels.to_float(video['video'][None]))[0]
     element = source[index]
     assert element['latents'].dtype == np.float32
     np.testing.assert_allclose(element['latents'], latents, atol=5e-3)
@@ -53,7 +57,12 @@ def test_a_cut_run_makes_only_what_is_missing(folder, codec):
     latent_files.EncodedVideos(folder, MANIFEST, VIDEOS)
   counts = []
   latent_files.make(
-    folder, MANIFEST, VIDEOS, codec, batch_size=2, progress=counts.append
+    folder,
+    MANIFEST,
+    VIDEOS,
+    pixels.encoder(codec),
+    batch_size=2,
+    progress=counts.append,
   )
   assert counts == [1]
   assert (folder / 'latents-00000.npy').stat().st_mtime_ns == kept
@@ -101,6 +110,8 @@ def test_a_stop_leaves_whole_files_only(folder, codec, tmp_path):
     'latents-00000.npy',
     'manifest.json',
   ]
-  assert latent_files.make(out, MANIFEST, VIDEOS, codec, batch_size=2)
+  assert latent_files.make(
+    out, MANIFEST, VIDEOS, pixels.encoder(codec), batch_size=2
+  )
   for path in out.iterdir():
     assert path.read_bytes() == (folder / path.name).read_bytes()

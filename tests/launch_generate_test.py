@@ -33,10 +33,8 @@ def _export(folder):
     jax.eval_shape(lambda: denoiser.init(jax.random.key(0))),
   )
   codec = linear.fit_linear_codec(
-    bouncing.WorldConfig(num_frames=3),
-    num_videos=8,
+    bouncing.videos(bouncing.WorldConfig(num_frames=3), seed=0, num=8),
     channels=config['model']['channels'],
-    seed=0,
   )
   video_pipeline.export(folder, config=config, params=params, codec=codec)
 

@@ -127,10 +127,8 @@ def arguments(tmp_path_factory):
     [np.float32(x + 0.2 * rng.normal(size=x.shape)) for x in leaves]
   )
   codec = linear.fit_linear_codec(
-    bouncing.WorldConfig(num_frames=3),
-    num_videos=8,
+    bouncing.videos(bouncing.WorldConfig(num_frames=3), seed=0, num=8),
     channels=config['model']['channels'],
-    seed=0,
   )
   video_pipeline.export(folder, config=config, params=params, codec=codec)
   return [

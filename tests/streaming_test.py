@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.sampling import streaming
@@ -58,7 +58,7 @@ def encode(prompts):
 
 @pytest.fixture(autouse=True)
 def latents_instead_of_pixels(monkeypatch):
-  monkeypatch.setattr(linear, 'float_to_pixels', lambda video: video)
+  monkeypatch.setattr(pixels, 'from_float', lambda video: video)
 
 
 def stage_mesh(devices):

@@ -1,28 +1,16 @@
-"""Frames to latents and back, behind one seam.
-
-A codec is a pytree, so it goes through `jax.jit` as an argument, and has
-
-  spatial_stride, temporal_stride, channels
-  encode(video) -> latents                    [-1, 1] -> about unit variance
-  decode(latents) -> video                    clipped to [-1, 1]
-  init_decode_state(batch_size) -> state      an explicit pytree
-  decode_stream(state, latents) -> video, state
-
-Feeding a latent sequence to `decode_stream` in pieces gives the frames that
-`decode` gives at once.
+"""Principal components of pixel patches: a codec that is fitted, not trained.
 
 B batch, F frames, H height, W width, C latent channels, P values of a patch.
 """
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-
-from hiar_jax.data import bouncing
 
 _RGB = 3
 
@@ -114,35 +102,21 @@ def from_patches(patches_BFHWP: jax.Array, stride: int) -> jax.Array:
   return x.reshape(b, f, h * stride, w * stride, c)
 
 
-def pixels_to_float(video: jax.Array | np.ndarray) -> jax.Array:
-  """uint8 [0, 255] to float32 [-1, 1]."""
-  return jnp.asarray(video, jnp.float32) / 127.5 - 1.0
-
-
-def float_to_pixels(video: jax.Array) -> jax.Array:
-  """float [-1, 1] to uint8, rounded to nearest; values outside are clipped."""
-  return jnp.rint((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-
-
 def fit_linear_codec(
-  cfg: bouncing.WorldConfig,
+  videos: Iterable[np.ndarray],
   *,
-  num_videos: int,
   channels: int,
-  seed: int,
   whitening: float = 1.0,
   spatial_stride: int = 8,
 ) -> LinearCodec:
-  """Fits the codec to scenes 0 .. num_videos - 1 of the world `seed`.
+  """Fits the codec to videos.
 
   The fit is exact (an eigendecomposition of the patches' covariance), so the
   same arguments give the same codec.
 
   Args:
-    cfg: the world.
-    num_videos: scenes to fit to.
+    videos: uint8 [F, H, W, 3] each; read once, one at a time.
     channels: latent channels.
-    seed: of the scenes.
     whitening: in [0, 1]. The standard deviation of channel c is
       (std_c / std_0) ** (1 - whitening), std_c being that of the principal
       component: 1 makes all channels equally loud, 0 keeps their proportions
@@ -150,26 +124,25 @@ def fit_linear_codec(
     spatial_stride: side of a patch in px.
 
   Raises:
-    ValueError: if there are more channels than values in a patch, or more
-      than the videos have directions of variance.
+    ValueError: if there are no videos, more channels than values in a patch,
+      or more than the videos have directions of variance.
   """
   size = spatial_stride * spatial_stride * _RGB
   if not 1 <= channels <= size:
     raise ValueError(f'channels={channels} must be in [1, {size}]')
-  if num_videos < 1:
-    raise ValueError(f'num_videos={num_videos} is not positive')
   if not 0.0 <= whitening <= 1.0:
     raise ValueError(f'whitening={whitening} must be in [0, 1]')
   count = 0
   total_P = np.zeros(size)
   square_PP = np.zeros((size, size))
-  for index in range(num_videos):
-    video = bouncing.render(bouncing.sample_scene(cfg, seed, index), cfg)
-    video = video[None].astype(np.float32) / 127.5 - 1.0
-    patches = to_patches(video, spatial_stride).reshape(-1, size)
+  for video in videos:
+    frames = video[None].astype(np.float32) / 127.5 - 1.0
+    patches = to_patches(frames, spatial_stride).reshape(-1, size)
     count += len(patches)
     total_P += patches.sum(axis=0, dtype=np.float64)
     square_PP += patches.T @ patches
+  if not count:
+    raise ValueError('there are no videos to fit the codec to')
   mean_P = total_P / count
   variance_P, vectors_PP = np.linalg.eigh(
     square_PP / count - np.outer(mean_P, mean_P)
@@ -178,9 +151,7 @@ def fit_linear_codec(
   variance_C = variance_P[::-1][:channels]
   vectors_PC = vectors_PP[:, ::-1][:, :channels]
   if variance_C[-1] <= 1e-9 * variance_C[0]:
-    raise ValueError(
-      f'{num_videos} videos have no variance left for channel {channels}'
-    )
+    raise ValueError(f'the videos have no variance left for channel {channels}')
   # An eigenvector's sign is arbitrary: fix it, or latents change with LAPACK.
   vectors_PC = vectors_PC * np.where(vectors_PC.sum(axis=0) < 0, -1.0, 1.0)
   std_C = np.sqrt(variance_C)

@@ -13,6 +13,7 @@ F frames, H height, W width.
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -184,6 +185,12 @@ def render(scene: Scene, cfg: WorldConfig) -> np.ndarray:
     width=cfg.width,
   )
   return composite(cover_FHW, scene.rgb, scene.background_rgb)
+
+
+def videos(cfg: WorldConfig, seed: int, num: int) -> Iterator[np.ndarray]:
+  """The videos of scenes 0 .. num - 1 of the world `seed`, one at a time."""
+  for index in range(num):
+    yield render(sample_scene(cfg, seed, index), cfg)
 
 
 def coverage(

@@ -14,10 +14,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from hiar_jax.codecs import linear
 from hiar_jax.data import shard_files, sources
 
 
@@ -46,7 +44,7 @@ def make(
   directory: str | os.PathLike,
   manifest: Manifest,
   videos: sources.BouncingVideos,
-  codec: Any,
+  encode: Callable[[np.ndarray], Any],
   *,
   batch_size: int,
   progress: Callable[[int], None] = lambda count: None,
@@ -58,7 +56,8 @@ def make(
     directory: of the set; created if needed.
     manifest: of the set.
     videos: of its world and seed.
-    codec: see `codecs`.
+    encode: uint8 [N, F, H, W, 3] to latents [N, F', h, w, C], see
+      `codecs.pixels.encoder`; it may return before they are computed.
     batch_size: videos encoded at once.
     progress: is told of every batch how many videos it had.
     should_stop: asked before every batch; True drops the file under way.
@@ -71,9 +70,6 @@ def make(
       that differ.
   """
   manifest.settle(directory)
-  encode = jax.jit(
-    lambda codec, video: codec.encode(linear.pixels_to_float(video))
-  )
   for shard in manifest.missing(directory):
     indices = manifest.indices(shard)
     latents, running = [], collections.deque()
@@ -83,7 +79,7 @@ def make(
       batch = indices[start : start + batch_size]
       frames = np.stack([videos[index]['video'] for index in batch])
       # The next batch is drawn while the device encodes this one.
-      running.append(encode(codec, frames))
+      running.append(encode(frames))
       if len(running) > 1:
         latents.append(np.asarray(running.popleft(), np.float16))
         progress(len(latents[-1]))

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hiar_jax import rollout
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.sampling import memory, pipeline, shared_pipeline
@@ -410,4 +410,4 @@ def _shared_block(params, bank, slots_tS, keys_B, pasts, block, *, engine):
 @jax.jit
 def _decode(codec, state, latents):
   frames, state = codec.decode_stream(state, latents)
-  return linear.float_to_pixels(frames), state
+  return pixels.from_float(frames), state

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, pixels
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
@@ -465,13 +465,13 @@ def _batches(size: int) -> list[np.ndarray]:
 
 @jax.jit
 def _encode_frames(codec, frames_BFHWC):
-  return codec.encode(linear.pixels_to_float(frames_BFHWC))
+  return codec.encode(pixels.to_float(frames_BFHWC))
 
 
 @jax.jit
 def _decode_block(codec, state, latents_BFhwC):
   video, state = codec.decode_stream(state, latents_BFhwC)
-  return linear.float_to_pixels(video), state
+  return pixels.from_float(video), state
 
 
 def _load_codec(path: str | pathlib.Path, config: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import pixels
 from hiar_jax.data import sources
 from hiar_jax.models import vae
 
@@ -96,7 +96,7 @@ def loss(
     kl_weight: of the divergence, a mean over latents like the errors' over
       pixels.
   """
-  target = linear.pixels_to_float(video)
+  target = pixels.to_float(video)
   mean, log_var = vae.posterior(config, params, target)
   log_var = jnp.clip(log_var, *_LOG_VAR_RANGE)
   noise = jax.random.normal(key, mean.shape)
@@ -143,7 +143,7 @@ def statistics(
   encode = jax.jit(lambda params, video: vae.posterior(config, params, video))
   means = np.concatenate(
     [
-      encode(params, linear.pixels_to_float(source[index]['video'][None]))[0]
+      encode(params, pixels.to_float(source[index]['video'][None]))[0]
       for index in range(num_videos)
     ]
   ).reshape(-1, config.z_dim)

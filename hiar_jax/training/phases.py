@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, pixels
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.data import bouncing, latent_files, sources, trajectories
 from hiar_jax.denoiser import Denoiser
@@ -78,11 +78,13 @@ def world_codec(config: Config) -> Any:
     return codecs_vae.load_vae_codec(path, vae.VAEConfig(**config.vae))
   if not path.exists():
     codec = linear.fit_linear_codec(
-      bouncing.WorldConfig(**config.world),
-      num_videos=config.codec.num_videos,
+      bouncing.videos(
+        bouncing.WorldConfig(**config.world),
+        config.codec.seed,
+        config.codec.num_videos,
+      ),
       channels=config.codec.channels,
       whitening=config.codec.whitening,
-      seed=config.codec.seed,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     linear.save_linear_codec(codec, path)
@@ -278,7 +280,7 @@ def _teacher(config: Config) -> Phase:
 
   def step(state, batch, iteration):
     if 'latents' not in batch:
-      latents = codec.encode(linear.pixels_to_float(batch['video']))
+      latents = codec.encode(pixels.to_float(batch['video']))
       batch = {'latents': latents, 'text': batch['text']}
     return update(state, batch, jax.random.fold_in(key, iteration))
 

@@ -1,4 +1,4 @@
-"""The folders that weights lie in, ours and others': file names, config.json."""
+"""The folders that weights lie in, ours and others': files and config.json."""
 
 import pathlib
 from collections.abc import Mapping
