@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hiar_jax import noise_schedule
-from hiar_jax.data import bouncing, sources, trajectories, trajectory_files
+from hiar_jax.data import bouncing, trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed, errors, stopping
@@ -76,7 +76,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     config.teacher_weights if _WEIGHTS.value is None else _WEIGHTS.value,
     jax.eval_shape(denoiser.init, jax.random.key(0)),
   )
-  prompts = sources.BouncingPrompts(
+  prompts = bouncing.BouncingPrompts(
     bouncing.WorldConfig(**config.world),
     word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,

@@ -133,11 +133,11 @@ def test_codec_states_its_shape(codec):
 
 
 def test_pixels_survive_the_float_range():
-  pixels = np.arange(256, dtype=np.uint8)
-  floats = pixels.to_float(pixels)
+  levels = np.arange(256, dtype=np.uint8)
+  floats = pixels.to_float(levels)
   assert floats[0] == -1.0
   assert floats[-1] == 1.0
-  np.testing.assert_array_equal(pixels.from_float(floats), pixels)
+  np.testing.assert_array_equal(pixels.from_float(floats), levels)
 
 
 def test_a_frame_that_does_not_divide_is_refused(codec):

@@ -15,11 +15,11 @@ ENCODER = word_hash.WordHashEncoder(dim=8)
 
 
 def videos(**kwargs):
-  return sources.BouncingVideos(WORLD, ENCODER, seed=1, **kwargs)
+  return bouncing.BouncingVideos(WORLD, ENCODER, seed=1, **kwargs)
 
 
 def prompts(**kwargs):
-  return sources.BouncingPrompts(WORLD, ENCODER, seed=1, **kwargs)
+  return bouncing.BouncingPrompts(WORLD, ENCODER, seed=1, **kwargs)
 
 
 def assert_equal_trees(a, b):

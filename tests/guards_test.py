@@ -108,7 +108,7 @@ def fit(monkeypatch, tmp_path):
 
   def fit(*poisoned, **settings):
     states = []
-    prompts = sources.BouncingPrompts(
+    prompts = bouncing.BouncingPrompts(
       bouncing.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
     )
     params = {'w': jnp.float32(3.0)}

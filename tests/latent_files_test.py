@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from hiar_jax.codecs import linear, pixels
-from hiar_jax.data import bouncing, latent_files, sources
+from hiar_jax.data import bouncing, latent_files
 from hiar_jax.text import word_hash
 
 WORLD = bouncing.WorldConfig(height=32, width=32, num_frames=3)
-VIDEOS = sources.BouncingVideos(
+VIDEOS = bouncing.BouncingVideos(
   WORLD, word_hash.WordHashEncoder(dim=4, length=4), seed=3, caption_dropout=0.5
 )
 MANIFEST = latent_files.Manifest(
@@ -102,7 +102,7 @@ def test_a_stop_leaves_whole_files_only(folder, codec, tmp_path):
     return len(asked) > 3
 
   assert not latent_files.make(
-    *(out, MANIFEST, VIDEOS, codec),
+    *(out, MANIFEST, VIDEOS, pixels.encoder(codec)),
     batch_size=2,
     should_stop=stop_in_the_second_file,
   )

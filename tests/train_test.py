@@ -120,7 +120,7 @@ def counting_phase(bad_iteration=None, raises=()):
     state = {'sum': state['sum'] + batch['text'].sum() + iteration}
     return state, {'loss': np.nan if bad else float(iteration)}
 
-  prompts = sources.BouncingPrompts(
+  prompts = bouncing.BouncingPrompts(
     bouncing.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
   )
   return phases.Phase(

@@ -28,7 +28,7 @@ from hiar_jax.weights import tables
 
 STUDENT = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 CONFIG = trajectories.TrajectoryConfig(num_steps=3, shift=5.0, guidance=2.0)
-PROMPTS = sources.BouncingPrompts(
+PROMPTS = bouncing.BouncingPrompts(
   bouncing.WorldConfig(num_frames=2),
   word_hash.WordHashEncoder(dim=8, length=4),
   seed=1,

@@ -6,14 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from hiar_jax.data import bouncing, sources
+from hiar_jax.data import bouncing
 from hiar_jax.models import vae
 from hiar_jax.text import word_hash
 from hiar_jax.training import codec as training_codec
 from hiar_jax.training import state as training_state
 
 WORLD = bouncing.WorldConfig(num_frames=5)
-VIDEOS = sources.BouncingVideos(
+VIDEOS = bouncing.BouncingVideos(
   WORLD, word_hash.WordHashEncoder(dim=4, length=4), seed=3, with_truth=True
 )
 CONFIG = vae.VAEConfig(

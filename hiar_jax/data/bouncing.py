@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from hiar_jax.text import word_hash
+
 PALETTE = {
   'red': (230, 40, 40),
   'green': (50, 200, 70),
@@ -42,6 +44,10 @@ MOTIONS = ('slowly', 'fast')
 # Of a shape's radius: the half side of the square, the hole of the ring.
 _SQUARE_HALF_SIDE = 0.85
 _RING_HOLE = 0.5
+
+
+# Told apart from the Philox stream of the scene, which starts at counter 0.
+_DROPOUT_STREAM = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +321,103 @@ _MARKED_BACKGROUND = re.compile(
 _LONE_BACKGROUND = re.compile(
   rf'\b({"|".join(BACKGROUNDS)})\b(?! (?:{"|".join(_SHAPE_WORDS)})\b)'
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class BouncingPrompts:
+  """Encoded captions of a world's scenes; a grain RandomAccessDataSource.
+
+  Attributes:
+    world: what the scenes are drawn from.
+    encoder: encodes the captions.
+    seed: of the scenes; another seed is another (held-out) set.
+    length: number of elements.
+  """
+
+  world: WorldConfig
+  encoder: word_hash.WordHashEncoder
+  seed: int
+  length: int = 2**20
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Makes element `index`: {'text': float32 [L, D]}."""
+    return {'text': self.encoder.encode([self.scene(index).caption])[0]}
+
+  def scene(self, index: int) -> Scene:
+    """The truth, caption included, of element `index`."""
+    return sample_scene(self.world, self.seed, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class BouncingVideos:
+  """Captioned videos of a world; a grain RandomAccessDataSource.
+
+  Attributes:
+    world: what the scenes are drawn from.
+    encoder: encodes the captions.
+    seed: of the scenes; another seed is another (held-out) set.
+    caption_dropout: share of the elements whose text is all zeros, which
+      teaches the model the unconditional video (classifier-free guidance).
+      Which ones depends on the seed and the index only.
+    with_truth: also return the scene's numbers.
+    length: number of elements.
+  """
+
+  world: WorldConfig
+  encoder: word_hash.WordHashEncoder
+  seed: int
+  caption_dropout: float = 0.0
+  with_truth: bool = False
+  length: int = 2**20
+
+  def __post_init__(self):
+    if not 0.0 <= self.caption_dropout <= 1.0:
+      raise ValueError(
+        f'caption_dropout={self.caption_dropout} must be in [0, 1]'
+      )
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, index: int) -> dict[str, object]:
+    """Makes element `index`.
+
+    Returns:
+      A dict of `video`, uint8 [F, H, W, 3], and `text`, float32 [L, D]. With
+      truth also `truth`, a dict of float32 arrays: `positions` [F, 2] in px
+      (y, x), `rgb` [3] and `background_rgb` [3] in [0, 255], `radius` [] in
+      px, `speed` [] in px per frame.
+    """
+    scene = self.scene(index)
+    element = {
+      'video': render(scene, self.world),
+      'text': self.text(index),
+    }
+    if self.with_truth:
+      names = ('positions', 'rgb', 'background_rgb', 'radius', 'speed')
+      element['truth'] = {
+        name: np.asarray(getattr(scene, name), np.float32) for name in names
+      }
+    return element
+
+  def scene(self, index: int) -> Scene:
+    """The truth, caption included, of element `index`."""
+    return sample_scene(self.world, self.seed, index)
+
+  def text(self, index: int) -> np.ndarray:
+    """The `text` of element `index`, without drawing its video."""
+    caption = '' if self._drops_caption(index) else self.scene(index).caption
+    return self.encoder.encode([caption])[0]
+
+  def _drops_caption(self, index: int) -> bool:
+    bits = np.random.Philox(
+      key=np.array([self.seed, index], np.uint64),
+      counter=np.array([0, 0, 0, _DROPOUT_STREAM], np.uint64),
+    )
+    return np.random.Generator(bits).random() < self.caption_dropout
 
 
 def _pick(options: tuple[str, ...], u: float) -> str:

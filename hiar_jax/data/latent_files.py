@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.data import shard_files, sources
+from hiar_jax.data import bouncing, shard_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Manifest(shard_files.Manifest):
 def make(
   directory: str | os.PathLike,
   manifest: Manifest,
-  videos: sources.BouncingVideos,
+  videos: bouncing.BouncingVideos,
   encode: Callable[[np.ndarray], Any],
   *,
   batch_size: int,
@@ -99,7 +99,7 @@ class EncodedVideos:
     self,
     directory: str | os.PathLike,
     manifest: Manifest,
-    videos: sources.BouncingVideos,
+    videos: bouncing.BouncingVideos,
   ) -> None:
     """Opens a complete set.
 

@@ -25,7 +25,7 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hiar_jax import noise_schedule
-from hiar_jax.data import sources, trajectory_files
+from hiar_jax.data import bouncing, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.runtime import provenance
@@ -172,7 +172,7 @@ def make_manifest(
   student_levels: Sequence[float],
   denoiser: Denoiser,
   params: dict,
-  prompts: sources.BouncingPrompts,
+  prompts: bouncing.BouncingPrompts,
   *,
   num: int,
   shard_size: int,
@@ -240,7 +240,7 @@ def make(
   manifest: trajectory_files.Manifest,
   denoiser: Denoiser,
   params: dict,
-  prompts: sources.BouncingPrompts,
+  prompts: bouncing.BouncingPrompts,
   *,
   batch_size: int,
   shard_index: int = 0,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.codecs import pixels
-from hiar_jax.data import sources
+from hiar_jax.data import bouncing
 from hiar_jax.models import vae
 
 # Told apart from the other streams that belong to an element, see `data`.
@@ -34,7 +34,7 @@ class ObjectClips:
     crop: side of the square crop in px.
   """
 
-  videos: sources.BouncingVideos
+  videos: bouncing.BouncingVideos
   crop: int
 
   def __post_init__(self):

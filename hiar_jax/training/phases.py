@@ -91,9 +91,9 @@ def world_codec(config: Config) -> Any:
   return linear.load_linear_codec(path)
 
 
-def videos(config: Config) -> sources.BouncingVideos:
+def videos(config: Config) -> bouncing.BouncingVideos:
   """The teacher's training videos."""
-  return sources.BouncingVideos(
+  return bouncing.BouncingVideos(
     bouncing.WorldConfig(**config.world),
     word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
@@ -131,9 +131,9 @@ def rollout_config(config: Config) -> rollout.RolloutConfig:
   return rollout.RolloutConfig(levels=levels, **config.rollout)
 
 
-def prompts(config: Config) -> sources.BouncingPrompts:
+def prompts(config: Config) -> bouncing.BouncingPrompts:
   """The captions of the training scenes."""
-  return sources.BouncingPrompts(
+  return bouncing.BouncingPrompts(
     bouncing.WorldConfig(**config.world),
     word_hash.WordHashEncoder(**config.text),
     seed=config.world_seed,
@@ -218,7 +218,7 @@ def _codec(config: Config) -> Phase:
   numbers = config.codec_training
   optimiser = _optimiser(config.optimiser, config.iterations)
   key = jax.random.key(config.seed)
-  source = sources.BouncingVideos(
+  source = bouncing.BouncingVideos(
     bouncing.WorldConfig(
       **(config.world.to_dict() | {'num_frames': numbers.num_frames})
     ),
@@ -336,7 +336,7 @@ def _student_start(config: Config) -> Phase:
 class PromptsAndTrajectories:
   """Element i of the prompts beside a trajectory, for the forward KL."""
 
-  prompts: sources.BouncingPrompts
+  prompts: bouncing.BouncingPrompts
   trajectories: trajectories.TrajectorySource
 
   def __len__(self) -> int:
