@@ -43,7 +43,7 @@ setuptools.setup(
   .read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
-  packages=['hiar_jax', 'hiar_jax.models'],
+  packages=setuptools.find_packages(include=['hiar_jax', 'hiar_jax.*']),
   package_data={'hiar_jax': ['assets/**']},
   python_requires='>=3.11',
   install_requires=[

@@ -5,41 +5,40 @@
   pipe = hiar_jax.load('bouncing')
   pipe('a large red disc drifting fast over dark blue', num_blocks=28)
 
-`load`, `Video`, `VideoPipeline` and the modules are imported when they are
-first used, so that `import hiar_jax` costs nothing.
+`load`, `Video`, `VideoPipeline`, the files of the method and the rooms are
+imported when they are first used, so that `import hiar_jax` costs nothing.
 """
 
 import importlib
 
 __version__ = '0.1.0'
 
-_FROM_GENERATE = ('Video', 'VideoPipeline', 'load')
-_MODULES = (
-  'checkpoint',
+_NAMES = {
+  'Video': 'hiar_jax.sampling.video',
+  'VideoPipeline': 'hiar_jax.sampling.video_pipeline',
+  'load': 'hiar_jax.sampling.video_pipeline',
+}
+_METHOD = ('denoiser', 'losses', 'noise_schedule', 'rollout')
+_ROOMS = (
   'codecs',
   'data',
-  'denoiser',
   'evaluation',
-  'generate',
-  'losses',
   'models',
-  'noise_schedule',
-  'rollout',
-  'solvers',
-  'teacher_sampling',
+  'planning',
+  'runtime',
+  'sampling',
   'text',
-  'train',
-  'video_io',
-  'worlds',
+  'training',
+  'weights',
 )
 
-__all__ = [*_FROM_GENERATE, *_MODULES]
+__all__ = [*_NAMES, *_METHOD, *_ROOMS]
 
 
 def __getattr__(name: str):
-  if name in _FROM_GENERATE:
-    return getattr(importlib.import_module('hiar_jax.generate'), name)
-  if name in _MODULES:
+  if name in _NAMES:
+    return getattr(importlib.import_module(_NAMES[name]), name)
+  if name in _METHOD or name in _ROOMS:
     return importlib.import_module(f'hiar_jax.{name}')
   raise AttributeError(f"module 'hiar_jax' has no attribute {name!r}")
 

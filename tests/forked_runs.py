@@ -4,7 +4,7 @@
 # has made the imports already; prints [exit status, stderr] of each.
 DRIVER = """
 import json, os, runpy, sys, tempfile, warnings
-import hiar_jax.generate
+import hiar_jax.sampling.video_pipeline
 import ml_collections.config_flags
 program, *runs = sys.argv[1:]
 # Nothing has been computed yet, so there is no thread that a fork could miss.

@@ -26,7 +26,7 @@ def code_version() -> dict[str, str]:
 
 def _commit() -> str:
   """Of the checkout that the library lies in, or that it was installed from."""
-  git = pathlib.Path(__file__).parents[1] / '.git'
+  git = pathlib.Path(__file__).parents[2] / '.git'
   if git.exists():
     return commit_of(git)
   try:
