@@ -48,8 +48,8 @@ class FrameMeasures:
   Attributes:
     background_F3: RGB in [0, 255], the median of the border.
     colour_F3: RGB in [0, 255], the median of the object's inside.
-    centre_F2: (y, x) in px, as in `worlds`; the frame's middle if no object
-      is visible.
+    centre_F2: (y, x) in px, as in `data.bouncing`; the frame's middle if no
+      object is visible.
     area_F: px the object covers.
     visible_F: whether there is an object of plausible area and contrast.
   """
@@ -69,7 +69,7 @@ class VideoScore:
     visible: share of the frames with an object of plausible area.
     background_error: mean over the frames, 0..1.
     colour_error: mean over the frames with an object, 0..1.
-    shape: the one of worlds.SHAPES that fits the video best.
+    shape: the one of bouncing.SHAPES that fits the video best.
     shape_correct: share of the frames in which the prompt's shape fits best.
     motion: median step of the centre, px per frame; NaN without an object.
     motion_correct: 1.0 if it moves at all, as fast as the prompt says, or

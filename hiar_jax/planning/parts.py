@@ -1,4 +1,4 @@
-"""Do the text encoder and the VAE fit one TPU chip? See planning.py.
+"""Do the text encoder and the VAE fit one TPU chip? See planning/stream.py.
 
 Both run beside the stream, or before and after it, on one chip: the encoder
 once a prompt, the VAE's decoder once a block, from its cache.
@@ -96,14 +96,14 @@ def plan_vae_decode(
 
   Args:
     cfg: of the VAE.
-    topology: see `planning.describe`.
+    topology: see `stream.describe`.
     frames: latent frames of a block.
     latent_height: rows of a latent frame.
     latent_width: columns.
     weights_dtype: in which the weights are held.
 
   Raises:
-    ValueError: see `planning.describe`.
+    ValueError: see `stream.describe`.
   """
   place = _placer(topology)
   params = jax.eval_shape(lambda: vae.init(cfg, jax.random.key(0)))
@@ -147,12 +147,12 @@ def plan_text_encoder(
 
   Args:
     cfg: of the encoder.
-    topology: see `planning.describe`.
+    topology: see `stream.describe`.
     tokens: of a prompt, padding included.
     weights_dtype: in which the weights are held.
 
   Raises:
-    ValueError: see `planning.describe`.
+    ValueError: see `stream.describe`.
   """
   place = _placer(topology)
   params = place(

@@ -1,9 +1,9 @@
-"""Does a distillation fit a TPU pod? Answered by compiling it, see planning.py.
+"""Does a distillation fit a TPU pod? Answered by compiling it, as in stream.py.
 
 Three programs: the generator's step, the critic's step, and the teacher's
 sampling of trajectories, each divided over all chips of a topology as training
-divides it (sharding.py). Times are modelled: FLOPs at the chips' peak rate, and
-collectives at the full rate of their links, whichever is longer.
+divides it (models/sharding.py). Times are modelled: FLOPs at the chips' peak
+rate, and collectives at the full rate of their links, whichever is longer.
 """
 
 # B batch, F latent frames, P tokens per frame, N layers, S steps, D width

@@ -33,7 +33,7 @@ from hiar_jax.sampling import calls, streaming
 from hiar_jax.sampling.video import Video
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.text import word_hash
-from hiar_jax.weights import conversion, layouts, networks, releases
+from hiar_jax.weights import conversion, hub, layouts, networks, releases
 
 # What a pipeline takes from a training config; the rest is about training.
 SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
@@ -321,7 +321,7 @@ def _converted(
       raise FileNotFoundError(
         f'no pipeline in {path}: it has no {layouts.CONFIG_FILE}'
       )
-  elif not path.exists() and not releases.is_hub_name(str(name)):
+  elif not path.exists() and not hub.is_name(str(name)):
     raise ValueError(
       f'no pipeline {str(name)!r}: it is neither a folder nor one of '
       f'{known_names()}'
@@ -352,7 +352,7 @@ def from_config(
       codec) and 'umt5' (sizes of the text encoder, instead of 'text'; it and
       its tokenizer lie beside the weights); others are ignored.
     weights: of `networks.save_weights`.
-    codec: of `codecs.save_linear_codec`, or of the VAE.
+    codec: of `linear.save_linear_codec`, or of the VAE.
     text_encoder: 'keep', 'release' or a path, see `text_umt5.load_encoder`.
     text_cache: a folder for the states of prompts, see there.
 

@@ -41,8 +41,8 @@ class Phase:
     step: (state, batch, iteration) -> (state, metrics).
     batches: endless checkpointable iterator.
     weights: picks the tree to export from the last state.
-    flops: of a mean iteration, all devices together, see flops.py; None if not
-      known.
+    flops: of a mean iteration, all devices together, see training/flops.py;
+      None if not known.
   """
 
   state: Any

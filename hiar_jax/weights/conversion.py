@@ -353,7 +353,7 @@ def cached(
     report: see Report.
 
   Raises:
-    FileNotFoundError, ValueError: see `releases.find`, `releases.download`
+    FileNotFoundError, ValueError: see `releases.find`, `hub.download`
       and `to_ours`.
   """
   release = releases.locate(name)

@@ -27,6 +27,7 @@ from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.weights import (
   foreign,
+  hub,
   safetensors_io,
   tables,
   umt5_tables,
@@ -41,13 +42,6 @@ Config = WanConfig | vae.VAEConfig | umt5.UMT5Config
 
 _FLOATS = ('float64', 'float32', 'float16', 'bfloat16')
 _TOKENIZER_FILES = ('tokenizer.json', 'spiece.model', 'tokenizer.model')
-_TRUE = ('1', 'ON', 'YES', 'TRUE')
-_HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
-# What is asked of a hub; the rest of a release is images and other networks.
-_HUB_PATTERNS = [
-  *('*.json', '*.safetensors', '*.model', '*.pt'),
-  *('Wan2.1_VAE.pth', 'models_t5*.pth'),
-]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,11 +135,11 @@ def locate(name: str | os.PathLike) -> Release:
   """Finds the parts of a file, a folder or a hub's 'owner/name'.
 
   Raises:
-    FileNotFoundError, ValueError: see `find` and `download`.
+    FileNotFoundError, ValueError: see `find` and `hub.download`.
   """
   path = pathlib.Path(name)
-  if not path.exists() and is_hub_name(str(name)):
-    path = download(str(name))
+  if not path.exists() and hub.is_name(str(name)):
+    path = hub.download(str(name))
   return find(path)
 
 
@@ -170,40 +164,6 @@ def holds_weights(folder: pathlib.Path) -> bool:
   return any(
     _is_weights(file) for f in folders if f.is_dir() for file in f.iterdir()
   )
-
-
-def download(name: str) -> pathlib.Path:
-  """The folder of a hub's release, fetched unless it was before.
-
-  Args:
-    name: 'owner/name'. With HF_HUB_OFFLINE=1 only what is there is used.
-
-  Raises:
-    ValueError: if it cannot be had, or huggingface_hub is not installed.
-  """
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise ValueError(
-      f'{name!r} is no folder; to fetch it from a hub, '
-      "pip install 'hiar_jax[convert]'"
-    ) from None
-  offline = os.environ.get('HF_HUB_OFFLINE', '').upper() in _TRUE
-  try:
-    folder = huggingface_hub.snapshot_download(
-      name, allow_patterns=_HUB_PATTERNS, local_files_only=offline
-    )
-  except (ValueError, OSError) as error:
-    reason = 'HF_HUB_OFFLINE is set' if offline else _first_line(error)
-    raise ValueError(
-      f'{name!r} is no folder here, and no release of that name could be '
-      f'fetched ({reason})'
-    ) from error
-  return pathlib.Path(folder)
-
-
-def is_hub_name(name: str) -> bool:
-  return bool(_HUB_NAME.fullmatch(name))
 
 
 def open_network(
@@ -495,7 +455,3 @@ def _only(folder: pathlib.Path, files: list[pathlib.Path]) -> pathlib.Path:
       f'{folder} holds more than one set of weights, {sorted(sets)}: name one'
     )
   return files[0]
-
-
-def _first_line(error: BaseException) -> str:
-  return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}'

@@ -16,7 +16,7 @@ import time
 import pytest
 import yaml
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 _LAUNCH = _ROOT / 'launch'
 _SCRIPTS = ('pod.sh', 'retry.sh', 'slurm.sbatch')
 _SHELLCHECK = pathlib.Path(sys.executable).with_name('shellcheck')

@@ -21,7 +21,7 @@ from hiar_jax.training import checkpoint, phases
 from hiar_jax.training import state as training_state
 from tests import sharded_update, tiny
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 MeshConfig = sharding.MeshConfig
 
 

@@ -4,7 +4,7 @@ Real processes on the tiny configs. The moment of the signal is drawn: some
 checkpoints (or files of trajectories) after the first, and a moment later.
 SIGKILL strikes anywhere; SIGTERM is answered by saving what is under way.
 
-  python -m pytest tests/kill_resume_test.py -m slow -s
+  python -m pytest tests/training/kill_resume_test.py -m slow -s
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.slow
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 _ITERATIONS, _EVERY = 16, 1
 _CYCLE = 5
 # SIGKILLs of the distillation; every second one strikes during a save.

@@ -20,6 +20,7 @@ from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import (
   conversion,
   foreign,
+  hub,
   layouts,
   releases,
   safetensors_io,
@@ -237,7 +238,7 @@ def test_a_hubs_release_that_is_not_there_is_named(tmp_path, monkeypatch):
   monkeypatch.setenv('HF_HUB_OFFLINE', '1')
   monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
   with pytest.raises(ValueError, match="'no/such'.*HF_HUB_OFFLINE is set"):
-    releases.download('no/such')
+    hub.download('no/such')
 
 
 def test_weights_without_vae_take_the_bases(released, tmp_path, monkeypatch):
@@ -371,7 +372,7 @@ def _open_pickle(folder):
 
 
 def _ask_hub(folder):
-  releases.download('some/body')
+  hub.download('some/body')
 
 
 def _read_tokenizer(folder):

@@ -13,7 +13,7 @@ import pytest
 
 from hiar_jax.runtime import stopping
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_sigterm_is_noted_until_the_loop_asks():

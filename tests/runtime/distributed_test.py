@@ -2,7 +2,7 @@
 
 Run as a program, this file is one of the processes:
 
-  python tests/distributed_test.py HOST:PORT PROCESSES ID
+  python tests/runtime/distributed_test.py HOST:PORT PROCESSES ID
 """
 
 import os
@@ -18,7 +18,7 @@ import pytest
 
 from hiar_jax.runtime import distributed
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 
 NAMED = {
   'JAX_COORDINATOR_ADDRESS': 'host:1234',

@@ -10,7 +10,7 @@ import pytest
 
 from hiar_jax.runtime import watchdog
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 class _Values:

@@ -22,7 +22,7 @@ from hiar_jax.runtime import video_io
 from hiar_jax.sampling import video_pipeline
 from tests.forked_runs import DRIVER
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 _PROGRAM = _ROOT / 'launch' / 'generate.py'
 _SMALL = {
   'dim': 16,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Streams very many blocks of a tiny network and watches the memory.
 
-  python tests/endless_stream.py --num_blocks 10000
+  python tests/sampling/endless_stream.py --num_blocks 10000
 
 Prints the resident memory every thousand blocks. Ends with status 1 if it grows
 by more than the bound after the first thousand, in which XLA and the allocator

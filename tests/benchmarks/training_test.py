@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 _PROGRAM = _ROOT / 'benchmarks' / 'training.py'
 
 

@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 
-_PATH = pathlib.Path(__file__).parents[1] / 'launch' / 'quickstart.ipynb'
+_PATH = pathlib.Path(__file__).parents[2] / 'launch' / 'quickstart.ipynb'
 
 
 # The same cells on fewer blocks.

@@ -24,7 +24,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.slow
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 _NUM, _SHARD = 200, 4
 
 

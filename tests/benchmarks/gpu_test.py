@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_flops_of_a_pass_are_proportional_to_its_layers():

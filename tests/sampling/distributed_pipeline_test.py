@@ -2,7 +2,8 @@
 
 Run as a program, this file is one of the processes:
 
-  python tests/distributed_pipeline_test.py HOST:PORT PROCESSES ID DEVICES
+  python tests/sampling/distributed_pipeline_test.py \\
+    HOST:PORT PROCESSES ID DEVICES
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed
 from hiar_jax.sampling import pipeline, streaming
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 
 # (batch, blocks, fused)

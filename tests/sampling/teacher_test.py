@@ -18,7 +18,7 @@ from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.weights import layouts, networks
 from tests import toy_network
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = sampling_teacher.SamplingConfig(num_steps=3, shift=5.0, guidance=2.0)
 NULL = np.zeros((1, 3, 4), np.float32)
 
