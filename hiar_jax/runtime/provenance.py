@@ -17,7 +17,7 @@ _COMMIT = re.compile(r'[0-9a-f]{40,64}')
 
 def code_version() -> dict[str, str]:
   """Versions by name: 'hiar_jax', 'commit' ('' if unknown), and packages."""
-  own = importlib.import_module(__package__).__version__
+  own = importlib.import_module('hiar_jax').__version__
   versions = {'hiar_jax': own, 'commit': _commit()}
   for name in _PACKAGES:
     versions[name] = importlib.metadata.version(name)

@@ -41,7 +41,8 @@ _OTHER = 'a small green square over black'
 _FAKE = """
 import dataclasses, os, runpy, signal, sys
 import numpy as np
-from hiar_jax import generate, text
+from hiar_jax.sampling import video_pipeline
+from hiar_jax.text import word_hash
 class Stream:
   mode, reason = 'fake', 'which makes nothing'
   made = 0
@@ -57,10 +58,10 @@ class Stream:
 class Pipeline:
   fps: float = 12.0
   frame_shape = (64, 64, 3)
-  encoder = text.WordHashEncoder()
+  encoder = word_hash.WordHashEncoder()
   def stream(self, *unused, **unused_too):
     return Stream()
-generate.from_config = lambda *unused, **unused_too: Pipeline()
+video_pipeline.from_config = lambda *unused, **unused_too: Pipeline()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """

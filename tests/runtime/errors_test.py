@@ -14,7 +14,7 @@ _PROGRAM = """
 from absl import flags
 from ml_collections import config_flags
 import jax.numpy as jnp
-from hiar_jax import errors
+from hiar_jax.runtime import errors
 CONFIG = config_flags.DEFINE_config_file('config', 'config.py')
 BLOCKS = flags.DEFINE_integer('num_blocks', 7, '', lower_bound=1)
 def main(argv):

@@ -51,7 +51,7 @@ def test_outside_of_the_main_thread_nothing_is_touched():
 
 _PROGRAM = """
 import sys, time
-from hiar_jax import distributed, stopping
+from hiar_jax.runtime import distributed, stopping
 distributed.start(
   distributed.Processes('localhost:{port}', 2, int(sys.argv[1])), timeout=60
 )

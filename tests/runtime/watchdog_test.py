@@ -78,7 +78,7 @@ def test_without_a_limit_there_is_no_thread():
 # The second one holds the GIL, so that no thread can run any more.
 _PROGRAM = """
 import ctypes, time
-from hiar_jax import watchdog
+from hiar_jax.runtime import watchdog
 def a_call_that_hangs():
   {call}
 with watchdog.Watchdog(0.5) as dog:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests import endless_stream
+from tests.sampling import endless_stream
 
 _PROGRAM = pathlib.Path(__file__).with_name('endless_stream.py')
 

@@ -94,7 +94,7 @@ def test_a_device_that_runs_out_is_one_line():
 # Runs the program as if the device had 1 MB.
 _SMALL_DEVICE = """
 import runpy, sys
-from hiar_jax import memory
+from hiar_jax.sampling import memory
 memory.account = lambda device: {'bytes_limit': 10**6}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')

@@ -15,8 +15,9 @@ PROMPT = 'a small red disc drifting fast over dark blue'
 def test_embedding_is_the_same_in_another_process():
   # str hashes differ between processes; the encoder must not use them.
   code = (
-    'import sys; from hiar_jax import text; sys.stdout.buffer.write('
-    f'text.WordHashEncoder().encode([{PROMPT!r}]).tobytes())'
+    'import sys; from hiar_jax.text import word_hash; '
+    'sys.stdout.buffer.write('
+    f'word_hash.WordHashEncoder().encode([{PROMPT!r}]).tobytes())'
   )
   result = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, check=True

@@ -90,7 +90,7 @@ def test_both_namings_give_the_same_folder(tmp_path):
     tmp_path / 'a', tmp_path / 'diffusers', naming='diffusers'
   )
   to_ours(tmp_path / 'diffusers', tmp_path / 'b')
-  for kind, file in conversion.FILES.items():
+  for kind, file in layouts.OWN_FILES.items():
     assert_same_bits(read(tmp_path / 'b' / file), read(tmp_path / 'a' / file))
     # As the table that goes through memory has it.
     config = fake_release.CONFIGS[kind]

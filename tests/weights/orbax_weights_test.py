@@ -60,7 +60,7 @@ def test_a_release_comes_back_through_orbax_bit_by_bit(converted, tmp_path):
     *('student.orbax', 'vae.orbax', 'text_encoder.orbax'),
     *('config.json', 'tokenizer'),
   }
-  for file in conversion.FILES.values():
+  for file in layouts.OWN_FILES.values():
     assert_same_bits(
       *(
         networks.open_weights(converted / name / file)
@@ -68,7 +68,7 @@ def test_a_release_comes_back_through_orbax_bit_by_bit(converted, tmp_path):
       )
     )
   conversion.to_foreign(converted / 'orbax', tmp_path, naming='wan')
-  for kind in conversion.FILES:
+  for kind in layouts.OWN_FILES:
     path = layouts.FILES['wan'][kind]
     assert_same_bits(
       safetensors_io.Reader(tmp_path / path),
@@ -134,7 +134,7 @@ def test_memory_is_for_the_arrays_of_one_save(tmp_path):
   script = """
 import resource, sys
 import numpy as np
-from hiar_jax import orbax_weights
+from hiar_jax.weights import orbax_weights
 plan = {f'a{i}': ((8, 2**20), np.dtype('float32')) for i in range(12)}
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 with orbax_weights.Writer(sys.argv[1], plan, save_bytes=2**25) as writer:
