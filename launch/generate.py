@@ -281,9 +281,9 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
       _ends_on_request() as end,
       video_io.VideoWriter(path, fps=pipeline.fps, scale=scale) as writer,
     ):
-      if given is not None:
-        writer.append(given)
-        shown.append(given)
+      if stream.given is not None:
+        writer.append(stream.given[0])
+        shown.append(stream.given[0])
       for block in range(limit):
         writer.append(frames)
         # Memory stays flat: the contact sheet shows the beginning.

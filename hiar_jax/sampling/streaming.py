@@ -14,6 +14,7 @@ asks for the same blocks, sends the same prompts, and gets all frames.
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -222,6 +223,12 @@ class Stream:
 
   Each item is uint8 [B, F, H, W, 3], the frames of one block. Stop by dropping
   it.
+
+  Attributes:
+    given: uint8 [B, F, H, W, 3], the frames that the video goes on from, as
+      the codec sees them; None if it begins with its first block. They are no
+      item of the stream.
+    reason: of the engine's mode, for people.
   """
 
   def __init__(
@@ -261,7 +268,13 @@ class Stream:
     self._slots = [(0, 0)]
     self._coming: dict[int, np.ndarray] = {}
     self._state = _begin(params, text, initial, origin, engine=engine)
-    self._decoder = codec.init_decode_state(len(prompts))
+    self.given, self._decoder = None, codec.init_decode_state(len(prompts))
+    if initial is not None:
+      if engine.mesh is not None:  # Where the blocks will be decoded.
+        initial = jax.device_put(initial, engine.mesh.local_devices[0])
+      self.given, self._decoder = decode_blocks(
+        codec, initial, engine.config.frames_per_block
+      )
     # Blocks that have left, and blocks that the first stage has begun.
     self._block = self._begun = 0
     self._ready: list[jax.Array] = []
@@ -348,7 +361,7 @@ class Stream:
     self._block += 1
     # Where there is a mesh all its devices have them; one is enough to decode.
     latents = latents.addressable_data(0)
-    frames, self._decoder = _decode(self._codec, self._decoder, latents)
+    frames, self._decoder = decode_block(self._codec, self._decoder, latents)
     return frames
 
 
@@ -407,7 +420,32 @@ def _shared_block(params, bank, slots_tS, keys_B, pasts, block, *, engine):
   return pasts, x
 
 
+def decode_blocks(
+  codec: Any, latents_BFhwC: np.ndarray | jax.Array, frames_per_block: int
+) -> tuple[np.ndarray, Any]:
+  """Latents from the first frame on to pixels, in memory for one block.
+
+  Args:
+    codec: see `codecs`.
+    latents_BFhwC: any number of frames; what makes no whole number of blocks
+      are given frames, and those come first.
+    frames_per_block: latent frames that are decoded at a time.
+
+  Returns:
+    uint8 [B, F, H, W, 3], and the decoder's state for the block after them.
+  """
+  batch_size, num_frames = latents_BFhwC.shape[:2]
+  first = num_frames % frames_per_block or frames_per_block
+  cuts = [0, *range(first, num_frames + 1, frames_per_block)]
+  state, pieces = codec.init_decode_state(batch_size), []
+  for start, end in itertools.pairwise(cuts):
+    frames, state = decode_block(codec, state, latents_BFhwC[:, start:end])
+    pieces.append(np.asarray(frames))
+  return np.concatenate(pieces, 1), state
+
+
 @jax.jit
-def _decode(codec, state, latents):
-  frames, state = codec.decode_stream(state, latents)
+def decode_block(codec, state, latents_BFhwC) -> tuple[jax.Array, Any]:
+  """The next latents' uint8 frames, and the decoder's state after them."""
+  frames, state = codec.decode_stream(state, latents_BFhwC)
   return pixels.from_float(frames), state

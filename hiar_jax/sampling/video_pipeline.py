@@ -12,7 +12,6 @@ A pipeline is a folder of three files: a config, weights and a codec.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import pathlib
 import zipfile
@@ -199,7 +198,8 @@ class VideoPipeline:
       seed: another seed gives another video.
       mode: one of streaming.MODES, or 'auto': the fastest one that fits, see
         `streaming.choose_mode`. The stream's `mode` and `reason` tell.
-      initial_frames: see `__call__`.
+      initial_frames: see `__call__`; the stream has them as the codec sees
+        them in `given`, and begins with the block after them.
       mesh: runs the stages on the devices of its axis `stage`. Under several
         processes each runs the same stream and gets all frames.
 
@@ -235,19 +235,11 @@ class VideoPipeline:
 
   def decode(self, latents_BFhwC: np.ndarray) -> np.ndarray:
     """Latents to uint8 frames [B, F, H, W, 3], block by block."""
-    num_frames = latents_BFhwC.shape[1]
     size = self.rollout.frames_per_block
-    # Given frames may be no whole number of blocks; they come first.
-    cuts = [0, *range(num_frames % size or size, num_frames + 1, size)]
-    videos = []
-    for samples in _batches(len(latents_BFhwC)):
-      state = self.codec.init_decode_state(len(samples))
-      pieces = []
-      for start, end in itertools.pairwise(cuts):
-        piece = latents_BFhwC[samples, start:end]
-        frames, state = _decode_block(self.codec, state, piece)
-        pieces.append(np.asarray(frames))
-      videos.append(np.concatenate(pieces, 1))
+    videos = [
+      streaming.decode_blocks(self.codec, latents_BFhwC[samples], size)[0]
+      for samples in _batches(len(latents_BFhwC))
+    ]
     return np.concatenate(videos)[: len(latents_BFhwC)]
 
   def encode(self, frames_FHWC: np.ndarray) -> np.ndarray:
@@ -466,12 +458,6 @@ def _batches(size: int) -> list[np.ndarray]:
 @jax.jit
 def _encode_frames(codec, frames_BFHWC):
   return codec.encode(pixels.to_float(frames_BFHWC))
-
-
-@jax.jit
-def _decode_block(codec, state, latents_BFhwC):
-  video, state = codec.decode_stream(state, latents_BFhwC)
-  return pixels.from_float(video), state
 
 
 def _load_codec(path: str | pathlib.Path, config: Mapping[str, Any]) -> Any:
