@@ -25,6 +25,7 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.text import word_hash
 from hiar_jax.training import codec as training_codec
 from hiar_jax.training import flops as training_flops
+from hiar_jax.training import regression
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 from hiar_jax.weights import networks
@@ -270,7 +271,7 @@ def _teacher(config: Config) -> Phase:
   denoiser = Denoiser(WanConfig(**config.model))
   optimiser = _optimiser(config.optimiser, config.iterations)
   codec = world_codec(config)
-  update = training_steps.teacher_step(
+  update = regression.teacher_step(
     denoiser,
     optimiser,
     timestep_shift=config.timestep_shift,
@@ -306,7 +307,7 @@ def _student_start(config: Config) -> Phase:
   """ODE regression from the teacher's weights."""
   denoiser = Denoiser(WanConfig(**config.model))
   optimiser = _optimiser(config.optimiser, config.iterations)
-  update = training_steps.student_start_step(
+  update = regression.student_start_step(
     denoiser,
     optimiser,
     rollout_config(config),
