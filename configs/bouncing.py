@@ -54,7 +54,9 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     fast_speed=(0.8, 1.1),
   )
   c.world_seed = 1
+  c.prompts = dict(source='bouncing')
   c.text = dict(dim=64, length=16)
+  c.negative_prompt = ''
   c.codec = dict(path=f'{_RUNS}/codec/weights.safetensors')
   c.vae = dict(
     base_dim=16,
@@ -149,6 +151,7 @@ def _codec(c, phase):
 def _teacher(c, phase):
   c.iterations = 7500
   c.start_weights = ''
+  c.videos = dict(source='bouncing')
   c.caption_dropout = 0.1
   c.latents = dict(
     dir=f'{_RUNS}/latents', num=6144, shard_size=256, batch_size=8

@@ -13,7 +13,8 @@ F frames, H height, W width.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,6 @@ MOTIONS = ('slowly', 'fast')
 # Of a shape's radius: the half side of the square, the hole of the ring.
 _SQUARE_HALF_SIDE = 0.85
 _RING_HOLE = 0.5
-
 
 # Told apart from the Philox stream of the scene, which starts at counter 0.
 _DROPOUT_STREAM = 1
@@ -321,6 +321,74 @@ _MARKED_BACKGROUND = re.compile(
 _LONE_BACKGROUND = re.compile(
   rf'\b({"|".join(BACKGROUNDS)})\b(?! (?:{"|".join(_SHAPE_WORDS)})\b)'
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+  """Captions of a world's scenes by number; see `data.prompts.Prompts`.
+
+  Attributes:
+    world: what the scenes are drawn from.
+    seed: of the scenes; another seed is another (held-out) set.
+    length: number of them.
+  """
+
+  world: WorldConfig
+  seed: int
+  length: int = 2**20
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, index: int) -> Any:
+    return sample_scene(self.world, self.seed, index).caption
+
+  def identity(self) -> dict[str, Any]:
+    """Without the length: more than are used change nothing."""
+    world = dataclasses.asdict(self.world)
+    return {'source': 'bouncing', 'world': world, 'seed': self.seed}
+
+
+class Scenes(Captions):
+  """Videos of a world's scenes by number; see `data.videos.Videos`."""
+
+  @property
+  def captions(self) -> Captions:
+    return Captions(self.world, self.seed, self.length)
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    return (self.world.num_frames, self.world.height, self.world.width, 3)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    return render(sample_scene(self.world, self.seed, index), self.world)
+
+
+def open_prompts(
+  options: Mapping[str, Any], config: Mapping[str, Any]
+) -> Captions:
+  """The captions of a config's world; the seam of `training.inputs`.
+
+  Args:
+    options: may have `seed` and `length`.
+    config: its section `world`, and `world_seed`, the seed unless given.
+  """
+  return Captions(**_scene_options(config, **options))
+
+
+def open_videos(
+  options: Mapping[str, Any], config: Mapping[str, Any]
+) -> Scenes:
+  """The videos of a config's world; arguments as `open_prompts`."""
+  return Scenes(**_scene_options(config, **options))
+
+
+def _scene_options(config, *, seed=None, length=2**20):
+  return {
+    'world': WorldConfig(**config['world']),
+    'seed': config['world_seed'] if seed is None else seed,
+    'length': length,
+  }
 
 
 @dataclasses.dataclass(frozen=True)

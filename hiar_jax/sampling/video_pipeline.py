@@ -30,8 +30,8 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import metrics
 from hiar_jax.sampling import calls, streaming
 from hiar_jax.sampling.video import Video
+from hiar_jax.text import encoders
 from hiar_jax.text import umt5 as text_umt5
-from hiar_jax.text import word_hash
 from hiar_jax.weights import conversion, hub, layouts, networks, releases
 
 # What a pipeline takes from a training config; the rest is about training.
@@ -364,7 +364,7 @@ def from_config(
       config, pathlib.Path(weights).parent, text_encoder, text_cache
     )
   else:
-    encoder = word_hash.WordHashEncoder(**config['text'])
+    encoder = encoders.open_encoder(config['text'])
   levels = noise_schedule.warped_levels(**config['schedule'])
   rollout_config = rollout.RolloutConfig(levels=levels, **config['rollout'])
   # The shapes alone: random weights would take longer than reading real ones.

@@ -1,8 +1,6 @@
-"""Captions to embeddings: the tiny frozen word-hash encoder of the toy world.
+"""Captions to embeddings without a network: fixed random vectors of words.
 
-An encoder has `dim`, `length` and `encode(captions) -> float32 [B, L, D]`, and
-gives all zeros for the empty prompt, which stands for "no condition". The umT5
-encoder of Wan keeps to the same three names and belongs in this file.
+All zeros for the empty prompt, which stands for "no condition".
 
 B batch, L words, D width.
 """
@@ -11,7 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,6 +38,8 @@ class WordHashEncoder:
   length: int = 16
   seed: int = 0
 
+  negative_prompt: ClassVar[str] = ''
+
   def __post_init__(self):
     if self.dim < 2 or self.dim % 2:
       raise ValueError(f'dim={self.dim} is not a positive even number')
@@ -65,6 +66,23 @@ class WordHashEncoder:
         _POSITION_WEIGHT * _positions(self.length, self.dim)[: len(words)]
       )
     return rows_BLD
+
+  @property
+  def identity(self) -> str:
+    return repr(self)
+
+  def prepare(self, caption: str) -> dict[str, np.ndarray]:
+    """{'text': float32 [L, D]}: already all that there is to do."""
+    return {'text': self.encode([caption])[0]}
+
+  def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def open_encoder(options: Mapping[str, Any], mesh: Any) -> WordHashEncoder:
+  """The encoder of these options; it has nothing to put onto a mesh."""
+  del mesh
+  return WordHashEncoder(**options)
 
 
 # Bounded: prompts come from people, and a server must not grow with them.

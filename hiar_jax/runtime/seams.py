@@ -1,0 +1,69 @@
+"""Modules that a config names, such as where prompts or text states come from.
+
+A name is a module of a room of this package, or with dots in it any module
+that can be imported: one's own data is one file with one function in it.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def function(
+  room: str,
+  name: str,
+  verb: str,
+  *,
+  key: str,
+  aliases: Mapping[str, str] = {},
+) -> Callable[..., Any]:
+  """The function `verb` of the module that a config names.
+
+  Args:
+    room: of this package, where names without a dot are looked for.
+    name: of the module.
+    verb: the function that the module must have.
+    key: of the config, for the message.
+    aliases: name -> module of the room, where the two differ.
+
+  Raises:
+    ValueError: if there is no such module, or it has no such function.
+  """
+  path = f'hiar_jax.{room}'
+  if '.' in name:
+    module = _import(name)
+  else:
+    # A source has one name, not that of its module besides.
+    known = '' if name in aliases.values() else aliases.get(name, name)
+    module = _import(f'{path}.{known}')
+  found = getattr(module, verb, None)
+  if found is None:
+    raise ValueError(
+      f'{key}={name!r} is not one of {_names(path, verb, aliases)}, nor a '
+      f'module with a function {verb}'
+    )
+  return found
+
+
+def _import(path: str) -> Any:
+  if not all(part.isidentifier() for part in path.split('.')):
+    return None
+  try:
+    if importlib.util.find_spec(path) is None:
+      return None
+  except ModuleNotFoundError:  # Of a package on the way.
+    return None
+  return importlib.import_module(path)
+
+
+def _names(path: str, verb: str, aliases: Mapping[str, str]) -> list[str]:
+  """What a config could have said."""
+  names = {module: name for name, module in aliases.items()}
+  room = importlib.import_module(path)
+  return sorted(
+    names.get(module.name, module.name)
+    for module in pkgutil.iter_modules(room.__path__)
+    if hasattr(importlib.import_module(f'{path}.{module.name}'), verb)
+  )

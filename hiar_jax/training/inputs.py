@@ -1,0 +1,219 @@
+"""Config sections to what training reads: prompts, text states, videos.
+
+Nothing else in training knows where data comes from. A section names a source
+or an encoder (see `runtime.seams`: a module of hiar_jax/data or hiar_jax/text,
+or anyone's); what else is in it is that one's own business.
+
+  prompts          source: 'file', ...    captions by number
+  text             encoder: 'umt5', ...   captions to states [L, D]
+  states           dir, num, shard_size, batch_size: states on disk, read in
+                   place of encoding; launch/encode_prompts.py writes them
+  negative_prompt  text that guidance leads away from; missing: the encoder's
+  videos           source: 'folder', ...  captioned videos by number
+  latents          dir, num, shard_size, batch_size: encoded videos on disk,
+                   read in place of videos; launch/encode_videos.py writes them
+
+How a phase reads:
+
+  encoder = inputs.open_text(config, mesh)
+  source = inputs.open_states(config, inputs.open_prompts(config), encoder)
+  batches = sources.batches(source, ...)
+  ...
+  batch = source.finish(sharding.put_batch(batch, mesh))   # has 'text'
+
+What a source hands out for element i touches no device; `finish` runs in the
+loop, on the mesh, in the same order in all processes. An encoder with weights
+runs there.
+
+B batch, L text tokens, D text width, F H W frames, height and width of videos.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+from hiar_jax.data import prompts as data_prompts
+from hiar_jax.data import videos as data_videos
+from hiar_jax.runtime import seams
+from hiar_jax.text import encoders
+
+Config = ml_collections.ConfigDict
+
+# Sources whose modules hold more than them.
+_ALIASES = {'file': 'prompts', 'folder': 'videos'}
+
+
+class States(Protocol):
+  """Text by number, for batches; a grain RandomAccessDataSource.
+
+  `finish` makes `text` [B, L, D] of a batch of elements, see
+  `encoders.Encoder.finish`.
+  """
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+  def finish(self, batch: dict[str, Any]) -> dict[str, Any]: ...
+
+  def identity(self) -> dict[str, Any]:
+    """{'prompts': ..., 'encoder': ...}: what the states are of; JSON."""
+
+
+def open_prompts(config: Config) -> data_prompts.Prompts:
+  """The prompts of the section `prompts`.
+
+  Raises:
+    ValueError: if there is no such section or source, or its files are not
+      prompts.
+    FileNotFoundError: if they are missing.
+  """
+  return _open('prompts', 'open_prompts', config)
+
+
+def open_text(
+  config: Config, mesh: jax.sharding.Mesh | None = None
+) -> encoders.Encoder:
+  """The encoder of the section `text`; errors as `encoders.open_encoder`."""
+  return encoders.open_encoder(_section('text', config), mesh)
+
+
+def negative_prompt(config: Config, encoder: encoders.Encoder) -> str:
+  """What guidance leads away from: part of what a teacher's data is."""
+  chosen = config.get('negative_prompt')
+  return encoder.negative_prompt if chosen is None else chosen
+
+
+def negative_states(config: Config, encoder: encoders.Encoder) -> np.ndarray:
+  """States of the negative prompt: float32 [1, L, D].
+
+  Guidance leads away from them, in trajectories and in the reverse KL alike.
+  """
+  return encoder.encode([negative_prompt(config, encoder)])
+
+
+def open_states(
+  config: Config, prompts: data_prompts.Prompts, encoder: encoders.Encoder
+) -> States:
+  """The text states of prompts, as training reads them.
+
+  Args:
+    config: of the phase.
+    prompts: from `open_prompts`, or the captions of videos.
+    encoder: from `open_text`.
+  """
+  del config
+  return PromptStates(prompts, encoder)
+
+
+def open_videos(config: Config, encoder: encoders.Encoder) -> 'CaptionedVideos':
+  """The teacher's training data: videos and their text.
+
+  Element i has `video` uint8 [F, H, W, 3] and what `finish` makes `text` of. A
+  share `caption_dropout` of the elements has the text of the empty caption.
+
+  Raises:
+    ValueError: if there is no such source, or a value is out of range.
+  """
+  source = open_bare_videos(config)
+  return CaptionedVideos(
+    source,
+    'video',
+    open_states(config, source.captions, encoder),
+    encoder,
+    caption_dropout=config.caption_dropout,
+    seed=config.seed,
+  )
+
+
+def open_bare_videos(config: Config) -> data_videos.Videos:
+  """The videos of the section `videos`, to be encoded or looked at."""
+  return _open('videos', 'open_videos', config)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStates:
+  """Prompts that are encoded while training runs; see `States`."""
+
+  prompts: data_prompts.Prompts
+  encoder: encoders.Encoder
+
+  def __len__(self) -> int:
+    return len(self.prompts)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    return self.encoder.prepare(self.prompts[index])
+
+  def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+    return self.encoder.finish(batch)
+
+  def identity(self) -> dict[str, Any]:
+    return {
+      'prompts': self.prompts.identity(),
+      'encoder': self.encoder.identity,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedVideos:
+  """Videos or their latents beside their text; see `States`.
+
+  Attributes:
+    videos: element i of it is an array.
+    name: that the array has in a batch.
+    states: text i is that of video i.
+    encoder: of the empty caption.
+    caption_dropout: share of the elements with the empty caption, which
+      teaches the unconditional video (classifier-free guidance).
+    seed: of which ones.
+  """
+
+  videos: Any
+  name: str
+  states: States
+  encoder: encoders.Encoder
+  caption_dropout: float
+  seed: int
+
+  def __post_init__(self):
+    if not 0.0 <= self.caption_dropout <= 1.0:
+      raise ValueError(
+        f'caption_dropout={self.caption_dropout} must be in [0, 1]'
+      )
+
+  def __len__(self) -> int:
+    return len(self.videos)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    dropped = data_videos.drops_caption(self.seed, index, self.caption_dropout)
+    text = self.encoder.prepare('') if dropped else self.states[index]
+    return {self.name: self.videos[index]} | text
+
+  def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+    return self.states.finish(batch)
+
+  def identity(self) -> dict[str, Any]:
+    return {'videos': self.videos.identity()} | self.states.identity()
+
+
+def _open(name: str, verb: str, config: Config) -> Any:
+  section = dict(_section(name, config))
+  source = section.pop('source', None)
+  if source is None:
+    raise ValueError(f'the section {name!r} of the config names no source')
+  opens = seams.function(
+    'data', source, verb, key=f'{name}.source', aliases=_ALIASES
+  )
+  return opens(section, config)
+
+
+def _section(name: str, config: Config) -> Mapping[str, Any]:
+  if name not in config:
+    raise ValueError(
+      f'the {config.phase} config has no section {name!r}; training needs it'
+    )
+  return config[name]

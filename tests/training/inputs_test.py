@@ -1,0 +1,93 @@
+"""Config sections to prompts, text states and videos."""
+
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import bouncing as bouncing_config
+from hiar_jax.data import bouncing, sources
+from hiar_jax.text import word_hash
+from hiar_jax.training import inputs
+
+SEED = 1
+
+
+@pytest.fixture
+def config():
+  c = bouncing_config.get_config('teacher_start')
+  c.world = dict(height=32, width=32, num_frames=5)
+  return c
+
+
+def test_the_small_worlds_text_is_that_of_its_captions(config):
+  encoder = inputs.open_text(config)
+  prompts = inputs.open_prompts(config)
+  source = inputs.open_states(config, prompts, encoder)
+  batch = next(sources.batches(source, batch_size=3, seed=0))
+  text = source.finish(batch)['text']
+  world = bouncing.WorldConfig(**config.world)
+  wanted = word_hash.WordHashEncoder(dim=64, length=16).encode(
+    [bouncing.sample_scene(world, SEED, i).caption for i in batch['index']]
+  )
+  np.testing.assert_array_equal(text, wanted)
+
+
+def test_videos_come_with_their_text_or_that_of_the_empty_caption(config):
+  config.caption_dropout = 0.5
+  source = inputs.open_videos(config, inputs.open_text(config))
+  elements = [source[i] for i in range(32)]
+  dropped = [not element['text'].any() for element in elements]
+  assert 4 < sum(dropped) < 28
+  world = bouncing.WorldConfig(**config.world)
+  for i in (0, dropped.index(False)):
+    scene = bouncing.sample_scene(world, SEED, i)
+    np.testing.assert_array_equal(
+      elements[i]['video'], bouncing.render(scene, world)
+    )
+  config.caption_dropout = 0.0
+  source = inputs.open_videos(config, inputs.open_text(config))
+  assert all(source[i]['text'].any() for i in range(32))
+
+
+def test_guidance_leads_away_from_the_encoders_prompt_or_the_configs(config):
+  encoder = inputs.open_text(config)
+  assert not inputs.negative_states(config, encoder).any()
+  config.negative_prompt = 'a blurred disc'
+  np.testing.assert_array_equal(
+    inputs.negative_states(config, encoder), encoder.encode(['a blurred disc'])
+  )
+  del config.negative_prompt
+  assert inputs.negative_prompt(config, encoder) == ''
+
+
+def test_identities_tell_other_prompts_and_encoders_apart(config):
+  def identity():
+    encoder = inputs.open_text(config)
+    prompts = inputs.open_prompts(config)
+    return inputs.open_states(config, prompts, encoder).identity()
+
+  first = identity()
+  config.world_seed = 2
+  second = identity()
+  config.text.seed = 5
+  assert first['prompts'] != second['prompts']
+  assert first['encoder'] == second['encoder'] != identity()['encoder']
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'prompts': None}, "no section 'prompts'"),
+    ({'prompts': dict(sorce='bouncing')}, "section 'prompts' .* no source"),
+    ({'prompts': dict(source='none')}, "prompts.source='none' is not one of"),
+    ({'text': dict(encoder='none')}, "text.encoder='none' is not one of"),
+    ({'caption_dropout': 1.5}, 'caption_dropout=1.5'),
+  ],
+)
+def test_what_does_not_fit_is_named(config, change, message):
+  settings = config.to_dict() | change
+  settings = {k: v for k, v in settings.items() if v is not None}
+  config = ml_collections.ConfigDict(settings)
+  with pytest.raises(ValueError, match=message):
+    inputs.open_prompts(config)
+    inputs.open_videos(config, inputs.open_text(config))
