@@ -43,8 +43,19 @@ setuptools.setup(
   .read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
-  packages=setuptools.find_packages(include=['hiar_jax', 'hiar_jax.*']),
-  package_data={'hiar_jax': ['assets/**']},
+  # The programs and the configs lie at the top of the checkout, and inside
+  # the package where it is installed: site-packages gets one name.
+  packages=[
+    *setuptools.find_packages(include=['hiar_jax', 'hiar_jax.*']),
+    'hiar_jax.configs',
+    'hiar_jax.launch',
+  ],
+  package_dir={'hiar_jax.configs': 'configs', 'hiar_jax.launch': 'launch'},
+  package_data={
+    'hiar_jax': ['weights/assets/**', 'py.typed'],
+    'hiar_jax.launch': ['*.ipynb', '*.sbatch', '*.sh', '*.yaml'],
+  },
+  entry_points={'console_scripts': ['hiar-jax = hiar_jax.__main__:main']},
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',

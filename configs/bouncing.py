@@ -1,14 +1,14 @@
 """The small world: 64x64 videos of one moving shape.
 
-  python launch/train.py --config=configs/bouncing.py:codec_start
-  python launch/train.py --config=configs/bouncing.py:codec
-  python launch/encode_videos.py --config=configs/bouncing.py:teacher_start
-  python launch/train.py --config=configs/bouncing.py:teacher_start
-  python launch/train.py --config=configs/bouncing.py:teacher
-  python launch/make_trajectories.py --config=configs/bouncing.py
-  python launch/train.py --config=configs/bouncing.py:student_start
-  python launch/train.py --config=configs/bouncing.py:distill
-  python launch/generate.py --config=configs/bouncing.py --prompt "..."
+  hiar-jax train --config=bouncing:codec_start
+  hiar-jax train --config=bouncing:codec
+  hiar-jax encode videos --config=bouncing:teacher_start
+  hiar-jax train --config=bouncing:teacher_start
+  hiar-jax train --config=bouncing:teacher
+  hiar-jax trajectories --config=bouncing
+  hiar-jax train --config=bouncing:student_start
+  hiar-jax train --config=bouncing:distill
+  hiar-jax generate --config=bouncing --prompt "..."
 
 `configs/bouncing.py:self_forcing` is the block-first baseline, trained by the
 same program.

@@ -1,6 +1,6 @@
 """The small world behind a linear codec, which is fitted in seconds.
 
-  python launch/train.py --config=configs/bouncing_linear.py:teacher
+  hiar-jax train --config=bouncing_linear:teacher
 
 and from there on the phases of `configs/bouncing.py`. A latent frame is one
 frame of pixels: videos of 21 frames, in which objects move 2.5 times as far
@@ -9,7 +9,7 @@ from one to the next. No weights of it come with the package.
 
 import ml_collections
 
-from configs import bouncing
+from hiar_jax.configs import bouncing
 
 PHASES = ('teacher', 'student_start', 'distill', 'self_forcing')
 _RUNS = 'runs/bouncing_linear'

@@ -1,7 +1,7 @@
 """HiAR at full size: Wan2.1-T2V-1.3B, 480x832 pixels, four steps.
 
-python launch/plan.py --config=configs/hiar_1_3b.py --topology v5e:2x2
-python launch/plan.py --config=configs/hiar_1_3b.py --topology v5p:4x4x4 \\
+hiar-jax plan --config=hiar_1_3b --topology v5e:2x2
+hiar-jax plan --config=hiar_1_3b --topology v5p:4x4x4 \\
   --part=training
 """
 

@@ -1,16 +1,16 @@
 """Turns published weights into a folder that hiar_jax.load reads, and back.
 
   # Wan2.1 or diffusers folder, or a hub's owner/name:
-  python launch/convert_checkpoint.py --weights Wan2.1-T2V-1.3B --out wan
+  hiar-jax convert --weights Wan2.1-T2V-1.3B --out wan
   # A checkpoint of HiAR, Self-Forcing or CausVid, with Wan2.1's VAE and text
   # encoder:
-  python launch/convert_checkpoint.py --weights hiar.pt \
+  hiar-jax convert --weights hiar.pt \
     --base Wan2.1-T2V-1.3B --out hiar
   # As orbax checkpoints, for pods whose hosts read their own shards:
-  python launch/convert_checkpoint.py --weights Wan2.1-T2V-1.3B --out wan \
+  hiar-jax convert --weights Wan2.1-T2V-1.3B --out wan \
     --format orbax
   # Back, for other programs:
-  python launch/convert_checkpoint.py --weights hiar --to diffusers --out there
+  hiar-jax convert --weights hiar --to diffusers --out there
 
 Arrays go from file to file one at a time. Torch is needed for pickles (.pt,
 .pth) alone.

@@ -1,22 +1,19 @@
 """Encodes the small world's videos once, for the teacher's training.
 
-  python launch/encode_videos.py --config=configs/bouncing.py:teacher_start
+  hiar-jax encode videos --config=bouncing:teacher_start
 
 Kill it and start it again: it goes on with the files that are missing. SIGTERM
 finishes the batch under way, drops its file and ends with status 143.
 """
 
 import tqdm
-from absl import flags
-from ml_collections import config_flags
 
 from hiar_jax.codecs import pixels
 from hiar_jax.data import latent_files
-from hiar_jax.runtime import errors, stopping
+from hiar_jax.runtime import config_flag, errors, stopping
 from hiar_jax.training import phases
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-flags.mark_flag_as_required('config')
+_CONFIG = config_flag.define(required=True)
 
 
 def main(argv):

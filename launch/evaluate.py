@@ -1,6 +1,6 @@
 """Scores videos of the small world against their prompts.
 
-  python launch/evaluate.py --config=configs/bouncing.py --num_prompts 24
+  hiar-jax evaluate --config=bouncing --num_prompts 24
 
 Held-out captions, each order or context in a row of its own; `ideal dB` is the
 PSNR against the prompt's own object drawn where the video has it, and has the
@@ -12,22 +12,20 @@ import pathlib
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
-from hiar_jax.runtime import errors
+from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import video_pipeline
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-flags.mark_flag_as_required('config')
+_CONFIG = config_flag.define(required=True)
 _NUM_PROMPTS = flags.DEFINE_integer(
   'num_prompts', 24, 'captions', lower_bound=1
 )
 _NUM_BLOCKS = flags.DEFINE_integer('num_blocks', 28, 'length', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'names the noise', lower_bound=0)
 _FOLDER = flags.DEFINE_string(
-  'pipeline', None, 'a folder written by launch/export.py; default: by name'
+  'pipeline', None, 'a folder written by `hiar-jax export`; default: by name'
 )
 _WAYS = flags.DEFINE_list(
   'ways',

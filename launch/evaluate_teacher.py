@@ -1,26 +1,24 @@
 """Scores the teacher's own videos of the small world against their prompts.
 
-  python launch/evaluate_teacher.py --config=configs/bouncing.py
+  hiar-jax evaluate teacher --config=bouncing
 
 Held-out captions, videos of the training's length, sampled like the
 trajectories. What the teacher gets wrong, no student learns from it. The
-columns are those of launch/evaluate.py.
+columns are those of `hiar-jax evaluate`.
 """
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
-from hiar_jax.runtime import errors
+from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import calls, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.training import phases
 from hiar_jax.weights import teacher_files
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-flags.mark_flag_as_required('config')
+_CONFIG = config_flag.define(required=True)
 _NUM_PROMPTS = flags.DEFINE_integer(
   'num_prompts', 24, 'captions', lower_bound=1
 )

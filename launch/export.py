@@ -1,7 +1,6 @@
 """Makes a folder that hiar_jax.load reads from the weights of a training run.
 
-  python launch/export.py --config=configs/bouncing.py \
-    --out hiar_jax/assets/bouncing
+  hiar-jax export --config=bouncing --out=pipeline
 
 Weights are stored in float16 and computed with in float32; with --with_teacher
 also the teacher's, so that a distillation can start from the folder.
@@ -11,18 +10,16 @@ import pathlib
 
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import config_flags
 
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
-from hiar_jax.runtime import errors
+from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import video_pipeline
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training import phases
 from hiar_jax.weights import layouts, networks
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-flags.mark_flag_as_required('config')
+_CONFIG = config_flag.define(required=True)
 _OUT = flags.DEFINE_string('out', None, 'the folder to make', required=True)
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, "the student's; default: those of the config's workdir"

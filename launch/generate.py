@@ -1,11 +1,11 @@
 """Makes videos from text, with a contact sheet beside each.
 
-  python launch/generate.py --config=configs/bouncing.py \
+  hiar-jax generate --config=bouncing \
     --prompt "a large red disc drifting fast over dark blue" \
     --num_blocks 28 --out video.mp4
 
 With --pipeline FOLDER in place of --config it runs what hiar_jax.load reads:
-weights of launch/export.py or launch/convert_checkpoint.py, or published ones.
+weights of `hiar-jax export` or `hiar-jax convert`, or published ones.
 Several videos are written as video-0.mp4, video-1.mp4, ...
 
 With --stream the video is written as it is made, in constant memory; it ends
@@ -38,15 +38,14 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from absl import flags, logging
-from ml_collections import config_flags
 
 from hiar_jax import rollout
 from hiar_jax.data import bouncing
-from hiar_jax.runtime import errors, metrics, video_io
+from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import calls, streaming, video, video_pipeline
 from hiar_jax.weights import layouts
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_CONFIG = config_flag.define()
 _PIPELINE = flags.DEFINE_string(
   'pipeline',
   None,

@@ -1,10 +1,10 @@
 """Samples the teacher's trajectories that the student is trained on.
 
-  python launch/make_trajectories.py --config=configs/bouncing.py
+  hiar-jax trajectories --config=bouncing
 
 Kill it and start it again: it goes on with the files that are missing. SIGTERM
 finishes the batch under way, drops its file and ends with status 143. The
-processes of a pod, found as in launch/train.py, share the files among them; so
+processes of a pod, found as in `hiar-jax train`, share the files among them; so
 do any others with --shard_index=0 --num_shards=4 and so on. They never wait for
 each other: one that was killed is started again alone. --verify re-reads every
 trajectory.
@@ -17,18 +17,17 @@ import jax
 import ml_collections
 import tqdm
 from absl import flags
-from ml_collections import config_flags
 
 from hiar_jax import noise_schedule
 from hiar_jax.data import bouncing, trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
-from hiar_jax.runtime import distributed, errors, stopping
+from hiar_jax.runtime import config_flag, distributed, errors, stopping
 from hiar_jax.text import word_hash
 from hiar_jax.training import phases
 from hiar_jax.weights import networks
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_CONFIG = config_flag.define(required=True)
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, "The teacher's weights; default: teacher_weights."
 )
@@ -155,5 +154,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('config')
   errors.run_main(main)

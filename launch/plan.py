@@ -1,6 +1,6 @@
 """Tells whether a config's stream fits a TPU pod, without having the pod.
 
-  python launch/plan.py --config=configs/hiar_1_3b.py --topology v5e:2x2
+  hiar-jax plan --config=hiar_1_3b --topology v5e:2x2
 
 Compiles the streaming tick for that topology on this machine, which needs the
 extra `tpu` and no TPU, and prints what a chip has to hold and to do. Compiling
@@ -11,7 +11,7 @@ decoding of a block and the encoding of a prompt for one chip instead.
 chips, divided as `config.mesh` says; `--part=training` both steps, and sums
 them up:
 
-  python launch/plan.py --config=configs/hiar_1_3b.py --topology v5p:4x4x4 \\
+  hiar-jax plan --config=hiar_1_3b --topology v5p:4x4x4 \\
     --part=training --config.mesh.context=2
 """
 
@@ -21,7 +21,6 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
-from ml_collections import config_flags
 
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding, umt5, vae
@@ -29,11 +28,10 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import parts as planning_parts
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning import training as planning_training
-from hiar_jax.runtime import errors
+from hiar_jax.runtime import config_flag, errors
 from hiar_jax.training import phases
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-flags.mark_flag_as_required('config')
+_CONFIG = config_flag.define(required=True)
 _TOPOLOGY = flags.DEFINE_string(
   'topology', None, "chip and shape, such as v5p:2x2x1; default: the config's"
 )
@@ -50,7 +48,7 @@ def main(argv):
   config = _CONFIG.value
   if 'plan' not in config:
     raise ValueError(
-      f'config {config.name!r} has no section plan, as configs/hiar_1_3b.py has'
+      f'config {config.name!r} has no section plan, as hiar_1_3b has'
     )
   settings = config.plan.to_dict()
   topology = _TOPOLOGY.value or settings['topology']

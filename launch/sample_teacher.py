@@ -1,6 +1,6 @@
 """Samples videos from the bidirectional teacher, with a contact sheet each.
 
-  python launch/sample_teacher.py --config=configs/bouncing.py \
+  hiar-jax teacher --config=bouncing \
     --prompt "a large red disc drifting fast over dark blue" \
     --solver unipc --steps 24 --guidance 2 --out teacher.mp4
 
@@ -11,7 +11,7 @@ are sampled together and written as teacher-0.mp4, teacher-1.mp4, ...
 The weights are those that training left at the config's teacher_weights, or
 else those that come with the package. Wan2.1 itself is sampled as published by
 
-  python launch/sample_teacher.py --pipeline=Wan-AI/Wan2.1-T2V-1.3B \
+  hiar-jax teacher --pipeline=Wan-AI/Wan2.1-T2V-1.3B \
     --guidance 6 --shift 8 --prompt "..." --out wan.mp4
 
 where --pipeline is anything that `hiar_jax.load` takes.
@@ -22,16 +22,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import flags, logging
-from ml_collections import config_flags
 
-from hiar_jax.runtime import errors, metrics, video_io
+from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import calls, solvers, video, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.text import word_hash
 from hiar_jax.training import phases
 from hiar_jax.weights import teacher_files
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_CONFIG = config_flag.define()
 _PIPELINE = flags.DEFINE_string(
   'pipeline', None, 'instead of --config: a name, folder or hub name to load'
 )

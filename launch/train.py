@@ -1,6 +1,6 @@
 """Trains one phase, from its last checkpoint if there is one.
 
-python launch/train.py --config=configs/bouncing.py:teacher
+hiar-jax train --config=bouncing:teacher
 
 SIGTERM saves the iteration under way and ends with status 143; start the same
 command again to go on.
@@ -8,12 +8,11 @@ command again to go on.
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from hiar_jax.runtime import distributed, errors
+from hiar_jax.runtime import config_flag, distributed, errors
 from hiar_jax.training import loop as training_loop
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_CONFIG = config_flag.define(required=True)
 _PROFILE = flags.DEFINE_string(
   'profile',
   None,
@@ -61,5 +60,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('config')
   errors.run_main(main)

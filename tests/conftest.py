@@ -5,12 +5,17 @@ JAX_COMPILATION_CACHE_DIR by itself for whoever wants one at the desk.
 """
 
 import functools
+import importlib.util
 import os
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+
+if importlib.util.find_spec('hiar_jax.configs') is None:
+  # An editable installation knows the folders of the day it was made.
+  pytest.exit("hiar_jax.configs is not installed: pip install -e '.[test]'", 2)
 
 # Before the first array: the number of devices is fixed with the backend.
 jax.config.update('jax_platforms', 'cpu')

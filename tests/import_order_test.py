@@ -75,7 +75,7 @@ def _wrong_arrows(name: str, source: str) -> list[str]:
 
 def test_every_entry_of_the_package_is_a_room_and_they_are_few():
   entries = {p.stem for p in (_ROOT / 'hiar_jax').iterdir()} - {'__pycache__'}
-  assert entries - {'__init__', '__main__', 'assets', 'py'} == _ROW.keys()
+  assert entries - {'__init__', '__main__', 'py'} == _ROW.keys()
   assert len(entries) <= _MOST_ENTRIES
 
 

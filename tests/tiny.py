@@ -2,7 +2,7 @@
 
 For the tests, and a config file for the programs in launch/:
 
-  python launch/train.py --config=tests/tiny.py:teacher,/tmp/tiny
+  hiar-jax train --config=tests/tiny.py:teacher,/tmp/tiny
 """
 
 import pathlib
@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from configs import bouncing, bouncing_linear
+from hiar_jax.configs import bouncing, bouncing_linear
 from hiar_jax.data import trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig

@@ -1,6 +1,6 @@
 """`tests/tiny.py` on a mesh over all devices of all processes.
 
-python launch/train.py --config=tests/tiny_pod.py:distill,/tmp/tiny
+hiar-jax train --config=tests/tiny_pod.py:distill,/tmp/tiny
 """
 
 import ml_collections

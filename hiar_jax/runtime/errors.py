@@ -9,6 +9,8 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
+from hiar_jax.runtime import help_page
+
 # Modules whose ValueErrors are about what they were given. A ValueError from
 # inside jax or NumPy is a bug of ours and keeps its traceback.
 _OWN = re.compile(r'__main__$|hiar_jax(\.|$)|configs?(\W|_|$)')
@@ -76,6 +78,9 @@ def users_mistake(error: BaseException) -> str | None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+  if help_page.is_wanted(argv):
+    print(help_page.page(argv[0]))
+    sys.exit()
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:

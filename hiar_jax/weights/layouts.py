@@ -8,7 +8,7 @@ from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 
 # Pipelines that come with the package, a folder each.
-ASSETS = pathlib.Path(__file__).parents[1] / 'assets'
+ASSETS = pathlib.Path(__file__).parent / 'assets'
 # A folder of ours: the config, a file for each part, and the tokenizer.
 CONFIG_FILE = 'config.json'
 STUDENT_FILE = 'student.safetensors'

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import bouncing_linear
 from hiar_jax.codecs import linear
+from hiar_jax.configs import bouncing_linear
 from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig

@@ -6,8 +6,8 @@ import importlib.util
 import jax
 import pytest
 
-from configs import hiar_1_3b
 from hiar_jax import noise_schedule, rollout
+from hiar_jax.configs import hiar_1_3b
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import hiar_1_3b
+from hiar_jax.configs import hiar_1_3b
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
 from hiar_jax.planning import stream as planning_stream

@@ -472,7 +472,7 @@ def test_full_size_shapes_are_told_from_the_names_alone(config):
 
 
 def test_defaults_are_those_of_the_full_size_config():
-  from configs import hiar_1_3b
+  from hiar_jax.configs import hiar_1_3b
 
   config = hiar_1_3b.get_config()
   for section, values in conversion.DEFAULTS.items():
