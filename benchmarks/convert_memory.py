@@ -25,6 +25,7 @@ import numpy as np
 from hiar_jax.models.config import WanConfig
 from hiar_jax.weights import (
   conversion,
+  identity,
   layouts,
   networks,
   releases,
@@ -77,11 +78,11 @@ def run(
 def _nothing(folder, config):
   """What Python and jax take by themselves."""
   del folder
-  releases.abstract_params(config)
+  identity.abstract_params(config)
 
 
 def _create(folder, config):
-  slots = releases.expected_slots(config, 'wan')
+  slots = identity.expected_slots(config, 'wan')
   dtype = np.dtype(ml_dtypes.bfloat16)
   path = folder / 'in' / _FILE
   path.parent.mkdir()
@@ -110,7 +111,7 @@ def _load(folder, config):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, 'bfloat16', sharding=device),
-    releases.abstract_params(config),
+    identity.abstract_params(config),
   )
   file = folder / 'ours' / conversion.FILES['transformer']
   params = networks.load_weights(file, abstract)

@@ -22,7 +22,7 @@ from absl import flags
 
 from hiar_jax import rollout
 from hiar_jax.runtime import errors, metrics
-from hiar_jax.weights import conversion, releases
+from hiar_jax.weights import conversion, identity, releases
 
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, 'a folder, a file or owner/name of a hub', required=True
@@ -32,7 +32,7 @@ _BASE = flags.DEFINE_string(
   'base', None, 'weights that have the parts which --weights lacks'
 )
 _TO = flags.DEFINE_enum(
-  'to', 'hiar_jax', ['hiar_jax', *releases.NAMINGS], 'whose format to write'
+  'to', 'hiar_jax', ['hiar_jax', *identity.NAMINGS], 'whose format to write'
 )
 _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', conversion.FORMATS, 'of the files of --to hiar_jax'

@@ -9,7 +9,7 @@ import numpy as np
 
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.weights import layouts, releases, safetensors_io
+from hiar_jax.weights import identity, layouts, safetensors_io
 
 WAN = vae.VAEConfig.wan()
 CONFIGS = {
@@ -54,7 +54,7 @@ def state_dict(
   rng = np.random.default_rng(len(kind))
   return {
     name: rng.normal(0, 0.2, slot.shape).astype(dtype)
-    for name, slot in releases.expected_slots(config, naming).items()
+    for name, slot in identity.expected_slots(config, naming).items()
   }
 
 

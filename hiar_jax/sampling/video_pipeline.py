@@ -32,7 +32,14 @@ from hiar_jax.sampling import calls, streaming
 from hiar_jax.sampling.video import Video
 from hiar_jax.text import encoders
 from hiar_jax.text import umt5 as text_umt5
-from hiar_jax.weights import conversion, hub, layouts, networks, releases
+from hiar_jax.weights import (
+  conversion,
+  conversion_cache,
+  hub,
+  layouts,
+  networks,
+  releases,
+)
 
 # What a pipeline takes from a training config; the rest is about training.
 SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
@@ -269,7 +276,7 @@ def load(
   """Reads a pipeline with its trained weights.
 
   Published weights are converted when they are first loaded, see
-  `conversion.cached`.
+  `conversion_cache.cached`.
 
   Args:
     name_or_path: a name of `known_names()`, a folder written by `export` or
@@ -318,7 +325,7 @@ def _converted(
       f'no pipeline {str(name)!r}: it is neither a folder nor one of '
       f'{known_names()}'
     )
-  return conversion.cached(name, base=base)
+  return conversion_cache.cached(name, base=base)
 
 
 def known_names() -> list[str]:

@@ -14,13 +14,11 @@ there may be a folder of that name and .orbax, an orbax checkpoint.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,14 +27,15 @@ import numpy as np
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.weights import (
+  identity,
   layouts,
   networks,
   orbax_weights,
-  releases,
   safetensors_io,
   tables,
 )
-from hiar_jax.weights.releases import Config, Network, Release
+from hiar_jax.weights.identity import Config, Network
+from hiar_jax.weights.releases import Release
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 FORMATS = ('safetensors', 'orbax')
@@ -59,8 +58,6 @@ DEFAULTS = {
   },
   'generate': {'order': 'step_first', 'fps': 16.0},
 }
-# Changes with what is written, so that an older cache is not taken for it.
-_CACHE_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Options:
   Attributes:
     dtype: of the stored weights, one of DTYPES; None keeps each array's own.
     member: see `foreign.StateDict`.
-    head_dim: see `releases.open_network`.
+    head_dim: see `identity.open_network`.
     latent_size: rows and columns of the latent frames to make.
     compute_dtype: that the networks run in.
     attention: see `WanConfig`.
@@ -160,11 +157,11 @@ def open_networks(release: Release, options: Options) -> dict[str, Network]:
     FileNotFoundError, ValueError: see `to_ours`.
   """
   opened = {}
-  for kind in releases.KINDS:
+  for kind in identity.KINDS:
     path = getattr(release, kind)
     if path is None:
       continue
-    network = releases.open_network(
+    network = identity.open_network(
       path,
       member=options.member if kind == 'transformer' else None,
       head_dim=options.head_dim,
@@ -197,7 +194,7 @@ def to_foreign(
   Args:
     folder: has a config.json and at least one network.
     out: the folder, made if it does not exist.
-    naming: one of releases.NAMINGS. 'diffusers' gives a folder that its
+    naming: one of identity.NAMINGS. 'diffusers' gives a folder that its
       classes load, 'wan' the file names of Wan2.1.
     dtype: of the stored weights, one of DTYPES; None keeps each array's own.
     shard_bytes: largest size of a file.
@@ -207,8 +204,8 @@ def to_foreign(
     FileNotFoundError: if a file is missing.
     ValueError: naming what does not fit.
   """
-  if naming not in releases.NAMINGS:
-    raise ValueError(f'naming={naming!r} is not one of {releases.NAMINGS}')
+  if naming not in identity.NAMINGS:
+    raise ValueError(f'naming={naming!r} is not one of {identity.NAMINGS}')
   folder, out = pathlib.Path(folder), pathlib.Path(out)
   config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
   written = []
@@ -255,7 +252,7 @@ def network_to_foreign(
       `networks.open_weights`.
     config: of the network.
     path: the .safetensors file to write.
-    naming: one of releases.NAMINGS.
+    naming: one of identity.NAMINGS.
     dtype: see `to_foreign`.
     shard_bytes: likewise.
     report: see Report.
@@ -267,7 +264,7 @@ def network_to_foreign(
   path = pathlib.Path(path)
   reader = open_ours(weights, config)
   foreign_config = layouts.config_of(config, naming)
-  slots = releases.expected_slots(config, naming)
+  slots = identity.expected_slots(config, naming)
   arrays = {
     name: (slot.shape, np.dtype(dtype or reader.entries[slot.path].dtype))
     for name, slot in slots.items()
@@ -298,7 +295,7 @@ def open_ours(
     ValueError: naming every array that does not fit.
   """
   reader = networks.open_weights(weights)
-  wanted = tables.flatten(releases.abstract_params(config))
+  wanted = tables.flatten(identity.abstract_params(config))
   stored = {name: entry.shape for name, entry in reader.entries.items()}
   problems = [f'{k} is missing' for k in wanted if k not in stored]
   problems += [f'{k} is unknown' for k in stored if k not in wanted]
@@ -334,90 +331,6 @@ def is_ours(folder: str | os.PathLike) -> bool:
   return not config.keys() & {'_class_name', 'model_type', 'architectures'}
 
 
-def cached(
-  name: str | os.PathLike,
-  *,
-  base: str | os.PathLike | None = None,
-  options: Options = Options(),
-  report: Report | None = None,
-) -> pathlib.Path:
-  """A folder of ours for a release, converted unless it was before.
-
-  Conversions are kept under HIAR_JAX_CACHE, else XDG_CACHE_HOME/hiar_jax, else
-  ~/.cache/hiar_jax, by the release's files, their sizes and times.
-
-  Args:
-    name: a file, a folder or a hub's 'owner/name'.
-    base: another that has the parts which this one lacks.
-    options: see there.
-    report: see Report.
-
-  Raises:
-    FileNotFoundError, ValueError: see `releases.find`, `hub.download`
-      and `to_ours`.
-  """
-  release = releases.locate(name)
-  if base is not None:
-    below = releases.locate(base)
-    release = release.over(below)
-    if below.transformer not in (None, release.transformer):
-      # A training's checkpoint has no config.json; the base tells its heads.
-      config = releases.open_network(below.transformer).config
-      options = dataclasses.replace(options, head_dim=config.head_dim)
-  folder = cache_folder() / f'{_slug(name)}-{_fingerprint(release, options)}'
-  if (folder / layouts.CONFIG_FILE).exists():
-    return folder
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  # Beside it, for the rename to be one move: no process sees half of it.
-  partial = pathlib.Path(
-    tempfile.mkdtemp(prefix=f'{folder.name}.', dir=folder.parent)
-  )
-  try:
-    to_ours(release, partial, name=_slug(name), options=options, report=report)
-    try:
-      partial.rename(folder)
-    except OSError:
-      # Another process was faster; what it wrote is the same.
-      if not (folder / layouts.CONFIG_FILE).exists():
-        raise
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-  return folder
-
-
-def cache_folder() -> pathlib.Path:
-  """Where conversions are kept."""
-  chosen = os.environ.get('HIAR_JAX_CACHE')
-  if chosen:
-    return pathlib.Path(chosen).expanduser()
-  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(home).expanduser() / 'hiar_jax'
-
-
-def _slug(name: str | os.PathLike) -> str:
-  """A name for people: that of the folder, or of the file without suffix."""
-  path = pathlib.Path(name).resolve()
-  # A release's version has dots in it.
-  return (path.stem if path.is_file() else path.name) or 'release'
-
-
-def _fingerprint(release: Release, options: Options) -> str:
-  """Changes when a file of the release does, or the way to convert it."""
-  files = [
-    file
-    for kind in releases.KINDS
-    if (path := getattr(release, kind)) is not None
-    for file in releases.files_of(path)
-  ]
-  stamps = [
-    (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files
-  ]
-  told = json.dumps(
-    [_CACHE_VERSION, stamps, str(release), dataclasses.asdict(options)]
-  )
-  return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
 def _our_arrays(
   network: Network, dtype: str | None
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -431,7 +344,7 @@ def _our_arrays(
       f'{network.state.path}: layers of {tables.report(mixed)} have different '
       'dtypes, and are stacked here; choose one dtype for all'
     )
-  shapes = tables.flatten(releases.abstract_params(network.config))
+  shapes = tables.flatten(identity.abstract_params(network.config))
   return {
     path: (leaf.shape, np.dtype(dtype or min(stored[path], key=str)))
     for path, leaf in shapes.items()

@@ -19,8 +19,10 @@ from hiar_jax.sampling import video_pipeline
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import (
   conversion,
+  conversion_cache,
   foreign,
   hub,
+  identity,
   layouts,
   releases,
   safetensors_io,
@@ -60,7 +62,7 @@ def to_ours(source: pathlib.Path, out: pathlib.Path, **changes) -> None:
   conversion.to_ours(releases.find(source), out, name='tiny', options=options)
 
 
-@pytest.mark.parametrize('naming', releases.NAMINGS)
+@pytest.mark.parametrize('naming', identity.NAMINGS)
 @pytest.mark.parametrize('shard_bytes', [10**9, 3000])
 def test_release_comes_back_bit_by_bit(tmp_path, naming, shard_bytes):
   states = fake_release.write_release(
@@ -106,7 +108,7 @@ def test_both_namings_give_the_same_folder(tmp_path):
       {
         path: jax.ShapeDtypeStruct(leaf.shape, dtype)
         for path, leaf in tables.flatten(
-          releases.abstract_params(config)
+          identity.abstract_params(config)
         ).items()
       },
     )
@@ -200,17 +202,17 @@ def test_published_weights_are_converted_on_first_load(
   released, tmp_path, monkeypatch
 ):
   monkeypatch.setenv('HIAR_JAX_CACHE', str(tmp_path / 'cache'))
-  made = conversion.cached(released / 'wan', options=OPTIONS)
+  made = conversion_cache.cached(released / 'wan', options=OPTIONS)
   stamp = (made / 'student.safetensors').stat().st_mtime_ns
-  assert conversion.cached(released / 'wan', options=OPTIONS) == made
+  assert conversion_cache.cached(released / 'wan', options=OPTIONS) == made
   assert (made / 'student.safetensors').stat().st_mtime_ns == stamp
   assert [p.name for p in (tmp_path / 'cache').iterdir()] == [made.name]
   # Other options, or another file, and it is converted anew.
   other = dataclasses.replace(OPTIONS, dtype='bfloat16')
-  assert conversion.cached(released / 'wan', options=other) != made
+  assert conversion_cache.cached(released / 'wan', options=other) != made
   config = released / 'wan' / 'config.json'
   config.write_text(config.read_text() + ' ')
-  assert conversion.cached(released / 'wan', options=OPTIONS) != made
+  assert conversion_cache.cached(released / 'wan', options=OPTIONS) != made
 
 
 def test_load_reads_a_hubs_release_through_the_cache(
@@ -248,7 +250,7 @@ def test_weights_without_vae_take_the_bases(released, tmp_path, monkeypatch):
   # No config.json beside it: the base tells the number of heads.
   path = tmp_path / 'alone' / 'student.safetensors'
   fake_release.write(path, state)
-  made = conversion.cached(path, base=released / 'wan', options=OPTIONS)
+  made = conversion_cache.cached(path, base=released / 'wan', options=OPTIONS)
   assert_same_bits(
     {'bias': read(made / 'student.safetensors')['head/bias']},
     {'bias': state['head.head.bias']},
@@ -257,7 +259,7 @@ def test_weights_without_vae_take_the_bases(released, tmp_path, monkeypatch):
     read(made / 'vae.safetensors'), read(released / 'ours/vae.safetensors')
   )
   with pytest.raises(ValueError, match='24 channels are no heads of 128'):
-    conversion.cached(path, options=OPTIONS)
+    conversion_cache.cached(path, options=OPTIONS)
 
 
 def _change(kind: str, edit):
@@ -458,12 +460,12 @@ def test_wrappers_leave_no_trace_in_names(name, cleaned):
 )
 def test_full_size_shapes_are_told_from_the_names_alone(config):
   """Nothing is allocated: 14B would be 57 GB."""
-  abstract = tables.flatten(releases.abstract_params(config))
+  abstract = tables.flatten(identity.abstract_params(config))
   shapes = {path: leaf.shape for path, leaf in abstract.items()}
-  for naming in releases.NAMINGS:
-    slots = releases.expected_slots(config, naming)
+  for naming in identity.NAMINGS:
+    slots = identity.expected_slots(config, naming)
     foreign_shapes = {name: slot.shape for name, slot in slots.items()}
-    _, found, rules = releases.identify(foreign_shapes, pathlib.Path('x'))
+    _, found, rules = identity.identify(foreign_shapes, pathlib.Path('x'))
     assert found == naming
     assert tables.our_shapes(foreign_shapes, rules) == shapes
     assert not tables.mismatches(foreign_shapes, slots)

@@ -9,6 +9,7 @@ import pytest
 from hiar_jax.weights import (
   conversion,
   foreign,
+  identity,
   layouts,
   releases,
   safetensors_io,
@@ -101,7 +102,7 @@ def test_wans_own_pickles_are_found_and_read(tmp_path):
     torch.save(states[kind], tmp_path / name)
   release = releases.find(tmp_path)
   for kind, state in states.items():
-    network = releases.open_network(getattr(release, kind))
+    network = identity.open_network(getattr(release, kind))
     assert (network.kind, network.naming) == (kind, 'wan')
     same({n: network.state.read(n) for n in network.state.shapes}, state)
 
@@ -149,7 +150,7 @@ def test_shapes_are_checked_in_pickles_too(tmp_path, wan_state):
   state['blocks.1.ffn.0.weight'] = torch.zeros(16, 5)
   torch.save({'generator': wrapped(state)}, tmp_path / 'x.pt')
   with pytest.raises(ValueError, match=r"'blocks.1.ffn.0.weight' in .*x.pt"):
-    releases.open_network(tmp_path / 'x.pt', head_dim=12)
+    identity.open_network(tmp_path / 'x.pt', head_dim=12)
 
 
 def _networks():
