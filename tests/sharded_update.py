@@ -115,11 +115,14 @@ def update(mesh=None, **kwargs):
     sharding.jit_step(step, state, mesh, static_argnames='num_blocks')
     for step in (distillation.generator_step, distillation.critic_step)
   )
-  teacher = sharding.put(params(TEACHER, 3), mesh)
+  frozen = training_steps.Frozen(
+    teacher=sharding.put(params(TEACHER, 3), mesh),
+    negative_text=sharding.put(np.ones((1, 3, 8), np.float32), mesh),
+  )
   keys = jax.random.split(jax.random.key(5))
-  state, metrics = generator(state, teacher, data, keys[0], num_blocks=BLOCKS)
+  state, metrics = generator(state, frozen, data, keys[0], num_blocks=BLOCKS)
   state, more = critic(
-    state, {'text': data['text']}, keys[1], num_blocks=BLOCKS
+    state, frozen, {'text': data['text']}, keys[1], num_blocks=BLOCKS
   )
   return state, metrics | more
 

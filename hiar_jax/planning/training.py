@@ -287,6 +287,13 @@ def _program(training: Training, part: str, mesh: Mesh):
   )
   if part == 'trajectory':
     return _trajectory_program(training, teacher, array)
+  negative = (1, steps.teacher.config.text_len, steps.teacher.config.text_dim)
+  frozen = training_steps.Frozen(
+    teacher=teacher,
+    negative_text=jax.ShapeDtypeStruct(
+      negative, jnp.float32, sharding=everywhere
+    ),
+  )
   size, model = training.batch_size, steps.student.config
   text = array(size, model.text_len, model.text_dim)
   state = sharding.abstract(jax.eval_shape(lambda: _first_state(steps)), mesh)
@@ -303,8 +310,8 @@ def _program(training: Training, part: str, mesh: Mesh):
     run = functools.partial(steps.critic_step, num_blocks=training.num_blocks)
     # What the step does not use stays on the chip as well.
     return (
-      jit(lambda state, teacher, *rest: run(state, *rest), keep_unused=True),
-      (state, teacher, {'text': text}, key),
+      jit(run, keep_unused=True),
+      (state, frozen, {'text': text}, key),
       {**named, 'teacher': teacher},
     )
   batch = {'text': text}
@@ -320,7 +327,7 @@ def _program(training: Training, part: str, mesh: Mesh):
   run = functools.partial(steps.generator_step, num_blocks=training.num_blocks)
   return (
     jit(run),
-    (state, teacher, batch, key),
+    (state, frozen, batch, key),
     {**named, 'teacher': teacher, 'batch': batch},
   )
 

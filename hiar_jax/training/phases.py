@@ -416,8 +416,12 @@ def _distill(config: Config) -> Phase:
   teacher_dtype, critic_weights = 'float32', config.teacher_weights
   if 'teacher' in config:
     teacher_dtype, critic_weights = config.teacher.dtype, config.critic_weights
-  teacher_params = load_params(
-    config.teacher_weights, steps.teacher, mesh=mesh, dtype=teacher_dtype
+  empty = word_hash.WordHashEncoder(**config.text).encode([''])
+  frozen = training_steps.Frozen(
+    teacher=load_params(
+      config.teacher_weights, steps.teacher, mesh=mesh, dtype=teacher_dtype
+    ),
+    negative_text=sharding.put(jnp.asarray(empty), mesh),
   )
   params = load_params(config.student_weights, student, mesh=mesh)
   critic_params = load_params(critic_weights, steps.critic, mesh=mesh)
@@ -448,14 +452,14 @@ def _distill(config: Config) -> Phase:
     if iteration % numbers.generator_every == 0:
       state, metrics = generator(
         state,
-        teacher_params,
+        frozen,
         batch,
         keys[0],
         num_blocks=num_blocks,
         forward_kl_step=int(draw.integers(numbers.forward_kl_steps)),
       )
     state, critic_metrics = critic(
-      state, {'text': batch['text']}, keys[1], num_blocks=num_blocks
+      state, frozen, {'text': batch['text']}, keys[1], num_blocks=num_blocks
     )
     return state, metrics | critic_metrics
 

@@ -13,6 +13,7 @@ or `critic_skipped` is 1.
 import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +99,21 @@ class DistillConfig:
       )
 
 
+@flax.struct.dataclass
+class Frozen:
+  """What a distillation reads and never changes.
+
+  Attributes:
+    teacher: parameters of the real score.
+    negative_text: states [1, L, text_dim] of what guidance leads away from:
+      for Wan its encoded negative prompt, for a teacher that was trained
+      without captions now and then, the empty one.
+  """
+
+  teacher: Any
+  negative_text: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Distillation:
   """The two steps of HiAR training, as pure functions.
@@ -130,7 +146,7 @@ class Distillation:
   def generator_step(
     self,
     state: training_state.DistillState,
-    teacher_params: Any,
+    frozen: Frozen,
     batch: dict,
     key: jax.Array,
     *,
@@ -141,7 +157,7 @@ class Distillation:
 
     Args:
       state: of the run.
-      teacher_params: frozen.
+      frozen: teacher, and what it is led away from.
       batch: `text` [B, L, text_dim]; with a forward KL also `trajectory`
         [b, S + 1, F, h, w, C] and `trajectory_text` [b, L, text_dim].
       key: of this iteration.
@@ -153,7 +169,7 @@ class Distillation:
     def loss_fn(params, part):
       batch, draws = part
       x0 = self._rollout(params, batch['text'], draws, num_blocks, exit_step)
-      loss, size = self._reverse_kl(state, teacher_params, batch, x0, draws)
+      loss, size = self._reverse_kl(state, frozen, batch, x0, draws)
       metrics = {'reverse_kl': loss, 'dmd_gradient': size}
       if self.config.forward_kl_weight:
         forward = self._forward_kl(params, batch, forward_kl_step)
@@ -185,12 +201,17 @@ class Distillation:
   def critic_step(
     self,
     state: training_state.DistillState,
+    frozen: Frozen,
     batch: dict,
     key: jax.Array,
     *,
     num_blocks: int,
   ) -> tuple[training_state.DistillState, Metrics]:
-    """One update of the critic: flow matching on a fresh rollout."""
+    """One update of the critic: flow matching on a fresh rollout.
+
+    Arguments as of `generator_step`, whose trajectories it does not read.
+    """
+    del frozen
     exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
     def loss_fn(params, part):
@@ -290,7 +311,7 @@ class Distillation:
     )
     return jnp.clip(sigma, self.config.min_level, self.config.max_level)
 
-  def _reverse_kl(self, state, teacher_params, batch, x0, draws):
+  def _reverse_kl(self, state, frozen, batch, x0, draws):
     longer = x0.shape[1] > self.config.loss_blocks * (
       self.rollout.frames_per_block
     )
@@ -302,12 +323,11 @@ class Distillation:
     fake_x0 = self.critic.x0(
       critic, x, sigma, self.critic.project_text(critic, batch['text'])
     )
-    text = self.teacher.project_text(teacher_params, batch['text'])
-    null = self.teacher.project_text(
-      teacher_params, jnp.zeros_like(batch['text'][:1])
-    )
+    teacher = frozen.teacher
+    text = self.teacher.project_text(teacher, batch['text'])
+    negative = self.teacher.project_text(teacher, frozen.negative_text)
     real_x0 = self.teacher.guided_x0(
-      teacher_params, x, sigma, text, null, self.config.guidance
+      teacher, x, sigma, text, negative, self.config.guidance
     )
     mask = None
     if longer:

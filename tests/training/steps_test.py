@@ -84,6 +84,13 @@ def distill_state(critic, *, iteration=0):
   )
 
 
+def frozen(seed=9):
+  states = np.random.default_rng(seed).normal(size=(1, 3, 8))
+  return training_steps.Frozen(
+    teacher=networks()[2], negative_text=states.astype(np.float32)
+  )
+
+
 @functools.cache
 def generator():
   # With context 'clean': the other contexts are in training_rollout_test.
@@ -96,7 +103,7 @@ def generator():
 def generate(state, key=0, inputs=None):
   inputs = batch() if inputs is None else inputs
   return generator()(
-    state, networks()[2], inputs, jax.random.key(key), num_blocks=BLOCKS
+    state, frozen(), inputs, jax.random.key(key), num_blocks=BLOCKS
   )
 
 
@@ -132,19 +139,25 @@ def test_critic_step_moves_the_critic_alone():
   step = jax.jit(distillation().critic_step, static_argnames='num_blocks')
   state = distill_state(networks()[1])
   text = {'text': batch()['text']}
-  after, metrics = step(state, text, jax.random.key(0), num_blocks=BLOCKS)
+  after, metrics = step(
+    state, frozen(), text, jax.random.key(0), num_blocks=BLOCKS
+  )
   assert equal(after.student, state.student)
   assert equal(after.ema, state.ema)
   assert not equal(after.critic.params, state.critic.params)
   assert after.iteration == state.iteration + 1
   # On one rollout it learns.
   for _ in range(10):
-    after, later = step(after, text, jax.random.key(0), num_blocks=BLOCKS)
+    after, later = step(
+      after, frozen(), text, jax.random.key(0), num_blocks=BLOCKS
+    )
   assert later['critic'] < metrics['critic']
   assert not later['critic_skipped']
   # From a text that is not finite it learns nothing.
   text = {'text': jnp.full_like(text['text'], jnp.inf)}
-  last, metrics = step(after, text, jax.random.key(0), num_blocks=BLOCKS)
+  last, metrics = step(
+    after, frozen(), text, jax.random.key(0), num_blocks=BLOCKS
+  )
   assert metrics['critic_skipped'] and not np.isfinite(metrics['critic'])
   assert equal(last.critic, after.critic)
   assert last.iteration == after.iteration + 1
@@ -172,6 +185,38 @@ def test_a_critic_that_is_the_teacher_leaves_no_gradient():
   assert own['student_grad_norm'] > 1e-2
 
 
+def test_the_teacher_is_led_away_from_the_negative_text():
+  steps = distillation(guidance=3.0)
+  draws = {
+    'sigma': np.full(BATCH, 0.7, np.float32),
+    'eps': batch()['trajectory'][:, 1, :4],
+  }
+  x0 = batch()['trajectory'][:, 0, :4]
+
+  @jax.jit
+  def value(frozen):
+    state = distill_state(networks()[1])
+    return steps._reverse_kl(state, frozen, batch(), x0, draws)[0]
+
+  @jax.jit
+  def by_hand(states):
+    x = noise_schedule.add_noise(x0, draws['eps'], 0.7)
+
+    def x0_of(network, states):
+      text = DENOISER.project_text(networks()[network], states)
+      return DENOISER.x0(networks()[network], x, 0.7, text)
+
+    cond, uncond = x0_of(2, batch()['text']), x0_of(2, states.repeat(BATCH, 0))
+    fake = x0_of(1, batch()['text'])
+    return losses.reverse_kl(x0, fake, uncond + 3 * (cond - uncond))[0]
+
+  values = []
+  for states in (frozen().negative_text, np.zeros((1, 3, 8), np.float32)):
+    values.append(value(frozen().replace(negative_text=states)))
+    np.testing.assert_allclose(values[-1], by_hand(states), rtol=1e-4)
+  assert abs(values[0] / values[1] - 1) > 1e-2
+
+
 def test_exit_steps_are_uniform_and_one_for_all_samples():
   state = distill_state(networks()[1])
   draws = [generate(state, key)[1]['exit_step'] for key in range(120)]
@@ -186,7 +231,7 @@ def traced(steps, batch, **kwargs):
   _, metrics = jax.eval_shape(
     functools.partial(steps.generator_step, **kwargs),
     distill_state(networks()[1]),
-    networks()[2],
+    frozen(),
     batch,
     jax.random.key(0),
   )
