@@ -8,10 +8,12 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import layout
 
 # Queries whose scores are held at once: at 32,760 keys and 12 heads 0.4 GB.
 _CHUNK = 256
+_KERNELS = {'tpu': 'splash', 'cuda': 'cuDNN'}
 
 
 def attend(
@@ -33,28 +35,30 @@ def attend(
     mask_TS: bool, True where query t sees key s.
     backend: one of `config.ATTENTIONS`. 'xla' holds all scores [B, H, T, S];
       'chunked' those of 256 queries at a time, the same numbers otherwise;
-      'splash' none, by a TPU kernel; 'cudnn' none, by an Nvidia kernel for
-      bfloat16 and float16, see `cudnn_takes`; 'auto' is whichever of these two
-      the device has. Where there is a mask, or the kernel cannot be had, all
-      three are 'chunked'.
+      'splash' none, by a TPU kernel; 'cudnn' none, by an Nvidia kernel, see
+      `cudnn_refusal`; 'auto' is whichever of these two there is on the platform
+      that is compiled for. Where there is a mask, or the kernel cannot be had,
+      all three are 'chunked'. The choice is logged, once.
 
   Returns:
     [B, T, H, K] in the dtype of q.
   """
   if backend == 'xla':
     return _attend_xla(q_BTHK, k_BSHK, v_BSHK, length, mask_TS)
-  kernels = {}
-  if mask_TS is None:
-    if backend in ('splash', 'auto'):
-      kernels['tpu'] = attend_splash
-    if backend in ('cudnn', 'auto') and cudnn_takes(q_BTHK, k_BSHK, v_BSHK):
+  kernels, refused = {}, 'a mask' if mask_TS is not None else ''
+  if backend in ('splash', 'auto') and not refused:
+    kernels['tpu'] = attend_splash
+  if backend in ('cudnn', 'auto'):
+    refused = refused or cudnn_refusal(q_BTHK, k_BSHK, v_BSHK)
+    if not refused:
       kernels['cuda'] = attend_cudnn
+  _log_choice(
+    backend, f'{q_BTHK.dtype}[{q_BTHK.shape[-1]}]', tuple(kernels), refused
+  )
   if not kernels:
     return _attend_chunked(q_BTHK, k_BSHK, v_BSHK, length, mask_TS)
-  if length is None:
-    length = jnp.int32(k_BSHK.shape[1])
-  # Asked when it is compiled, so that a machine without a TPU can compile
-  # for one.
+  # Asked when it is compiled, so that a machine without a TPU or a GPU can
+  # compile for one.
   return jax.lax.platform_dependent(
     q_BTHK,
     k_BSHK,
@@ -62,6 +66,18 @@ def attend(
     length,
     **kernels,
     default=functools.partial(_attend_chunked, mask_TS=None),
+  )
+
+
+@functools.cache
+def _log_choice(
+  backend: str, heads: str, kernels: tuple[str, ...], refused: str
+) -> None:
+  taken = [f'{_KERNELS[platform]} on {platform}' for platform in kernels]
+  logging.info(
+    'attention %r of heads %s: %s%s',
+    *(backend, heads, ', '.join([*taken, 'else in chunks'])),
+    f'; not {_KERNELS["cuda"]}: {refused}' if refused else '',
   )
 
 
@@ -103,7 +119,7 @@ def attend_splash(
   q_BTHK: jax.Array,
   k_BSHK: jax.Array,
   v_BSHK: jax.Array,
-  length: jax.Array,
+  length: jax.Array | None,
   *,
   interpret: bool = False,
 ) -> jax.Array:
@@ -113,7 +129,7 @@ def attend_splash(
     q_BTHK: queries; on a TPU, K is a multiple of 128.
     k_BSHK: keys.
     v_BSHK: values.
-    length: int32 scalar, only the first `length` keys are seen.
+    length: int32 scalar, only the first `length` keys are seen; None: all.
     interpret: runs the kernel without a TPU, slowly: for tests.
   """
   # Not at the top: Pallas takes a second to import, and only TPUs need it.
@@ -125,6 +141,8 @@ def attend_splash(
   )
 
   num_queries, num_heads, width = q_BTHK.shape[1:]
+  if length is None:
+    length = jnp.int32(k_BSHK.shape[1])
   block_q = _block_size(num_queries, 512, 128)
   block_kv = _block_size(k_BSHK.shape[1], 1024, 128)
   # The kernel does not scale. In float32: 1 / sqrt(K) is no power of two.
@@ -162,72 +180,73 @@ def kernel_layout(x_BSHK: jax.Array, backend: str) -> jax.Array:
   their cache with them, and copies the whole cache at every pass. cuDNN reads
   them as they are.
   """
-  # Decided while it is traced, as for cuDNN: the keys also go into the cache,
-  # outside of any branch.
-  if backend == 'splash' or (backend == 'auto' and not _has_cuda()):
-    return layout.with_layout_constraint(x_BSHK, layout.Layout((0, 2, 1, 3)))
-  return x_BSHK
+  if backend not in ('splash', 'auto'):
+    return x_BSHK
+  return jax.lax.platform_dependent(
+    x_BSHK,
+    tpu=lambda x: layout.with_layout_constraint(x, layout.Layout((0, 2, 1, 3))),
+    default=lambda x: x,
+  )
 
 
 def attend_cudnn(
   q_BTHK: jax.Array,
   k_BSHK: jax.Array,
   v_BSHK: jax.Array,
-  length: jax.Array,
+  length: jax.Array | None,
 ) -> jax.Array:
   """Flash attention by cuDNN, through jax.
 
-  Lowered for CUDA in the tests and run on no GPU yet: of its numbers and its
-  speed nothing is claimed here. `benchmarks/gpu.py` measures both.
+  Lowered and compiled for CUDA in the tests and run on no GPU yet: of its
+  numbers and its speed nothing is claimed here. `benchmarks/gpu.py` measures
+  both.
 
   Args:
-    q_BTHK: queries, such that `cudnn_takes` them.
+    q_BTHK: queries, such that `cudnn_refusal` has nothing against them.
     k_BSHK: keys.
     v_BSHK: values.
-    length: int32 scalar, only the first `length` keys are seen.
+    length: int32 scalar, only the first `length` keys are seen; None: all,
+      for which there is a kernel without padding.
   """
   # jax's rule for vmap takes arguments of which all are mapped, or none, and
   # stages have their own queries and lengths beside common text. This zero is
   # mapped if any argument is; XLA folds it, and the selections with it.
-  zero_B = length * 0
+  zero_B = jnp.zeros(q_BTHK.shape[:1], jnp.int32)
+  if length is not None:
+    zero_B += length * 0
   for x in (q_BTHK, k_BSHK, v_BSHK):
     zero_B += 0 * x[:, 0, 0, 0].astype(jnp.int32)
   own = (zero_B == 0)[:, None, None, None]
   q, k, v = (jnp.where(own, x, 0) for x in (q_BTHK, k_BSHK, v_BSHK))
+  lengths = {}
+  if length is not None:
+    lengths = {
+      'query_seq_lengths': zero_B + q.shape[1],
+      'key_value_seq_lengths': zero_B + length,
+    }
   return jax.nn.dot_product_attention(
-    q,
-    k,
-    v,
-    query_seq_lengths=zero_B + q.shape[1],
-    key_value_seq_lengths=zero_B + length,
-    implementation='cudnn',
+    q, k, v, **lengths, implementation='cudnn'
   )
 
 
-def cudnn_takes(*arrays: jax.Array) -> bool:
-  """Whether there is a GPU whose cuDNN has flash attention for such arrays.
+def cudnn_refusal(*arrays: jax.Array) -> str:
+  """Why cuDNN has no flash attention for such q, k, v; '' if it has.
 
-  That takes compute capability 8.0 or higher, one 16-bit dtype, and heads whose
-  width is a multiple of 8 up to 128.
+  It has for compute capability 8.0 or higher, one 16-bit dtype, and heads whose
+  width is a multiple of 8 up to 128, or 256 from Hopper on. Known to jax where
+  cuDNN is installed, with a GPU or without: what is compiled elsewhere for a
+  GPU takes the kernel too.
   """
-  dtypes = {x.dtype for x in arrays}
-  widths = {x.shape[-1] for x in arrays}
-  return (
-    len(dtypes) == len(widths) == 1
-    and dtypes <= {jnp.dtype('bfloat16'), jnp.dtype('float16')}
-    and min(widths) % 8 == 0
-    and max(widths) <= 128
-    and _has_flash_gpu()
-  )
-
-
-def _has_flash_gpu() -> bool:
-  # jax refuses to trace the kernel where there is no CUDA, so this cannot be
-  # left to the compiler as the choice for TPUs is.
-  return _has_cuda() and all(
-    tuple(map(int, device.compute_capability.split('.'))) >= (8, 0)
-    for device in jax.local_devices()
-  )
+  for device in jax.local_devices() if _has_cuda() else ():
+    # jax itself does not ask for this, and the kernel would fail when it runs.
+    if tuple(map(int, device.compute_capability.split('.'))) < (8, 0):
+      return f'compute capability {device.compute_capability} is below 8.0'
+  abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+  try:
+    jax.eval_shape(functools.partial(attend_cudnn, length=None), *abstract)
+  except (RuntimeError, NotImplementedError, ValueError) as error:
+    return str(error).splitlines()[0].rstrip('.')
+  return ''
 
 
 def _has_cuda() -> bool:

@@ -106,9 +106,7 @@ def test_the_network_is_the_same_with_every_back_end(backend):
 
 @pytest.fixture
 def has_cudnn(monkeypatch):
-  """As if there were a GPU: jax can then lower for CUDA on any machine."""
-  monkeypatch.setattr(attention, '_has_flash_gpu', lambda: True)
-  # jax asks for the version of the library before it looks at the platform.
+  """As if cuDNN were installed: jax can then lower for CUDA anywhere."""
   monkeypatch.setattr(
     fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
   )
@@ -152,9 +150,32 @@ def test_a_gpu_gets_the_kernel_of_cudnn_and_others_do_not(has_cudnn, backend):
   assert 'cudnn' not in lowered('cuda', backend, width=12)
 
 
-def test_without_a_gpu_the_kernel_of_cudnn_is_not_traced():
-  assert not attention.cudnn_takes(jnp.zeros((1, 1, 1, 8), jnp.bfloat16))
-  assert 'cudnn' not in lowered('cuda', 'auto')
+def test_without_cudnn_its_kernel_is_not_traced_and_that_is_logged(caplog):
+  attention._log_choice.cache_clear()
+  with caplog.at_level('INFO', logger='absl'):
+    programs = [lowered('cuda', 'auto') for _ in range(2)]
+  assert not any('cudnn' in program for program in programs)
+  (line,) = [r.getMessage() for r in caplog.records if 'auto' in r.getMessage()]
+  assert 'splash on tpu, else in chunks; not cuDNN: cuDNN' in line
+
+
+def test_the_reason_against_the_kernel_of_cudnn_is_told(has_cudnn):
+  def refusal(width, dtype=jnp.bfloat16):
+    return attention.cudnn_refusal(*3 * [jnp.zeros((1, 2, 1, width), dtype)])
+
+  assert refusal(128) == ''
+  assert 'head dim' in refusal(136)
+  assert 'float32' in refusal(8, jnp.float32)
+
+
+@pytest.mark.parametrize('length', [None, 7])
+def test_lengths_are_handed_to_cudnn_only_where_there_are_any(
+  has_cudnn, length
+):
+  q = jax.ShapeDtypeStruct((1, 40, 2, 16), jnp.bfloat16)
+  attend = functools.partial(attention.attend, length=length, backend='auto')
+  program = jax.jit(attend).trace(q, q, q).lower(lowering_platforms=('cuda',))
+  assert ('PADDING' in program.as_text()) == (length is not None)
 
 
 @pytest.mark.parametrize(
@@ -211,17 +232,24 @@ def test_masked_attention_is_in_chunks_on_a_gpu_too(has_cudnn):
 
 
 @pytest.mark.parametrize(
-  ('capability', 'taken'), [('7.5', False), ('8.0', True), ('10.3', True)]
+  ('capability', 'width', 'taken'),
+  [
+    *(('7.5', 8, False), ('8.0', 8, True), ('8.0', 256, False)),
+    *(('9.0', 256, True), ('9.0', 264, False)),
+  ],
 )
-def test_old_gpus_have_no_flash_kernel(monkeypatch, capability, taken):
-  arrays = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
+def test_the_gpu_decides_on_the_flash_kernel(
+  has_cudnn, monkeypatch, capability, width, taken
+):
+  arrays = 3 * [jnp.zeros((1, 1, 1, width), jnp.bfloat16)]
+  device = types.SimpleNamespace(compute_capability=capability)
   backend = types.SimpleNamespace(platform_version='cuda 12090')
-  devices = [
-    types.SimpleNamespace(compute_capability=c) for c in ('9.0', capability)
-  ]
-  monkeypatch.setattr('jax.extend.backend.get_backend', lambda: backend)
-  monkeypatch.setattr('jax.local_devices', lambda: devices)
-  assert attention.cudnn_takes(arrays) == taken
+  for name in ('jax.extend.backend', 'jax._src.xla_bridge'):
+    monkeypatch.setattr(f'{name}.get_backend', lambda: backend)
+  # jax's own checks take the second path.
+  for name in ('jax', 'jax._src.xla_bridge'):
+    monkeypatch.setattr(f'{name}.local_devices', lambda **_: [device])
+  assert (not attention.cudnn_refusal(*arrays)) == taken
 
 
 def test_an_unknown_back_end_is_refused():
