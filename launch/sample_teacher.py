@@ -26,7 +26,6 @@ from absl import flags, logging
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import calls, solvers, video, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
-from hiar_jax.text import word_hash
 from hiar_jax.training import phases
 from hiar_jax.weights import teacher_files
 
@@ -94,8 +93,7 @@ def main(argv: Sequence[str]) -> None:
   pipeline = _load(config)
   negative = _NEGATIVE_PROMPT.value
   if negative is None:
-    small = isinstance(pipeline.encoder, word_hash.WordHashEncoder)
-    negative = '' if small else sampling_teacher.WAN_NEGATIVE_PROMPT
+    negative = pipeline.encoder.negative_prompt
   numbers = np.arange(len(paths))
   done = 0
   with metrics.Progress(

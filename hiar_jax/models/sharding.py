@@ -59,6 +59,15 @@ PARAM_RULES = (
   (r'(text_out|time_in|time_out|time_projection|patch_embedding)/bias', ()),
   (r'head/bias|head_modulation', ()),
 )
+# Of the text encoder, beside those of a feed-forward layer above.
+PARAM_RULES += (
+  (r'token_embedding/embedding', (None, 'fsdp')),
+  (r'layers/[qkv]/kernel', (None, 'fsdp', 'tensor')),
+  (r'layers/o/kernel', (None, 'tensor', 'fsdp')),
+  (r'layers/ffn_gate/kernel', (None, 'fsdp', 'tensor')),
+  (r'layers/relative_bias', (None, None, 'tensor')),
+  (r'(layers/norm[12]|norm)/scale', ()),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,15 +24,6 @@ from hiar_jax import noise_schedule
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.sampling import solvers
 
-# What Wan2.1's guidance leads away from unless it is told otherwise: part of
-# the model, for its training captions are in this language.
-WAN_NEGATIVE_PROMPT = (
-  '色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，'
-  '整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，'
-  '画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，'
-  '静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走'
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:

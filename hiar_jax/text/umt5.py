@@ -10,11 +10,9 @@ B batch, L tokens, n tokens without padding, D width.
 import dataclasses
 import functools
 import hashlib
-import html
 import json
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +21,8 @@ import jax
 import numpy as np
 
 from hiar_jax.models import umt5
+from hiar_jax.text import tokens as text_tokens
+from hiar_jax.text import umt5_batches
 from hiar_jax.weights import layouts, networks, safetensors_io
 
 LENGTH = 512  # tokens of Wan2.1, padding included
@@ -31,9 +31,6 @@ CHOICES = ('keep', 'release')
 
 # Of each array, for telling weights apart.
 _IDENTITY_BYTES = 4096
-
-# Text -> ids, the end-of-text token included, not padded.
-Tokenize = Callable[[str], list[int]]
 
 
 class UMT5TextEncoder:
@@ -49,13 +46,16 @@ class UMT5TextEncoder:
   Attributes:
     length: tokens L, padding included.
     dim: width D of the states.
+    negative_prompt: that of Wan2.1.
   """
+
+  negative_prompt = text_tokens.WAN_NEGATIVE_PROMPT
 
   def __init__(
     self,
     config: umt5.UMT5Config,
     weights: str | os.PathLike | umt5.Params,
-    tokenize: Tokenize,
+    tokenize: text_tokens.Tokenize,
     *,
     length: int = LENGTH,
     keep_weights: bool = True,
@@ -67,7 +67,7 @@ class UMT5TextEncoder:
     Args:
       config: of the network.
       weights: its parameters, or a file of them.
-      tokenize: see `load_tokenizer`.
+      tokenize: see `text_tokens.load_tokenizer`.
       length: tokens of a prompt; more are cut off, before the last one.
       keep_weights: False: `release` after every call of `encode`.
       keep_prompts: how many prompts' states are kept.
@@ -108,18 +108,9 @@ class UMT5TextEncoder:
 
   def ids(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a clean text and their mask, int32 [L] each."""
-    tokens = self._tokenize(text)
-    if len(tokens) > self.length:
-      # The end-of-text token stays.
-      tokens = [*tokens[: self.length - 1], tokens[-1]]
-    if max(tokens, default=0) >= self.config.vocab_size:
-      raise ValueError(
-        f'token {max(tokens)} of {text!r} is not in the vocabulary of '
-        f'{self.config.vocab_size}: the tokenizer is of another model'
-      )
-    ids, mask = np.zeros((2, self.length), np.int32)
-    ids[: len(tokens)], mask[: len(tokens)] = tokens, 1
-    return ids, mask
+    ids = text_tokens.cut(self._tokenize(text), self.length)
+    text_tokens.check(ids, self.config.vocab_size, text)
+    return text_tokens.padded(ids, self.length)
 
   @functools.cached_property
   def identity(self) -> str:
@@ -186,7 +177,10 @@ class EmbeddedPrompts:
   Attributes:
     length: tokens L, padding included.
     dim: width D of the states.
+    negative_prompt: that of Wan2.1.
   """
+
+  negative_prompt = text_tokens.WAN_NEGATIVE_PROMPT
 
   def __init__(self, path: str | os.PathLike):
     """Reads the headers, and states when they are asked for.
@@ -240,6 +234,55 @@ class EmbeddedPrompts:
     return read_embeddings(self._files[text]).states
 
 
+def open_encoder(
+  options: Mapping[str, Any], mesh: jax.sharding.Mesh | None
+) -> umt5_batches.BatchEncoder:
+  """The encoder of batches, from a config's section `text`.
+
+  Args:
+    options: `folder`, which launch/convert_checkpoint.py wrote; `length`, of
+      Wan2.1 unless given, and `dtype`, bfloat16 unless given.
+    mesh: see `umt5_batches.BatchEncoder`.
+
+  Raises:
+    FileNotFoundError: if the folder lacks its config or the tokenizer.
+    ValueError: if the folder has no text encoder, or a value does not fit.
+    TypeError: naming an option that is unknown.
+  """
+  if 'folder' not in options:
+    raise ValueError(
+      'text.folder is missing: the folder of the text encoder, which '
+      'launch/convert_checkpoint.py writes'
+    )
+  return _open_batches(mesh=mesh, **options)
+
+
+def _open_batches(
+  *,
+  mesh: jax.sharding.Mesh | None,
+  folder: str | os.PathLike,
+  length: int = LENGTH,
+  dtype: str = 'bfloat16',
+) -> umt5_batches.BatchEncoder:
+  path = pathlib.Path(folder) / layouts.CONFIG_FILE
+  try:
+    sizes = safetensors_io.read_json(path).get('umt5')
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f'no text encoder in {folder}; launch/convert_checkpoint.py makes such a '
+      'folder from published weights'
+    ) from None
+  if sizes is None:
+    raise ValueError(f'{path} has no text encoder: no section umt5')
+  return umt5_batches.BatchEncoder(
+    dataclasses.replace(umt5.UMT5Config(**sizes), dtype=dtype),
+    pathlib.Path(folder) / layouts.TEXT_ENCODER_FILE,
+    pathlib.Path(folder) / layouts.TOKENIZER,
+    length=length,
+    mesh=mesh,
+  )
+
+
 def load_encoder(
   config: Mapping[str, Any],
   folder: str | os.PathLike,
@@ -274,7 +317,7 @@ def load_encoder(
   return UMT5TextEncoder(
     umt5.UMT5Config(**config['umt5']),
     folder / layouts.TEXT_ENCODER_FILE,
-    load_tokenizer(folder / layouts.TOKENIZER),
+    text_tokens.load_tokenizer(folder / layouts.TOKENIZER),
     length=model['text_len'],
     keep_weights=choice == 'keep',
     cache=cache,
@@ -344,68 +387,8 @@ def _stack(
     raise ValueError(
       f'captions must be a sequence of strings, not one: {captions!r}'
     )
-  states = [encode_one(clean(text)) for text in captions]
+  states = [encode_one(text_tokens.clean(text)) for text in captions]
   return np.stack([np.pad(s, ((0, length - len(s)), (0, 0))) for s in states])
-
-
-def clean(text: str) -> str:
-  """A prompt as Wan2.1 cleans it: HTML entities undone, one space for many.
-
-  ftfy, where it is installed, mends text that was decoded wrongly first.
-  """
-  try:
-    import ftfy
-  except ImportError:
-    pass
-  else:
-    text = ftfy.fix_text(text)
-  # Twice: text from the web is often escaped twice.
-  text = html.unescape(html.unescape(text))
-  return re.sub(r'\s+', ' ', text).strip()
-
-
-def load_tokenizer(folder: str | os.PathLike) -> Tokenize:
-  """The tokenizer in a folder: tokenizer.json, or a sentencepiece model.
-
-  Raises:
-    FileNotFoundError: if there is neither.
-    ValueError: if the package that reads it is not installed.
-  """
-  folder = pathlib.Path(folder)
-  fast = folder / 'tokenizer.json'
-  if fast.is_file():
-    return _fast_tokenizer(fast)
-  for name in ('spiece.model', 'tokenizer.model'):
-    if (folder / name).is_file():
-      return _sentencepiece(folder / name)
-  raise FileNotFoundError(
-    f'no tokenizer in {folder}: it has neither tokenizer.json nor spiece.model'
-  )
-
-
-def _fast_tokenizer(path: pathlib.Path) -> Tokenize:
-  try:
-    import tokenizers
-  except ImportError:
-    raise ValueError(
-      f"{path} needs tokenizers: pip install 'hiar_jax[convert]'"
-    ) from None
-  tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  # Both are the encoder's business, and a file may ask for other lengths.
-  tokenizer.no_padding()
-  tokenizer.no_truncation()
-  return lambda text: tokenizer.encode(text).ids
-
-
-def _sentencepiece(path: pathlib.Path) -> Tokenize:
-  try:
-    import sentencepiece
-  except ImportError:
-    raise ValueError(
-      f"{path} needs sentencepiece: pip install 'hiar_jax[convert]'"
-    ) from None
-  pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-  return lambda text: [*pieces.encode(text), pieces.eos_id()]
 
 
 def _load_params(path: str | os.PathLike, config: umt5.UMT5Config):

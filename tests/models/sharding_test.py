@@ -19,7 +19,8 @@ from hiar_jax.models import kv_cache, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.training import checkpoint, phases
 from hiar_jax.training import state as training_state
-from tests import sharded_update, tiny
+from hiar_jax.weights import releases
+from tests import fake_release, sharded_update, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 MeshConfig = sharding.MeshConfig
@@ -41,14 +42,19 @@ def paths(tree) -> dict[str, object]:
 
 
 def test_every_parameter_matches_one_rule_and_no_rule_is_dead():
-  names = paths(abstract_params())
+  transformer = paths(abstract_params())
+  text_encoder = paths(
+    releases.abstract_params(fake_release.CONFIGS['text_encoder'])
+  )
+  # Some of both are called the same and lie the same.
+  names = text_encoder | transformer
   fits = {
     pattern: [n for n in names if re.fullmatch(pattern, n)]
     for pattern, _ in sharding.PARAM_RULES
   }
   assert all(fits.values())
   assert sorted(n for found in fits.values() for n in found) == sorted(names)
-  for name, leaf in names.items():
+  for name, leaf in (*text_encoder.items(), *transformer.items()):
     assert len(sharding.param_spec(name)) <= leaf.ndim
 
 

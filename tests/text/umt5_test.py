@@ -10,6 +10,7 @@ import pytest
 
 import hiar_jax
 from hiar_jax.sampling import calls
+from hiar_jax.text import tokens as text_tokens
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import conversion, layouts, releases
 from tests import fake_release
@@ -36,7 +37,7 @@ def make_encoder(folder, **options) -> text_umt5.UMT5TextEncoder:
   return text_umt5.UMT5TextEncoder(
     CONFIG,
     folder / layouts.TEXT_ENCODER_FILE,
-    text_umt5.load_tokenizer(folder / layouts.TOKENIZER),
+    text_tokens.load_tokenizer(folder / layouts.TOKENIZER),
     length=LENGTH,
     **options,
   )
@@ -137,7 +138,7 @@ def test_other_weights_tokens_and_lengths_have_embeddings_of_their_own(
     folder / layouts.TEXT_ENCODER_FILE, CONFIG
   )
   other = jax.tree.map(lambda a: a + 1, params)
-  tokenize = text_umt5.load_tokenizer(folder / layouts.TOKENIZER)
+  tokenize = text_tokens.load_tokenizer(folder / layouts.TOKENIZER)
   encoders = [
     text_umt5.UMT5TextEncoder(config, weights, tok, length=n, cache=tmp_path)
     for config, weights, tok, n in (

@@ -16,6 +16,7 @@ import hiar_jax
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.sampling import video_pipeline
+from hiar_jax.text import tokens as text_tokens
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import (
   conversion,
@@ -157,8 +158,8 @@ def test_converted_release_makes_a_streamed_video(released):
 
 
 def test_prompts_are_cleaned_cut_and_padded(released):
-  tokenize = text_umt5.load_tokenizer(released / 'ours' / 'tokenizer')
-  assert text_umt5.clean(' a \n&amp;amp;  red\t') == 'a & red'
+  tokenize = text_tokens.load_tokenizer(released / 'ours' / 'tokenizer')
+  assert text_tokens.clean(' a \n&amp;amp;  red\t') == 'a & red'
   config = fake_release.CONFIGS['text_encoder']
   encoder = text_umt5.UMT5TextEncoder(
     config, released / 'ours' / 'text_encoder.safetensors', tokenize, length=4
@@ -193,7 +194,7 @@ def test_sentencepiece_models_end_a_text_as_well(tmp_path):
     bos_id=-1,
     minloglevel=2,
   )
-  tokenize = text_umt5.load_tokenizer(tmp_path)
+  tokenize = text_tokens.load_tokenizer(tmp_path)
   ids = tokenize('a red dog')
   assert ids[-1] == 1 and 1 not in ids[:-1] and len(ids) > 2
 
@@ -379,12 +380,12 @@ def _ask_hub(folder):
 
 def _read_tokenizer(folder):
   fake_release.write_tokenizer(folder)
-  text_umt5.load_tokenizer(folder)
+  text_tokens.load_tokenizer(folder)
 
 
 def _read_pieces(folder):
   (folder / 'spiece.model').write_bytes(b'')
-  text_umt5.load_tokenizer(folder)
+  text_tokens.load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
