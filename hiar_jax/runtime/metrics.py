@@ -10,7 +10,6 @@ from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
-import tqdm
 
 
 class MetricsFile:
@@ -151,6 +150,8 @@ class Progress:
     self._text = ''
     self._bar = None
     if self._stream.isatty():
+      import tqdm
+
       self._bar = tqdm.tqdm(
         total=total,
         initial=start,

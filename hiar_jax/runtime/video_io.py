@@ -3,19 +3,26 @@
 The ffmpeg binary comes inside the imageio-ffmpeg wheel, so that Python alone is
 enough to write H.264. Frames are handed over block by block as they are made:
 the length of a video costs no memory.
+
+`imageio_ffmpeg.read_frames` reads. Its `write_frames` would not do to write:
+
+- it forks with a Python hook, to shield ffmpeg from Ctrl-C, in a process that
+  has jax's threads; its switch against that takes the shield away as well;
+- it tells neither ffmpeg's exit status nor its words: a video whose end found
+  no room on the disk would look finished.
 """
 
 import base64
+import collections
 import contextlib
 import os
 import pathlib
-import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Self
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
@@ -147,6 +154,8 @@ class VideoWriter:
     self._partial.unlink(missing_ok=True)
 
   def _start(self, height: int, width: int) -> None:
+    import imageio_ffmpeg
+
     self._size = (height, width)
     filters = (
       f'scale={width * self._scale}:{height * self._scale}'
@@ -201,27 +210,7 @@ def read_video(path: str | pathlib.Path) -> tuple[np.ndarray, float]:
     FileNotFoundError: if there is no such file.
     ValueError: if ffmpeg finds no video in it.
   """
-  path = pathlib.Path(path)
-  if not path.exists():
-    raise FileNotFoundError(f'no video at {path}')
-  source = (imageio_ffmpeg.get_ffmpeg_exe(), '-nostdin', '-i', str(path))
-  # Without an output ffmpeg describes the streams and returns an error.
-  described = subprocess.run(source, capture_output=True, check=False)
-  description = described.stderr.decode(errors='replace')
-  size = re.search(r'Video: .*?, (\d+)x(\d+)', description)
-  rate = re.search(r'([\d.]+) fps', description)
-  if not size or not rate:
-    raise ValueError(f'{path} has no video that ffmpeg can read')
-  width, height = int(size[1]), int(size[2])
-  decoded = subprocess.run(
-    [*source, '-v', 'error', '-f', 'rawvideo', '-pix_fmt', 'rgb24', '-'],
-    capture_output=True,
-    check=False,
-  )
-  if decoded.returncode or not decoded.stdout:
-    raise ValueError(f'ffmpeg could not decode {path}')
-  pixels = np.frombuffer(decoded.stdout, np.uint8)
-  return pixels.reshape(-1, height, width, 3), float(rate[1])
+  return _read(path, None)
 
 
 def read_frames(
@@ -252,8 +241,7 @@ def read_frames(
     with Image.open(path) as image:
       frames = np.asarray(image.convert('RGB'))[None]
   except UnidentifiedImageError:
-    frames, _ = read_video(path)
-  frames = frames if last is None else frames[-last:]
+    frames, _ = _read(path, last)
   seen_height, seen_width = frames.shape[1:3]
   if abs(seen_width * height / (seen_height * width) - 1) > 0.01:
     raise ValueError(
@@ -268,6 +256,54 @@ def read_frames(
       for f in frames
     ]
   )
+
+
+def _read(
+  path: str | pathlib.Path, last: int | None
+) -> tuple[np.ndarray, float]:
+  """As `read_video`, the last frames alone; None: all of them."""
+  import imageio_ffmpeg
+
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f'no video at {path}')
+  described, frames = None, ()
+  with _without_fork(), warnings.catch_warnings():
+    # It leaves the process's pipes to the garbage collector.
+    warnings.simplefilter('ignore', ResourceWarning)
+    source = imageio_ffmpeg.read_frames(path)
+    # What it raises on other files: IndexError where ffmpeg names no video,
+    # RuntimeError in the middle of a frame.
+    with contextlib.suppress(IndexError, OSError, RuntimeError):
+      described = next(source)
+      frames = collections.deque(source, maxlen=last)
+    del source
+  if described is None:
+    raise ValueError(f'{path} has no video that ffmpeg can read')
+  if not frames or not described['fps']:
+    raise ValueError(f'ffmpeg could not decode {path}')
+  width, height = described['size']
+  pixels = np.frombuffer(b''.join(frames), np.uint8)
+  return pixels.reshape(-1, height, width, 3), described['fps']
+
+
+@contextlib.contextmanager
+def _without_fork() -> Iterator[None]:
+  """ffmpeg is started without a Python hook between fork and exec.
+
+  imageio-ffmpeg's own switch. Ctrl-C then reaches ffmpeg too, which, where it
+  reads, is as well.
+  """
+  name = 'IMAGEIO_FFMPEG_NO_PREVENT_SIGINT'
+  before = os.environ.get(name)
+  os.environ[name] = '1'
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ[name]
+    else:
+      os.environ[name] = before
 
 
 def check_writable(path: str | pathlib.Path) -> None:

@@ -15,12 +15,12 @@ import math
 import os
 import pathlib
 import shutil
+import types
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
-from orbax.checkpoint.experimental import v1 as ocp
 
 SUFFIX = '.orbax'
 
@@ -102,6 +102,7 @@ class Writer:
       return
     assert not self._begun, sorted(self._begun)
     self._save()
+    ocp = _orbax()
     ocp.partial.finalize(self._path)
     files = {
       str(file.relative_to(self._path)): file.stat().st_size
@@ -114,6 +115,7 @@ class Writer:
   def _save(self) -> None:
     if not self._held:
       return
+    ocp = _orbax()
     context = ocp.Context()
     saving = context.array.saving
     saving.ocdbt_target_data_file_size = self._shard_bytes
@@ -155,7 +157,7 @@ class Reader:
         raise ValueError(
           f'{file} is damaged: it has {file.stat().st_size} bytes, not {size}'
         )
-    self._metadata = _flat(ocp.metadata(self._path).metadata)
+    self._metadata = _flat(_orbax().metadata(self._path).metadata)
     self.entries = {
       name: Entry(tuple(leaf.shape), np.dtype(leaf.dtype))
       for name, leaf in self._metadata.items()
@@ -209,12 +211,20 @@ class Reader:
   def _load(self, likes: dict[str, Any]) -> dict[str, Any]:
     if not likes:
       return {}
+    ocp = _orbax()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
       # Waited for: the next arrays would be read before these are let go.
       tree = jax.block_until_ready(ocp.load(self._path, _nested(likes)))
     return _flat(tree)
+
+
+def _orbax() -> types.ModuleType:
+  """Orbax, imported for those who use it: it takes a quarter of a second."""
+  from orbax.checkpoint.experimental import v1
+
+  return v1
 
 
 def _flat(tree: Any) -> dict[str, Any]:

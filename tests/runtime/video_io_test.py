@@ -1,7 +1,10 @@
 """Files that play: what goes in comes out, and nothing is lost on the way."""
 
 import os
+import pathlib
+import subprocess
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -127,6 +130,40 @@ def test_what_is_no_video_is_named(tmp_path):
     video_io.read_video(path)
   with pytest.raises(FileNotFoundError, match='no video at'):
     video_io.read_video(tmp_path / 'missing.mp4')
+
+
+def test_a_video_that_was_turned_is_read_as_it_is_shown(tmp_path):
+  upright, turned = tmp_path / 'upright.mp4', tmp_path / 'turned.mp4'
+  video_io.write_video(upright, _frames(height=32, width=64), fps=8)
+  subprocess.run(
+    [
+      *(imageio_ffmpeg.get_ffmpeg_exe(), '-v', 'error'),
+      *('-display_rotation', '90', '-i', upright, '-c', 'copy', turned),
+    ],
+    check=True,
+  )
+  frames, _ = video_io.read_video(turned)
+  assert frames.shape == (12, 64, 32, 3)
+
+
+def test_a_full_disk_is_told_with_ffmpegs_words(tmp_path, monkeypatch):
+  writer = video_io.VideoWriter(tmp_path / 'video.mp4', fps=8)
+  monkeypatch.setattr(writer, '_partial', pathlib.Path('/dev/full'))
+  writer.append(_frames())
+  with (
+    pytest.raises(OSError, match='could not write .* No space left on device'),
+    monkeypatch.context() as patch,
+  ):
+    patch.setattr(pathlib.Path, 'unlink', lambda *unused, **more: None)
+    writer.close()
+
+
+def test_a_cut_video_is_named(tmp_path):
+  path = tmp_path / 'video.mp4'
+  video_io.write_video(path, _frames(), fps=8)
+  path.write_bytes(path.read_bytes()[:900])
+  with pytest.raises(ValueError, match=r'video\.mp4'):
+    video_io.read_video(path)
 
 
 def _gradient(height, width):
