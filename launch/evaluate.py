@@ -5,6 +5,10 @@
 Held-out captions, each order or context in a row of its own; `ideal dB` is the
 PSNR against the prompt's own object drawn where the video has it, and has the
 codec's own loss as its ceiling ("codec": true videos, encoded and decoded).
+
+The weights are those that come with the package, and --config.key=value changes
+how they are run; or those of a folder, which has its own config: of --config
+only the world is taken then.
 """
 
 import json
@@ -17,6 +21,7 @@ from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import video_pipeline
+from hiar_jax.weights import student_files
 
 _CONFIG = config_flag.define(required=True)
 _NUM_PROMPTS = flags.DEFINE_integer(
@@ -25,7 +30,7 @@ _NUM_PROMPTS = flags.DEFINE_integer(
 _NUM_BLOCKS = flags.DEFINE_integer('num_blocks', 28, 'length', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'names the noise', lower_bound=0)
 _FOLDER = flags.DEFINE_string(
-  'pipeline', None, 'a folder written by `hiar-jax export`; default: by name'
+  'pipeline', None, 'a folder written by `hiar-jax export`'
 )
 _WAYS = flags.DEFINE_list(
   'ways',
@@ -38,7 +43,7 @@ _OUT = flags.DEFINE_string('out', None, 'also writes the numbers as JSON')
 def main(argv):
   del argv
   config = _CONFIG.value
-  pipeline = video_pipeline.load(_FOLDER.value or config.name)
+  pipeline = _load(config)
   world = bouncing.WorldConfig(**config.world)
   latents = _NUM_BLOCKS.value * pipeline.rollout.frames_per_block
   frames = 1 + (latents - 1) * pipeline.codec.temporal_stride
@@ -71,6 +76,21 @@ def main(argv):
   print(evaluation_bouncing.format_table(rows))
   if _OUT.value:
     pathlib.Path(_OUT.value).write_text(json.dumps(rows, indent=2) + '\n')
+
+
+def _load(config) -> video_pipeline.VideoPipeline:
+  if _FOLDER.value is not None:
+    config_flag.refuse_overrides_but('world')
+    return video_pipeline.load(_FOLDER.value)
+  # Order and context are those of --ways.
+  reads = {*video_pipeline.READS, 'codec.path', 'world'} - {'generate'}
+  config_flag.refuse_overrides_but(*reads)
+  weights, codec = student_files.find(
+    config, codec=config_flag.overrides().get('codec.path')
+  )
+  return video_pipeline.from_config(
+    config.to_dict(), weights=weights, codec=codec
+  )
 
 
 if __name__ == '__main__':

@@ -36,7 +36,17 @@ def main(argv):
   if 'trajectories' not in config:
     raise ValueError(f'the {config.phase} config has no trajectories')
   world = bouncing.WorldConfig(**config.world)
-  weights, codec = teacher_files.find(config, _WEIGHTS.value)
+  reads = {*video_pipeline.READS} - {'generate', 'rollout', 'schedule'}
+  config_flag.refuse_overrides_but(
+    *(*reads, 'world', 'teacher_weights', 'codec.path'),
+    *(f'trajectories.{key}' for key in ('num_steps', 'shift', 'guidance')),
+  )
+  given = config_flag.overrides()
+  weights, codec = teacher_files.find(
+    config,
+    _WEIGHTS.value or given.get('teacher_weights'),
+    given.get('codec.path'),
+  )
   pipeline = video_pipeline.from_config(
     config.to_dict(), weights=weights, codec=codec
   )

@@ -43,7 +43,7 @@ from hiar_jax import rollout
 from hiar_jax.data import bouncing
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import calls, streaming, video, video_pipeline
-from hiar_jax.weights import layouts
+from hiar_jax.weights import layouts, student_files
 
 _CONFIG = config_flag.define()
 _PIPELINE = flags.DEFINE_string(
@@ -205,7 +205,10 @@ def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
   with watch('load'):
     if _PIPELINE.value is None:
       config = _CONFIG.value
-      weights, codec = _weights(config)
+      config_flag.refuse_overrides_but(*video_pipeline.READS, 'codec.path')
+      weights, codec = student_files.find(
+        config, _WEIGHTS.value, config_flag.overrides().get('codec.path')
+      )
       pipeline = video_pipeline.from_config(
         config.to_dict(), weights=weights, codec=codec, **text
       )
@@ -419,23 +422,6 @@ def _paths(count: int) -> list[pathlib.Path]:
     video_io.VideoWriter(path, fps=fps, scale=_SCALE.value or 1)
     video_io.check_writable(path.with_suffix('.png'))
   return paths
-
-
-def _weights(config) -> tuple[pathlib.Path, pathlib.Path]:
-  """The files of the weights and of the codec."""
-  if _WEIGHTS.value is None:
-    if config.name not in video_pipeline.known_names():
-      raise ValueError(
-        f'no weights of {config.name!r} come with the package, only of '
-        f'{video_pipeline.known_names()}; give --weights'
-      )
-    weights = layouts.ASSETS / config.name / layouts.STUDENT_FILE
-  else:
-    weights = pathlib.Path(_WEIGHTS.value)
-    if weights.is_dir():
-      weights /= layouts.STUDENT_FILE
-  codec = weights.with_name(layouts.codec_file(_CONFIG.value))
-  return weights, codec if codec.exists() else pathlib.Path(config.codec.path)
 
 
 if __name__ == '__main__':

@@ -35,6 +35,23 @@ _CONFIG = config_flag.define(required=True)
 _TOPOLOGY = flags.DEFINE_string(
   'topology', None, "chip and shape, such as v5p:2x2x1; default: the config's"
 )
+# What of a config each part is made from.
+_READS = {
+  'stream': ('name', 'model', 'schedule', 'rollout', 'plan'),
+  'vae': (
+    'rollout.frames_per_block',
+    'model.latent_height',
+    'model.latent_width',
+    'plan.topology',
+    'plan.weights_dtype',
+  ),
+  'text': ('model.text_len', 'plan.topology', 'plan.weights_dtype'),
+}
+_READS_OF_TRAINING = (
+  *('name', 'model', 'schedule', 'rollout', 'plan.topology', 'teacher'),
+  *('distill', 'optimiser', 'critic_optimiser', 'iterations', 'batch_size'),
+  *('rollout_blocks', 'trajectories', 'mesh'),
+)
 _PART = flags.DEFINE_enum(
   'part',
   'stream',
@@ -50,6 +67,7 @@ def main(argv):
     raise ValueError(
       f'config {config.name!r} has no section plan, as hiar_1_3b has'
     )
+  config_flag.refuse_overrides_but(*_READS.get(_PART.value, _READS_OF_TRAINING))
   settings = config.plan.to_dict()
   topology = _TOPOLOGY.value or settings['topology']
   if _PART.value == 'stream':

@@ -125,6 +125,17 @@ def main(argv: Sequence[str]) -> None:
 
 def _defaults(config) -> sampling_teacher.SamplingConfig:
   """How the config's trajectories are sampled, solver apart."""
+  reads = {*video_pipeline.READS} - {'generate', 'rollout', 'schedule'}
+  config_flag.refuse_overrides_but(
+    *(
+      *reads,
+      'world.num_frames',
+      'generate.fps',
+      'teacher_weights',
+      'codec.path',
+    ),
+    *(f'trajectories.{key}' for key in ('num_steps', 'shift', 'guidance')),
+  )
   for section in ('trajectories', 'generate'):
     if section not in config:
       raise ValueError(
@@ -140,7 +151,12 @@ def _defaults(config) -> sampling_teacher.SamplingConfig:
 def _load(config) -> video_pipeline.VideoPipeline:
   if config is None:
     return video_pipeline.load(_PIPELINE.value)
-  weights, codec = teacher_files.find(config, _WEIGHTS.value)
+  given = config_flag.overrides()
+  weights, codec = teacher_files.find(
+    config,
+    _WEIGHTS.value or given.get('teacher_weights'),
+    given.get('codec.path'),
+  )
   # The teacher has the student's sizes, text and codec.
   return video_pipeline.from_config(
     config.to_dict(), weights=weights, codec=codec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from absl import flags
@@ -55,6 +55,35 @@ def find(value: str) -> str:
       'path has a slash in it or ends in .py'
     )
   return f'{paths[name]}{colon}{phase}'
+
+
+def overrides() -> dict[str, Any]:
+  """'rollout.window' -> 3 for --config.rollout.window=3 and so on."""
+  from absl import flags
+  from ml_collections import config_flags
+
+  if flags.FLAGS['config'].value is None:
+    return {}
+  return config_flags.get_override_values(flags.FLAGS['config'])
+
+
+def refuse_overrides_but(*keys: str) -> None:
+  """Refuses --config.key=value for what the program does not read.
+
+  Args:
+    *keys: what it reads: sections, or single values such as 'model.text_len'.
+
+  Raises:
+    ValueError: naming an override of something else.
+  """
+  for override in overrides():
+    # Lists and dictionaries in a config: 'trajectories.points[0]'.
+    name = override.partition('[')[0]
+    if not any(f'{name}.'.startswith(f'{key}.') for key in keys):
+      raise ValueError(
+        f'--config.{override} would change nothing: of a config, this reads '
+        + ', '.join(sorted(keys))
+      )
 
 
 def packaged() -> dict[str, pathlib.Path]:

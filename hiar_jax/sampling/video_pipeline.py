@@ -43,6 +43,8 @@ from hiar_jax.weights import (
 
 # What a pipeline takes from a training config; the rest is about training.
 SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
+# All that `from_config` reads; of these, what is there.
+READS = (*SECTIONS, 'vae', 'umt5', 'weights_dtype')
 
 # Videos that are sampled together. More of them need memory in proportion and
 # are no faster once the machine is busy.

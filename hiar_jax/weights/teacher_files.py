@@ -8,7 +8,9 @@ from hiar_jax.weights import layouts
 
 
 def find(
-  config: Mapping[str, Any], weights: str | pathlib.Path | None = None
+  config: Mapping[str, Any],
+  weights: str | pathlib.Path | None = None,
+  codec: str | pathlib.Path | None = None,
 ) -> tuple[pathlib.Path, pathlib.Path]:
   """Weights and codec of a config's teacher, for `video_pipeline.from_config`.
 
@@ -16,17 +18,20 @@ def find(
     config: of the training.
     weights: of the teacher; None: `teacher_weights`, or else those that come
       with the package.
+    codec: of its latents; None: the config's, or the one beside a teacher of
+      the package.
 
   Raises:
     FileNotFoundError: if there is no teacher.
   """
   trained = pathlib.Path(weights or config['teacher_weights'])
   if weights or trained.exists():
-    return trained, pathlib.Path(config['codec']['path'])
+    return trained, pathlib.Path(codec or config['codec']['path'])
   folder = layouts.ASSETS / config['name']
   if not (folder / layouts.TEACHER_FILE).exists():
     raise FileNotFoundError(
       f'no teacher at {trained}, and none of {config["name"]!r} comes with the '
       'package; give --weights'
     )
-  return folder / layouts.TEACHER_FILE, folder / layouts.codec_file(config)
+  codec = codec or folder / layouts.codec_file(config)
+  return folder / layouts.TEACHER_FILE, pathlib.Path(codec)

@@ -149,6 +149,9 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
     'fps=0.0 is not positive': [*good, '--fps=0'],
     'no text embeddings at nowhere': [*good, '--text_encoder=nowhere'],
     "unknown config key 'rolout'": [*good, '--config.rolout.window=9'],
+    '--config.batch_size would change nothing': [
+      *(*good, '--config.batch_size=3')
+    ],
     'window=20 is not a positive multiple of frames_per_block=3': [
       *(*good, '--config.rollout.window=20')
     ],
