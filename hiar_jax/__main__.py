@@ -50,6 +50,7 @@ COMMANDS = {
     Command('export', 'export', "a training run's weights to a pipeline"),
   ),
   'Train': (
+    Command('encode prompts', 'encode_prompts', 'text states of prompts, once'),
     Command('encode videos', 'encode_videos', 'the latents of videos, once'),
     Command(
       'trajectories', 'make_trajectories', "the teacher's denoising paths"

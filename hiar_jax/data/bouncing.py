@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hiar_jax.runtime import provenance
 from hiar_jax.text import word_hash
 
 PALETTE = {
@@ -45,7 +46,6 @@ MOTIONS = ('slowly', 'fast')
 # Of a shape's radius: the half side of the square, the hole of the ring.
 _SQUARE_HALF_SIDE = 0.85
 _RING_HOLE = 0.5
-
 # Told apart from the Philox stream of the scene, which starts at counter 0.
 _DROPOUT_STREAM = 1
 
@@ -345,7 +345,7 @@ class Captions:
 
   def identity(self) -> dict[str, Any]:
     """Without the length: more than are used change nothing."""
-    world = dataclasses.asdict(self.world)
+    world = provenance.jsonable(self.world)
     return {'source': 'bouncing', 'world': world, 'seed': self.seed}
 
 

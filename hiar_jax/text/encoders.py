@@ -41,6 +41,9 @@ class Encoder(Protocol):
     captions, and all get all states.
     """
 
+  def num_cut(self, caption: str) -> int:
+    """Tokens of a caption that `length` leaves no room for."""
+
   def prepare(self, caption: str) -> dict[str, np.ndarray]:
     """What a data source hands out for a caption; touches no device."""
 

@@ -1,9 +1,5 @@
 """umT5 as Wan2.1 uses it: prompts to text states, behind the seam of `text`.
 
-An embeddings file has the states of one prompt, as safetensors: `states` [n, D]
-without the padding, and in the header as text the cleaned prompt, the length L
-and the identity of the encoder.
-
 B batch, L tokens, n tokens without padding, D width.
 """
 
@@ -13,16 +9,15 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from hiar_jax.models import umt5
+from hiar_jax.text import embeddings, umt5_batches
 from hiar_jax.text import tokens as text_tokens
-from hiar_jax.text import umt5_batches
 from hiar_jax.weights import layouts, networks, safetensors_io
 
 LENGTH = 512  # tokens of Wan2.1, padding included
@@ -89,7 +84,7 @@ class UMT5TextEncoder:
   def encode(self, captions: Sequence[str]) -> np.ndarray:
     """Encodes captions: float32 [B, L, D]."""
     # One at a time: a batch of long ones would need room beside the weights.
-    states = _stack(captions, self._encode_one, self.length)
+    states = embeddings.stack(captions, self._encode_one, self.length)
     if not self._keep_weights:
       self.release()
     return states
@@ -138,100 +133,20 @@ class UMT5TextEncoder:
       name = hashlib.sha256(told.encode()).hexdigest()[:32]
       path = self._cache / f'{name}.safetensors'
       if path.exists():
-        return read_embeddings(path).states
+        return embeddings.read(path).states
     if self._params is None:
       self._params = _load_params(self._weights, self.config)
     states = _encode(self._params, ids[None], mask[None], config=self.config)
     states_nD = np.array(states[0, : mask.sum()], np.float32)
     states_nD.setflags(write=False)  # Handed out again.
     if path is not None:
-      embeddings = Embeddings(text, self.length, self.identity, states_nD)
-      write_embeddings(path, embeddings)
+      found = embeddings.Embeddings(text, self.length, self.identity, states_nD)
+      embeddings.write(path, found)
     return states_nD
 
   def _check_file(self) -> None:
     if not isinstance(self._weights, str | os.PathLike):
       raise ValueError('these weights come from no file and cannot be re-read')
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Embeddings:
-  """What an embeddings file has in it.
-
-  Attributes:
-    prompt: cleaned.
-    length: L.
-    encoder: `UMT5TextEncoder.identity`, or another name of what made it.
-    states: float32 [n, D].
-  """
-
-  prompt: str
-  length: int
-  encoder: str
-  states: np.ndarray
-
-
-class EmbeddedPrompts:
-  """An encoder that knows prompts whose states are in files, and no others.
-
-  Attributes:
-    length: tokens L, padding included.
-    dim: width D of the states.
-    negative_prompt: that of Wan2.1.
-  """
-
-  negative_prompt = text_tokens.WAN_NEGATIVE_PROMPT
-
-  def __init__(self, path: str | os.PathLike):
-    """Reads the headers, and states when they are asked for.
-
-    Args:
-      path: an embeddings file or a folder of them, as an encoder's cache is.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if a file is none, or they are of several encoders.
-    """
-    path = pathlib.Path(path)
-    files = sorted(path.glob('*.safetensors')) if path.is_dir() else [path]
-    if not files or not path.exists():
-      raise FileNotFoundError(f'no text embeddings at {path}')
-    self._path = path
-    self._files: dict[str, pathlib.Path] = {}
-    kinds = set()
-    for file in files:
-      reader = _open_embeddings(file)
-      fields = reader.metadata
-      kind = (
-        int(fields['length']),
-        reader.entries['states'].shape[1],
-        fields['encoder'],
-      )
-      if kinds and kind not in kinds:
-        raise ValueError(
-          f'{path} has embeddings of several text encoders in it, for example '
-          f'{files[0].name} and {file.name}; keep those of one'
-        )
-      kinds.add(kind)
-      self._files[fields['prompt']] = file
-    ((self.length, self.dim, _),) = kinds
-
-  def encode(self, captions: Sequence[str]) -> np.ndarray:
-    """States of captions: float32 [B, L, D].
-
-    Raises:
-      ValueError: naming a caption that no file has.
-    """
-    return _stack(captions, self._read, self.length)
-
-  def _read(self, text: str) -> np.ndarray:
-    if text not in self._files:
-      known = ', '.join(map(repr, sorted(self._files)[:3]))
-      more = ', ...' if len(self._files) > 3 else ''
-      raise ValueError(
-        f'{self._path} has no embeddings of {text!r}, only of {known}{more}'
-      )
-    return read_embeddings(self._files[text]).states
 
 
 def open_encoder(
@@ -240,7 +155,7 @@ def open_encoder(
   """The encoder of batches, from a config's section `text`.
 
   Args:
-    options: `folder`, which launch/convert_checkpoint.py wrote; `length`, of
+    options: `folder`, which `hiar-jax convert` wrote; `length`, of
       Wan2.1 unless given, and `dtype`, bfloat16 unless given.
     mesh: see `umt5_batches.BatchEncoder`.
 
@@ -252,7 +167,7 @@ def open_encoder(
   if 'folder' not in options:
     raise ValueError(
       'text.folder is missing: the folder of the text encoder, which '
-      'launch/convert_checkpoint.py writes'
+      '`hiar-jax convert` writes'
     )
   return _open_batches(mesh=mesh, **options)
 
@@ -269,7 +184,7 @@ def _open_batches(
     sizes = safetensors_io.read_json(path).get('umt5')
   except FileNotFoundError:
     raise FileNotFoundError(
-      f'no text encoder in {folder}; launch/convert_checkpoint.py makes such a '
+      f'no text encoder in {folder}; `hiar-jax convert` makes such a '
       'folder from published weights'
     ) from None
   if sizes is None:
@@ -288,7 +203,7 @@ def load_encoder(
   folder: str | os.PathLike,
   choice: str | os.PathLike = 'keep',
   cache: str | os.PathLike | None = None,
-) -> UMT5TextEncoder | EmbeddedPrompts:
+) -> UMT5TextEncoder | embeddings.EmbeddedPrompts:
   """The text encoder of a converted folder, or what takes its place.
 
   Args:
@@ -305,7 +220,7 @@ def load_encoder(
   """
   model = config['model']
   if choice not in CHOICES:
-    embedded = EmbeddedPrompts(choice)
+    embedded = embeddings.EmbeddedPrompts(choice)
     found = (embedded.length, embedded.dim)
     if found != (model['text_len'], model['text_dim']):
       raise ValueError(
@@ -322,73 +237,6 @@ def load_encoder(
     keep_weights=choice == 'keep',
     cache=cache,
   )
-
-
-def write_embeddings(path: str | os.PathLike, embeddings: Embeddings) -> None:
-  """Writes an embeddings file, in one move."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  states = np.asarray(embeddings.states, np.float32)
-  # A folder of its own: other processes may be writing the same prompt.
-  with tempfile.TemporaryDirectory(
-    prefix='.', suffix='.part', dir=path.parent
-  ) as folder:
-    partial = pathlib.Path(folder) / path.name
-    with safetensors_io.Writer(
-      partial,
-      {'states': (states.shape, states.dtype)},
-      metadata={
-        'prompt': embeddings.prompt,
-        'length': str(embeddings.length),
-        'encoder': embeddings.encoder,
-      },
-    ) as writer:
-      writer.write('states', states)
-    partial.replace(path)
-
-
-def read_embeddings(path: str | os.PathLike) -> Embeddings:
-  """Reads an embeddings file.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is none, or damaged.
-  """
-  reader = _open_embeddings(path)
-  states = reader.read('states')
-  states.setflags(write=False)
-  fields = reader.metadata
-  return Embeddings(
-    fields['prompt'], int(fields['length']), fields['encoder'], states
-  )
-
-
-def _open_embeddings(path: str | os.PathLike) -> safetensors_io.Reader:
-  """An embeddings file whose header was checked."""
-  reader = safetensors_io.Reader(path)
-  fields, entry = reader.metadata, reader.entries.get('states')
-  if (
-    entry is None
-    or len(entry.shape) != 2
-    or entry.dtype != np.float32
-    or not {'prompt', 'encoder'} <= fields.keys()
-    or not fields.get('length', '').isdecimal()
-    or entry.shape[0] > int(fields['length'])
-  ):
-    raise ValueError(f'{path} has no text embeddings in it')
-  return reader
-
-
-def _stack(
-  captions: Sequence[str], encode_one: Callable[[str], np.ndarray], length: int
-) -> np.ndarray:
-  """States [n, D] of each caption as one array [B, L, D]."""
-  if isinstance(captions, str):
-    raise ValueError(
-      f'captions must be a sequence of strings, not one: {captions!r}'
-    )
-  states = [encode_one(text_tokens.clean(text)) for text in captions]
-  return np.stack([np.pad(s, ((0, length - len(s)), (0, 0))) for s in states])
 
 
 def _load_params(path: str | os.PathLike, config: umt5.UMT5Config):

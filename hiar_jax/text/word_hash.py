@@ -54,8 +54,7 @@ class WordHashEncoder:
       )
     rows_BLD = np.zeros((len(captions), self.length, self.dim), np.float32)
     for row_LD, caption in zip(rows_BLD, captions):
-      words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", caption.lower())
-      words = words[: self.length]
+      words = _words(caption)[: self.length]
       for i, word in enumerate(words):
         before = words[i - 1] if i else ''
         row_LD[i] = _vector(word, self.dim, self.seed)
@@ -71,6 +70,9 @@ class WordHashEncoder:
   def identity(self) -> str:
     return repr(self)
 
+  def num_cut(self, caption: str) -> int:
+    return max(0, len(_words(caption)) - self.length)
+
   def prepare(self, caption: str) -> dict[str, np.ndarray]:
     """{'text': float32 [L, D]}: already all that there is to do."""
     return {'text': self.encode([caption])[0]}
@@ -83,6 +85,10 @@ def open_encoder(options: Mapping[str, Any], mesh: Any) -> WordHashEncoder:
   """The encoder of these options; it has nothing to put onto a mesh."""
   del mesh
   return WordHashEncoder(**options)
+
+
+def _words(caption: str) -> list[str]:
+  return re.findall(r"[^\W_]+(?:['-][^\W_]+)*", caption.lower())
 
 
 # Bounded: prompts come from people, and a server must not grow with them.

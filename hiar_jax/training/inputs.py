@@ -7,11 +7,11 @@ or anyone's); what else is in it is that one's own business.
   prompts          source: 'file', ...    captions by number
   text             encoder: 'umt5', ...   captions to states [L, D]
   states           dir, num, shard_size, batch_size: states on disk, read in
-                   place of encoding; launch/encode_prompts.py writes them
+                   place of encoding; `hiar-jax encode prompts` writes them
   negative_prompt  text that guidance leads away from; missing: the encoder's
   videos           source: 'folder', ...  captioned videos by number
   latents          dir, num, shard_size, batch_size: encoded videos on disk,
-                   read in place of videos; launch/encode_videos.py writes them
+                   read in place of videos; `hiar-jax encode videos` writes them
 
 How a phase reads:
 
@@ -37,6 +37,7 @@ import ml_collections
 import numpy as np
 
 from hiar_jax.data import prompts as data_prompts
+from hiar_jax.data import text_states
 from hiar_jax.data import videos as data_videos
 from hiar_jax.runtime import seams
 from hiar_jax.text import encoders
@@ -78,8 +79,56 @@ def open_prompts(config: Config) -> data_prompts.Prompts:
 def open_text(
   config: Config, mesh: jax.sharding.Mesh | None = None
 ) -> encoders.Encoder:
+  """What training encodes with: the encoder, or the states that it left.
+
+  With a section `states` it knows the texts that are beside the states, the
+  empty caption and the negative prompt, and no others; the encoder's weights
+  need not be there.
+
+  Args:
+    config: of the phase.
+    mesh: that an encoder with weights is divided over; None: one device.
+
+  Raises:
+    ValueError: if there is no such encoder, it does not fit the network, or
+      the states are those of another one.
+    FileNotFoundError: if there are no states.
+  """
+  encoder = None
+  if 'states' not in config:
+    encoder = open_encoder(config, mesh)
+  else:
+    encoder = text_states.StoredEncoder(config.states.dir)
+    expected = _identity(config)
+    if expected is not None and expected != encoder.identity:
+      raise ValueError(
+        f'{config.states.dir} has states of another text encoder than the '
+        f"config's: {encoder.identity}, not {expected}"
+      )
+  if 'model' in config:
+    wanted = (config.model.text_len, config.model.text_dim)
+    if (encoder.length, encoder.dim) != wanted:
+      raise ValueError(
+        f'text has {encoder.length} tokens of width {encoder.dim}, and the '
+        f'network takes model.text_len={wanted[0]} of '
+        f'model.text_dim={wanted[1]}'
+      )
+  return encoder
+
+
+def open_encoder(
+  config: Config, mesh: jax.sharding.Mesh | None = None
+) -> encoders.Encoder:
   """The encoder of the section `text`; errors as `encoders.open_encoder`."""
   return encoders.open_encoder(_section('text', config), mesh)
+
+
+def _identity(config: Config) -> str | None:
+  """Of the config's encoder; None where its files are not here."""
+  try:
+    return open_encoder(config).identity
+  except FileNotFoundError:
+    return None
 
 
 def negative_prompt(config: Config, encoder: encoders.Encoder) -> str:
@@ -96,6 +145,22 @@ def negative_states(config: Config, encoder: encoders.Encoder) -> np.ndarray:
   return encoder.encode([negative_prompt(config, encoder)])
 
 
+def other_texts(config: Config, encoder: encoders.Encoder) -> tuple[str, ...]:
+  """What training encodes beside prompts, by text and not by number.
+
+  The empty caption, the negative prompt and the prompts of sampled videos.
+  """
+  sampled = config.get('loop', {}).get('sample_prompts', ())
+  return ('', negative_prompt(config, encoder), *sampled)
+
+
+def captions_to_encode(config: Config) -> data_prompts.Prompts:
+  """The prompts whose states a phase reads: its own, or those of its videos."""
+  if 'videos' in config:
+    return open_bare_videos(config).captions
+  return open_prompts(config)
+
+
 def open_states(
   config: Config, prompts: data_prompts.Prompts, encoder: encoders.Encoder
 ) -> States:
@@ -105,8 +170,14 @@ def open_states(
     config: of the phase.
     prompts: from `open_prompts`, or the captions of videos.
     encoder: from `open_text`.
+
+  Raises:
+    FileNotFoundError: if the config has a section `states` and its folder
+      lacks any.
+    ValueError: if they are states of other prompts, naming what differs.
   """
-  del config
+  if 'states' in config:
+    return text_states.StoredStates(config.states.dir, prompts)
   return PromptStates(prompts, encoder)
 
 
@@ -163,7 +234,7 @@ class CaptionedVideos:
   """Videos or their latents beside their text; see `States`.
 
   Attributes:
-    videos: element i of it is an array.
+    videos: element i of it is an array; as many as there are states.
     name: that the array has in a batch.
     states: text i is that of video i.
     encoder: of the empty caption.

@@ -10,6 +10,7 @@ import pytest
 
 import hiar_jax
 from hiar_jax.sampling import calls
+from hiar_jax.text import embeddings
 from hiar_jax.text import tokens as text_tokens
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import conversion, layouts, releases
@@ -154,7 +155,7 @@ def test_other_weights_tokens_and_lengths_have_embeddings_of_their_own(
     assert len(list(tmp_path.iterdir())) == count
   assert len({one.identity for one in encoders}) == 3
   with pytest.raises(ValueError, match='embeddings of several text encoders'):
-    text_umt5.EmbeddedPrompts(tmp_path)
+    embeddings.EmbeddedPrompts(tmp_path)
 
 
 def test_embeddings_take_the_encoders_place(folder, encoder, loads, tmp_path):
@@ -174,9 +175,9 @@ def test_embeddings_take_the_encoders_place(folder, encoder, loads, tmp_path):
   (file, *_) = (
     path
     for path in tmp_path.glob('*.safetensors')
-    if text_umt5.read_embeddings(path).prompt == 'a cat'
+    if embeddings.read(path).prompt == 'a cat'
   )
-  one = text_umt5.EmbeddedPrompts(file)
+  one = embeddings.EmbeddedPrompts(file)
   np.testing.assert_array_equal(one.encode(['a cat']), states[1:])
   assert not loads
 
@@ -188,19 +189,17 @@ def test_what_is_no_embeddings_file_is_named(folder, tmp_path):
     hiar_jax.load(folder, text_encoder=tmp_path)
   with pytest.raises(ValueError, match='vae.safetensors has no text embedd'):
     hiar_jax.load(folder, text_encoder=folder / 'vae.safetensors')
-  wide = text_umt5.Embeddings('a cat', 8, 'x', np.zeros((2, 17), np.float32))
-  text_umt5.write_embeddings(tmp_path / 'wide.safetensors', wide)
+  wide = embeddings.Embeddings('a cat', 8, 'x', np.zeros((2, 17), np.float32))
+  embeddings.write(tmp_path / 'wide.safetensors', wide)
   with pytest.raises(ValueError, match='8 tokens of width 17, and the network'):
     hiar_jax.load(folder, text_encoder=tmp_path)
   (tmp_path / 'wide.safetensors').write_bytes(b'x' * 20)
   with pytest.raises(ValueError, match='wide.safetensors is damaged'):
-    text_umt5.read_embeddings(tmp_path / 'wide.safetensors')
+    embeddings.read(tmp_path / 'wide.safetensors')
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-  embeddings = text_umt5.Embeddings(
-    'a cat', 8, 'x', np.zeros((2, 16), np.float32)
-  )
+  one = embeddings.Embeddings('a cat', 8, 'x', np.zeros((2, 16), np.float32))
   path = tmp_path / 'a.safetensors'
 
   def refuse(self, target):
@@ -209,7 +208,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(pathlib.Path, 'replace', refuse)
     with pytest.raises(OSError, match='disk full'):
-      text_umt5.write_embeddings(path, embeddings)
+      embeddings.write(path, one)
   assert not list(tmp_path.iterdir())
-  text_umt5.write_embeddings(path, embeddings)
+  embeddings.write(path, one)
   assert [p.name for p in tmp_path.iterdir()] == ['a.safetensors']

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import bouncing as bouncing_config
-from hiar_jax.data import bouncing, sources
+from hiar_jax.data import bouncing, sources, text_states
 from hiar_jax.text import word_hash
 from hiar_jax.training import inputs
 
@@ -91,3 +91,57 @@ def test_what_does_not_fit_is_named(config, change, message):
   with pytest.raises(ValueError, match=message):
     inputs.open_prompts(config)
     inputs.open_videos(config, inputs.open_text(config))
+
+
+@pytest.fixture
+def stored(config, tmp_path):
+  """The small world's config with its first 6 captions encoded."""
+  config.prompts.length = 6
+  config.states = dict(dir=str(tmp_path), num=0, shard_size=4, batch_size=2)
+  encoder = inputs.open_encoder(config)
+  prompts = inputs.open_prompts(config)
+  manifest = text_states.make_manifest(prompts, encoder, num=0, shard_size=4)
+  text_states.make(tmp_path, manifest, prompts, encoder, batch_size=2)
+  others = inputs.other_texts(config, encoder)
+  text_states.add_captions(tmp_path, encoder, others)
+  return config
+
+
+def test_states_on_disk_take_the_encoders_place(stored):
+  encoder = inputs.open_text(stored)
+  source = inputs.open_states(stored, inputs.open_prompts(stored), encoder)
+  assert isinstance(source, text_states.StoredStates)
+  batch = source.finish(next(sources.batches(source, batch_size=6, seed=0)))
+  del stored.states
+  live = inputs.open_text(stored)
+  prompts = inputs.open_prompts(stored)
+  same = inputs.open_states(stored, prompts, live)
+  wanted = same.finish(next(sources.batches(same, batch_size=6, seed=0)))
+  np.testing.assert_array_equal(batch['index'], wanted['index'])
+  np.testing.assert_allclose(batch['text'], wanted['text'], rtol=2**-8)
+  assert source.identity() == same.identity()
+  assert encoder.identity == live.identity
+
+
+def test_the_negative_prompt_has_to_be_beside_the_states(stored):
+  encoder = inputs.open_text(stored)
+  assert not inputs.negative_states(stored, encoder).any()
+  stored.negative_prompt = 'a blurred disc'
+  with pytest.raises(ValueError, match="'a blurred disc'.*encode prompts adds"):
+    inputs.negative_states(stored, encoder)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda c: c.text.update(seed=9), 'states of another text encoder'),
+    (lambda c: c.update(world_seed=9), 'prompts.seed: 1 -> 9'),
+    (lambda c: c.model.update(text_len=17), 'takes model.text_len=17'),
+  ],
+)
+def test_states_of_something_else_are_refused_by_name(stored, change, message):
+  change(stored)
+  with pytest.raises(ValueError, match=message):
+    inputs.open_states(
+      stored, inputs.open_prompts(stored), inputs.open_text(stored)
+    )
