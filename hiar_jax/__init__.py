@@ -16,7 +16,7 @@ __version__ = '0.1.0'
 _NAMES = {
   'Video': 'hiar_jax.sampling.video',
   'VideoPipeline': 'hiar_jax.sampling.video_pipeline',
-  'load': 'hiar_jax.sampling.video_pipeline',
+  'load': 'hiar_jax.sampling.loading',
 }
 _METHOD = ('denoiser', 'losses', 'noise_schedule', 'rollout')
 _ROOMS = (

@@ -20,7 +20,7 @@ from absl import flags
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import config_flag, errors
-from hiar_jax.sampling import video_pipeline
+from hiar_jax.sampling import loading, video_pipeline
 from hiar_jax.weights import student_files
 
 _CONFIG = config_flag.define(required=True)
@@ -81,16 +81,14 @@ def main(argv):
 def _load(config) -> video_pipeline.VideoPipeline:
   if _FOLDER.value is not None:
     config_flag.refuse_overrides_but('world')
-    return video_pipeline.load(_FOLDER.value)
+    return loading.load(_FOLDER.value)
   # Order and context are those of --ways.
-  reads = {*video_pipeline.READS, 'codec.path', 'world'} - {'generate'}
+  reads = {*loading.READS, 'codec.path', 'world'} - {'generate'}
   config_flag.refuse_overrides_but(*reads)
   weights, codec = student_files.find(
     config, codec=config_flag.overrides().get('codec.path')
   )
-  return video_pipeline.from_config(
-    config.to_dict(), weights=weights, codec=codec
-  )
+  return loading.from_config(config.to_dict(), weights=weights, codec=codec)
 
 
 if __name__ == '__main__':

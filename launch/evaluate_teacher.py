@@ -13,7 +13,7 @@ from absl import flags
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import config_flag, errors
-from hiar_jax.sampling import calls, video_pipeline
+from hiar_jax.sampling import calls, loading
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.training import phases
 from hiar_jax.weights import teacher_files
@@ -36,7 +36,7 @@ def main(argv):
   if 'trajectories' not in config:
     raise ValueError(f'the {config.phase} config has no trajectories')
   world = bouncing.WorldConfig(**config.world)
-  reads = {*video_pipeline.READS} - {'generate', 'rollout', 'schedule'}
+  reads = {*loading.READS} - {'generate', 'rollout', 'schedule'}
   config_flag.refuse_overrides_but(
     *(*reads, 'world', 'teacher_weights', 'codec.path'),
     *(f'trajectories.{key}' for key in ('num_steps', 'shift', 'guidance')),
@@ -47,9 +47,7 @@ def main(argv):
     _WEIGHTS.value or given.get('teacher_weights'),
     given.get('codec.path'),
   )
-  pipeline = video_pipeline.from_config(
-    config.to_dict(), weights=weights, codec=codec
-  )
+  pipeline = loading.from_config(config.to_dict(), weights=weights, codec=codec)
   settings = config.trajectories
   solver = sampling_teacher.SamplingConfig(
     solver='euler',

@@ -14,7 +14,7 @@ from absl import flags
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import config_flag, errors
-from hiar_jax.sampling import video_pipeline
+from hiar_jax.sampling import loading
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training import phases
 from hiar_jax.weights import layouts, networks
@@ -40,7 +40,7 @@ def main(argv):
   teacher = None
   if _WITH_TEACHER.value:
     teacher = phases.load_params(config.teacher_weights, denoiser)
-  video_pipeline.export(
+  loading.export(
     out,
     config=config.to_dict(),
     params=params,

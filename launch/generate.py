@@ -42,7 +42,7 @@ from absl import flags, logging
 from hiar_jax import rollout
 from hiar_jax.data import bouncing
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
-from hiar_jax.sampling import calls, streaming, video, video_pipeline
+from hiar_jax.sampling import calls, loading, streaming, video, video_pipeline
 from hiar_jax.weights import layouts, student_files
 
 _CONFIG = config_flag.define()
@@ -205,17 +205,17 @@ def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
   with watch('load'):
     if _PIPELINE.value is None:
       config = _CONFIG.value
-      config_flag.refuse_overrides_but(*video_pipeline.READS, 'codec.path')
+      config_flag.refuse_overrides_but(*loading.READS, 'codec.path')
       weights, codec = student_files.find(
         config, _WEIGHTS.value, config_flag.overrides().get('codec.path')
       )
-      pipeline = video_pipeline.from_config(
+      pipeline = loading.from_config(
         config.to_dict(), weights=weights, codec=codec, **text
       )
     else:
       if _WEIGHTS.value is not None:
         raise ValueError('--weights goes with --config, not with --pipeline')
-      pipeline = video_pipeline.load(_PIPELINE.value, **text)
+      pipeline = loading.load(_PIPELINE.value, **text)
   changes = {}
   if _FPS.value is not None:
     changes['fps'] = _FPS.value
@@ -394,7 +394,7 @@ def _prompts() -> list[str]:
 
 def _note_unknown(prompts: Sequence[str]) -> None:
   """Says which prompts ask for what the small world was not taught."""
-  if _PIPELINE.value not in (None, *video_pipeline.known_names()):
+  if _PIPELINE.value not in (None, *loading.known_names()):
     return
   for prompt in prompts:
     terms = bouncing.parse_prompt(prompt)

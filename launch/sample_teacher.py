@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags, logging
 
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
-from hiar_jax.sampling import calls, solvers, video, video_pipeline
+from hiar_jax.sampling import calls, loading, solvers, video, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.training import phases
 from hiar_jax.weights import teacher_files
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _defaults(config) -> sampling_teacher.SamplingConfig:
   """How the config's trajectories are sampled, solver apart."""
-  reads = {*video_pipeline.READS} - {'generate', 'rollout', 'schedule'}
+  reads = {*loading.READS} - {'generate', 'rollout', 'schedule'}
   config_flag.refuse_overrides_but(
     *(
       *reads,
@@ -150,7 +150,7 @@ def _defaults(config) -> sampling_teacher.SamplingConfig:
 
 def _load(config) -> video_pipeline.VideoPipeline:
   if config is None:
-    return video_pipeline.load(_PIPELINE.value)
+    return loading.load(_PIPELINE.value)
   given = config_flag.overrides()
   weights, codec = teacher_files.find(
     config,
@@ -158,9 +158,7 @@ def _load(config) -> video_pipeline.VideoPipeline:
     given.get('codec.path'),
   )
   # The teacher has the student's sizes, text and codec.
-  return video_pipeline.from_config(
-    config.to_dict(), weights=weights, codec=codec
-  )
+  return loading.from_config(config.to_dict(), weights=weights, codec=codec)
 
 
 def _given(flag, default):

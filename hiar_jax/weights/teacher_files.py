@@ -12,7 +12,7 @@ def find(
   weights: str | pathlib.Path | None = None,
   codec: str | pathlib.Path | None = None,
 ) -> tuple[pathlib.Path, pathlib.Path]:
-  """Weights and codec of a config's teacher, for `video_pipeline.from_config`.
+  """Weights and codec of a config's teacher, for `loading.from_config`.
 
   Args:
     config: of the training.

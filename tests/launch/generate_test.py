@@ -16,7 +16,7 @@ from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import video_pipeline
+from hiar_jax.sampling import loading
 from tests.forked_runs import DRIVER
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def _export(folder):
     bouncing.videos(bouncing.WorldConfig(num_frames=3), seed=0, num=8),
     channels=config['model']['channels'],
   )
-  video_pipeline.export(folder, config=config, params=params, codec=codec)
+  loading.export(folder, config=config, params=params, codec=codec)
 
 
 @pytest.fixture(scope='module')

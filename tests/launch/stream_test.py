@@ -19,7 +19,7 @@ from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import video_pipeline
+from hiar_jax.sampling import loading
 from tests.forked_runs import DRIVER
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +41,7 @@ _OTHER = 'a small green square over black'
 _FAKE = """
 import dataclasses, os, runpy, signal, sys
 import numpy as np
-from hiar_jax.sampling import video_pipeline
+from hiar_jax.sampling import loading
 from hiar_jax.text import word_hash
 class Stream:
   mode, reason = 'fake', 'which makes nothing'
@@ -61,7 +61,7 @@ class Pipeline:
   encoder = word_hash.WordHashEncoder()
   def stream(self, *unused, **unused_too):
     return Stream()
-video_pipeline.from_config = lambda *unused, **unused_too: Pipeline()
+loading.from_config = lambda *unused, **unused_too: Pipeline()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -131,7 +131,7 @@ def arguments(tmp_path_factory):
     bouncing.videos(bouncing.WorldConfig(num_frames=3), seed=0, num=8),
     channels=config['model']['channels'],
   )
-  video_pipeline.export(folder, config=config, params=params, codec=codec)
+  loading.export(folder, config=config, params=params, codec=codec)
   return [
     *(sys.executable, str(_PROGRAM), f'--weights={folder}', '--stream'),
     f'--config={_ROOT / "configs" / "bouncing_linear.py"}',

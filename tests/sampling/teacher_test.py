@@ -13,7 +13,7 @@ import pytest
 
 from hiar_jax.data import trajectories
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import calls, solvers, video_pipeline
+from hiar_jax.sampling import calls, loading, solvers
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.weights import layouts, networks
 from tests import toy_network
@@ -106,7 +106,7 @@ def test_wan_samples_as_published():
 
 @pytest.mark.slow
 def test_unipc_needs_fewer_steps_than_euler_for_the_small_worlds_video():
-  pipeline = video_pipeline.load('bouncing')
+  pipeline = loading.load('bouncing')
   denoiser = pipeline.denoiser
   params = networks.load_weights(
     layouts.ASSETS / 'bouncing' / 'teacher.safetensors', pipeline.params

@@ -18,7 +18,7 @@ from hiar_jax.codecs import linear, pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import calls, video_pipeline
+from hiar_jax.sampling import calls, loading, video_pipeline
 from hiar_jax.weights import layouts
 
 _CONFIG = {
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     decoder_CP=jnp.asarray(basis.T / 4, jnp.float32),
     spatial_stride=4,
   )
-  video_pipeline.export(
+  loading.export(
     path, config=_CONFIG, params=structure.unflatten(leaves), codec=codec
   )
   return path
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pipe(folder):
-  return video_pipeline.load(folder)
+  return loading.load(folder)
 
 
 def _with_rollout(pipe, **changes):
@@ -238,10 +238,10 @@ def test_a_video_saves_and_shows_itself(tmp_path):
 
 
 def test_loaded_weights_are_the_exported_ones(pipe, folder, tmp_path):
-  video_pipeline.export(
+  loading.export(
     tmp_path / 'copy', config=_CONFIG, params=pipe.params, codec=pipe.codec
   )
-  again = video_pipeline.load(tmp_path / 'copy')
+  again = loading.load(tmp_path / 'copy')
   for name in (
     layouts.CONFIG_FILE,
     layouts.STUDENT_FILE,
@@ -297,9 +297,9 @@ def test_a_wrong_value_is_named(pipe, options, message):
 
 def test_an_unknown_name_or_folder_is_named(tmp_path):
   with pytest.raises(ValueError, match="no pipeline 'bounce'"):
-    video_pipeline.load('bounce')
+    loading.load('bounce')
   with pytest.raises(FileNotFoundError, match='it has no config.json'):
-    video_pipeline.load(tmp_path)
+    loading.load(tmp_path)
 
 
 def _truncated(path):
@@ -322,14 +322,14 @@ def test_a_damaged_folder_is_named(folder, tmp_path, name, damage, message):
     (tmp_path / path.name).write_bytes(path.read_bytes())
   damage(tmp_path / name)
   with pytest.raises((FileNotFoundError, ValueError), match=message):
-    video_pipeline.load(tmp_path)
+    loading.load(tmp_path)
 
 
 def test_weights_of_another_model_are_refused(folder):
   config = json.loads((folder / layouts.CONFIG_FILE).read_text())
   config['model']['dim'] = 36
   with pytest.raises(ValueError, match='does not fit the model'):
-    video_pipeline.from_config(
+    loading.from_config(
       config,
       weights=folder / layouts.STUDENT_FILE,
       codec=folder / layouts.LINEAR_CODEC_FILE,
@@ -353,8 +353,8 @@ def test_the_package_hands_out_what_it_lists():
   root = pathlib.Path(hiar_jax.__file__).parent
   for name in hiar_jax.__all__:
     is_module = (root / f'{name}.py').exists() or (root / name).is_dir()
-    assert is_module or hasattr(video_pipeline, name), name
-  assert hiar_jax.load is video_pipeline.load
+    assert is_module or getattr(hiar_jax, name), name
+  assert hiar_jax.load is loading.load
   assert hiar_jax.rollout is rollout
   with pytest.raises(AttributeError, match='no attribute .hierarchy.'):
     _ = hiar_jax.hierarchy

@@ -15,7 +15,7 @@ import pytest
 import hiar_jax
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.sampling import video_pipeline
+from hiar_jax.sampling import loading
 from hiar_jax.text import tokens as text_tokens
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import (
@@ -493,7 +493,7 @@ def test_the_program_converts_and_names_mistakes(released, tmp_path):
   done = run(*flags, f'--out={out}')
   assert not done.returncode, done.stderr
   assert 'student.safetensors' in done.stdout
-  assert video_pipeline.load(out).frame_shape == (8, 8, 3)
+  assert loading.load(out).frame_shape == (8, 8, 3)
   again = run(*flags, f'--out={out}')
   assert again.returncode == 2
   assert again.stderr == f'error: --out={out} is not empty\n'
