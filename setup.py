@@ -88,6 +88,8 @@ setuptools.setup(
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
+    # What compiles for GPUs, without what only runs on one.
+    'plan-cuda': ['jax[cuda12-local]'],
   },
   classifiers=[
     'License :: OSI Approved :: Apache Software License',

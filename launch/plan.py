@@ -1,11 +1,13 @@
-"""Tells whether a config's stream fits a TPU pod, without having the pod.
+"""Tells whether a config fits TPUs or GPUs, without having them.
 
   hiar-jax plan --config=hiar_1_3b --topology v5e:2x2
+  hiar-jax plan --config=hiar_1_3b --topology h100:1x1x4
 
 Compiles the streaming tick for that topology on this machine, which needs the
-extra `tpu` and no TPU, and prints what a chip has to hold and to do. Compiling
-takes half a minute of one core. `--part=vae` and `--part=text` compile the
-decoding of a block and the encoding of a prompt for one chip instead.
+extra `tpu` and no TPU, or `plan-cuda` and no GPU, and prints what a chip has to
+hold and to do, and how long that takes at best. Compiling takes half a minute
+of one core. `--part=vae` and `--part=text` compile the decoding of a block and
+the encoding of a prompt for one chip instead.
 
 `--part=generator`, `critic` and `trajectory` compile what training runs on all
 chips, divided as `config.mesh` says; `--part=training` both steps, and sums
@@ -33,7 +35,10 @@ from hiar_jax.training import phases
 
 _CONFIG = config_flag.define(required=True)
 _TOPOLOGY = flags.DEFINE_string(
-  'topology', None, "chip and shape, such as v5p:2x2x1; default: the config's"
+  'topology',
+  None,
+  'chip and shape, such as v5p:2x2x1, or h100:1x1x4 for four GPUs of one '
+  "host; default: the config's",
 )
 # What of a config each part is made from.
 _READS = {

@@ -1,4 +1,4 @@
-"""Do the text encoder and the VAE fit one TPU chip? See planning/stream.py.
+"""Do the text encoder and the VAE fit one chip? See planning/stream.py.
 
 Both run beside the stream, or before and after it, on one chip: the encoder
 once a prompt, the VAE's decoder once a block, from its cache.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from hiar_jax.models import umt5, vae
+from hiar_jax.planning import chips
 from hiar_jax.planning import stream as planning_stream
 
 
@@ -39,8 +40,8 @@ class PartPlan:
   program: planning_stream.Program
 
   @property
-  def chip(self) -> planning_stream.Chip:
-    return planning_stream.CHIPS[self.topology.partition(':')[0]]
+  def chip(self) -> chips.Chip:
+    return chips.chip_of(self.topology)
 
   @property
   def total(self) -> int:
@@ -54,6 +55,7 @@ class PartPlan:
   def table(self) -> str:
     """A Markdown table."""
     gigabytes, program = planning_stream.gigabytes, self.program
+    at_best = program.at_best(self.topology)
     room = f'{gigabytes(self.total)} of {gigabytes(self.chip.hbm)}'
     fits = f'yes: {room}' if self.fits else f'no: {program.refusal or room}'
     shortest = self.flops / self.chip.peak
@@ -78,6 +80,7 @@ class PartPlan:
           "compiler's time estimate",
           planning_stream.compiler_estimate(program.compiler_seconds, shortest),
         ),
+        *(at_best.rows() if at_best else ()),
         ('compiling took', f'{program.compile_seconds:.0f} s'),
       ]
     )
@@ -96,14 +99,14 @@ def plan_vae_decode(
 
   Args:
     cfg: of the VAE.
-    topology: see `stream.describe`.
+    topology: see `chips.describe`.
     frames: latent frames of a block.
     latent_height: rows of a latent frame.
     latent_width: columns.
     weights_dtype: in which the weights are held.
 
   Raises:
-    ValueError: see `stream.describe`.
+    ValueError: see `chips.describe`.
   """
   place = _placer(topology)
   params = jax.eval_shape(lambda: vae.init(cfg, jax.random.key(0)))
@@ -124,14 +127,17 @@ def plan_vae_decode(
 
   run = jax.jit(decode, donate_argnums=1)
   program = planning_stream.compile_program(run, (decoder, cache, latents))
+  # No loop and no kernel is in this program, so the compiler counts it in full;
+  # that of GPUs counts nothing.
+  at_best = program.at_best(topology)
+  count = program.flops or (at_best.total.flops if at_best else 0.0)
   return PartPlan(
     title=f'VAE decode, {frames} latent frames',
     topology=topology,
     weights=planning_stream.bytes_per_chip(decoder),
     state=planning_stream.bytes_per_chip(cache),
-    # No loop and no kernel is in this program, so it is counted in full.
-    flops=program.flops or 0.0,
-    flops_from="the compiler's count",
+    flops=count,
+    flops_from="the compiler's count" if program.flops else 'of the program',
     program=program,
   )
 
@@ -147,12 +153,12 @@ def plan_text_encoder(
 
   Args:
     cfg: of the encoder.
-    topology: see `stream.describe`.
+    topology: see `chips.describe`.
     tokens: of a prompt, padding included.
     weights_dtype: in which the weights are held.
 
   Raises:
-    ValueError: see `stream.describe`.
+    ValueError: see `chips.describe`.
   """
   place = _placer(topology)
   params = place(
@@ -184,7 +190,7 @@ def text_flops(cfg: umt5.UMT5Config, tokens: int) -> float:
 
 def _placer(topology: str) -> Callable[..., Any]:
   """A function that puts abstract arrays on the topology's first chip."""
-  sharding = SingleDeviceSharding(planning_stream.describe(topology).devices[0])
+  sharding = SingleDeviceSharding(chips.describe(topology).devices[0])
 
   def place(tree: Any, dtype: Any = None) -> Any:
     return jax.tree.map(

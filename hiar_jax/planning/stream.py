@@ -1,7 +1,7 @@
-"""Does a config fit a TPU? Answered by compiling for it, without having one.
+"""Does a config fit a chip? Answered by compiling for it, without having one.
 
-The streaming tick is compiled ahead of time for a TPU topology on a machine
-that has only the compiler (the extra `tpu`). Every argument is abstract, so
+The streaming tick is compiled ahead of time for TPUs or GPUs on a machine that
+has only the compiler, see `chips`. Every argument is abstract, so
 nothing of the network's size is allocated. What the compiler says of its
 program is read from it; FLOPs come from the network's own formula, because
 the compiler counts a loop's body once and a kernel as nothing.
@@ -10,10 +10,7 @@ the compiler counts a loop's body once and a kernel as nothing.
 # B batch, f frames per block, S stages, M prompts in the bank, N layers
 
 import dataclasses
-import importlib.util
 import math
-import os
-import re
 import time
 from typing import Any
 
@@ -26,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops
 from hiar_jax.models.config import WanConfig
+from hiar_jax.planning import chips, roofline, traffic
 from hiar_jax.rollout import RolloutConfig
 from hiar_jax.sampling import pipeline
 from hiar_jax.sampling.streaming import Engine
@@ -34,77 +32,9 @@ _NUM_TICKS = 2  # One block in the steady state.
 _GB = 1e9
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """What the maker states of a chip.
-
-  Attributes:
-    hbm: bytes of memory, counted in 10^9.
-    peak: FLOP a second in bfloat16.
-  """
-
-  hbm: float
-  peak: float
-
-
-# Sizes: the specifications in the Google Cloud TPU documentation.
-CHIPS = {
-  'v5e': Chip(hbm=16 * _GB, peak=flops.PEAKS['TPU v5e']),
-  'v5p': Chip(hbm=95 * _GB, peak=flops.PEAKS['TPU v5p']),
-  'v6e': Chip(hbm=32 * _GB, peak=flops.PEAKS['TPU v6e']),
-}
-
-
 def pass_flops(model: WanConfig, config: RolloutConfig) -> flops.PassFlops:
   """FLOPs of one pass of one sample's block at the full window."""
   return flops.pass_flops(model, config.frames_per_block, config.window)
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """One collective operation of a compiled program.
-
-  Attributes:
-    kind: such as 'collective-permute'.
-    shape: of what it moves, as the compiler writes it.
-    num_bytes: of that, a chip.
-  """
-
-  kind: str
-  shape: str
-  num_bytes: int
-
-
-_COLLECTIVE = re.compile(
-  r'= (.+?) (all-gather|all-reduce|all-to-all|ragged-all-to-all|'
-  r'collective-broadcast|collective-permute|reduce-scatter)(-start)?\('
-)
-_ARRAY = re.compile(r'\b((?:pred|[a-z]+\d+)\w*)\[([\d,]*)\]')
-
-
-def collectives(hlo: str) -> list[Collective]:
-  """The collectives of an optimised HLO program, as often as they stand in it.
-
-  The tick stands in it once, as the body of the loop over ticks.
-  """
-  found = []
-  for shape, kind, start in _COLLECTIVE.findall(hlo):
-    arrays = [
-      (f'{dtype}[{sizes}]', _array_bytes(dtype, sizes))
-      for dtype, sizes in _ARRAY.findall(shape)
-    ]
-    if start:
-      # An asynchronous one returns its operand and flags beside its result.
-      arrays = [max(arrays, key=lambda a: a[1])]
-    names, sizes = zip(*arrays, strict=True)
-    found.append(Collective(kind, ', '.join(names), sum(sizes)))
-  return found
-
-
-def _array_bytes(dtype: str, sizes: str) -> int:
-  bits = re.match(r'[a-z]+(\d+)', dtype)
-  count = math.prod(int(n) for n in sizes.split(',') if n)
-  return count * max(int(bits[1]) if bits else 8, 8) // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +56,7 @@ class Plan:
     compile_seconds: tracing, lowering and compiling, on this machine.
     refusal: what the compiler says if the program does not fit.
     hlo: the compiled program.
+    at_best: its work a tick, None where there is no program.
   """
 
   topology: str
@@ -136,15 +67,16 @@ class Plan:
   other: int
   temporaries: int | None
   flops: flops.PassFlops
-  collectives: list[Collective]
+  collectives: list[traffic.Collective]
   compiler_seconds: float | None
   compile_seconds: float
   refusal: str = ''
   hlo: str = dataclasses.field(default='', repr=False)
+  at_best: roofline.Roofline | None = None
 
   @property
-  def chip(self) -> Chip:
-    return CHIPS[self.topology.partition(':')[0]]
+  def chip(self) -> chips.Chip:
+    return chips.chip_of(self.topology)
 
   @property
   def total(self) -> int:
@@ -206,6 +138,7 @@ class Plan:
         f'{self.chip.peak / 1e12:.0f} TFLOP/s',
       ),
       ('collectives a tick', hops),
+      *(self.at_best.rows() if self.at_best else ()),
       ("compiler's time estimate", self.compiler_estimate()),
       ('compiling took', f'{self.compile_seconds:.0f} s'),
     )
@@ -248,52 +181,17 @@ def gigabytes(num_bytes: float) -> str:
   return f'{num_bytes / _GB:.2f} GB'
 
 
-def describe(topology: str):
-  """The devices of a topology, which need not exist, as jax describes them.
-
-  Args:
-    topology: chip and shape, such as 'v5e:2x2' or 'v5p:2x2x1'.
-
-  Raises:
-    ValueError: in one sentence, if the compiler is missing or the topology
-      unknown.
-  """
-  kind = topology.partition(':')[0]
-  if kind not in CHIPS:
-    raise ValueError(
-      f'topology {topology!r} does not begin with one of {sorted(CHIPS)}, as '
-      "'v5e:2x2' does"
-    )
-  if importlib.util.find_spec('libtpu') is None:
-    raise ValueError(
-      f'compiling for {topology!r} needs libtpu, which the extra brings: '
-      "pip install 'hiar_jax[tpu]'"
-    )
-  # Without these libtpu looks for the metadata server of a TPU machine.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-  # No chip is touched, so another process may use libtpu at the same time.
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  try:
-    return topologies.get_topology_desc(topology, 'tpu')
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).splitlines()[0].rstrip('.')
-    raise ValueError(
-      f'libtpu knows no topology {topology!r}: {reason}'
-    ) from error
-
-
 def stage_mesh(topology: str, num_stages: int) -> Mesh:
   """All chips of a topology as the pipeline's mesh.
 
   Args:
-    topology: see `describe`.
+    topology: see `chips.describe`.
     num_stages: denoising steps.
 
   Raises:
-    ValueError: see `describe`; also if the stages do not divide over it.
+    ValueError: see `chips.describe`; also if the stages do not divide over it.
   """
-  description = describe(topology)
+  description = chips.describe(topology)
   num_chips = len(description.devices)
   if num_stages % num_chips:
     raise ValueError(
@@ -311,7 +209,7 @@ def plan_tick(
   batch_size: int,
   weights_dtype: str,
 ) -> Plan:
-  """Compiles two ticks of the stream, one block, for a TPU topology.
+  """Compiles two ticks of the stream, one block, for a topology.
 
   Args:
     denoiser: network.
@@ -347,11 +245,12 @@ def plan_tick(
     **known,
     other=program.arguments - known['weights'] - known['caches'],
     temporaries=program.temporaries,
-    collectives=collectives(program.hlo),
+    collectives=traffic.collectives(program.hlo),
     compiler_seconds=program.compiler_seconds,
     compile_seconds=program.compile_seconds,
     refusal=program.refusal,
     hlo=program.hlo,
+    at_best=program.at_best(topology, 1 / _NUM_TICKS),
   )
 
 
@@ -378,6 +277,16 @@ class Program:
   refusal: str = ''
   hlo: str = ''
 
+  def at_best(
+    self, topology: str, times: float = 1, *, unknown_trips: float = 1
+  ) -> roofline.Roofline | None:
+    """See `roofline.roofline`; so many times of it. None without a program."""
+    if not self.hlo:
+      return None
+    chip = chips.chip_of(topology)
+    found = roofline.roofline(self.hlo, chip, unknown_trips=unknown_trips)
+    return found * times
+
 
 def compile_program(run: Any, arguments: tuple) -> Program:
   """Compiles a jitted function for the devices of its abstract arguments."""
@@ -394,7 +303,9 @@ def compile_program(run: Any, arguments: tuple) -> Program:
       refusal=str(error).splitlines()[0],
     )
   elapsed = time.monotonic() - started
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  memory = compiled.memory_analysis()
+  # None of a GPU's program.
+  cost = compiled.cost_analysis() or {}
   return Program(
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes

@@ -4,13 +4,26 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 
-from hiar_jax.planning import stream as planning_stream
+from hiar_jax.planning import hlo as planning_hlo
 
-# Bytes a second that a chip sends over all its links to other chips.
-# Source: the specifications in the Google Cloud TPU documentation (1600, 4800
-# and 3200 Gbit/s).
-LINKS = {'v5e': 200e9, 'v5p': 600e9, 'v6e': 400e9}
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective operation of a compiled program.
+
+  Attributes:
+    kind: such as 'collective-permute'.
+    shape: of what it moves, as the compiler writes it.
+    num_bytes: of that, a chip.
+    sent: bytes that a chip sends for it.
+  """
+
+  kind: str
+  shape: str
+  num_bytes: int
+  sent: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +41,11 @@ class Traffic:
   num_bytes: float
 
 
+_KINDS = (
+  'all-gather|all-reduce|all-to-all|ragged-all-to-all|collective-broadcast|'
+  'collective-permute|reduce-scatter'
+)
+_COLLECTIVE = re.compile(rf'= (.+?) ({_KINDS})(-start)?(\(.*)')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _CALLED = re.compile(
   r'(body|condition|calls|to_apply|branch_computations|true_computation|'
@@ -65,8 +83,8 @@ def traffic(hlo: str, *, unknown_trips: float) -> list[Traffic]:
       total[kind] = (old[0] + count, old[1] + num_bytes)
 
     for line in bodies.get(name, ()):
-      for one in planning_stream.collectives(line):
-        add(one.kind, 1.0, _sent(one, line))
+      for one in collectives(line):
+        add(one.kind, 1.0, one.sent)
       for role, called in _CALLED.findall(line):
         times = 1.0
         if role in ('body', 'condition'):
@@ -83,17 +101,55 @@ def traffic(hlo: str, *, unknown_trips: float) -> list[Traffic]:
   ]
 
 
-def _sent(one: planning_stream.Collective, line: str) -> float:
-  """Bytes that a chip sends, by the usual ring; from the size of the result."""
-  size = _group_size(line)
+def collectives(hlo: str) -> list[Collective]:
+  """The collectives of an optimised HLO program, as often as they stand in it.
+
+  The tick stands in it once, as the body of the loop over ticks.
+  """
+  found = []
+  for shape, kind, start, rest in _COLLECTIVE.findall(hlo):
+    arrays = planning_hlo.arrays(shape)
+    if start:
+      # An asynchronous one returns its operand and flags beside its result.
+      arrays = (max(arrays, key=lambda a: a.num_bytes),)
+    found.append(
+      Collective(
+        kind,
+        ', '.join(f'{a.dtype}[{",".join(map(str, a.shape))}]' for a in arrays),
+        sum(a.num_bytes for a in arrays),
+        sent(kind + start, arrays, rest),
+      )
+    )
+  return found
+
+
+def is_collective(opcode: str) -> bool:
+  """Whether an operation moves numbers from chip to chip."""
+  return re.fullmatch(f'({_KINDS})(-start)?', opcode) is not None
+
+
+def sent(
+  opcode: str, arrays: Sequence[planning_hlo.Array], attributes: str
+) -> float:
+  """Bytes that a chip sends for a collective, by the usual ring.
+
+  Args:
+    opcode: such as 'all-gather' or 'all-gather-start'.
+    arrays: that it returns.
+    attributes: what the compiler writes after its operands.
+  """
+  kind = opcode.removesuffix('-start')
+  sizes = [a.num_bytes for a in arrays]
+  num_bytes = max(sizes) if opcode != kind else sum(sizes)
+  size = _group_size(attributes)
   share = (size - 1) / size
-  if one.kind == 'all-reduce':
-    return 2 * share * one.num_bytes
-  if one.kind == 'reduce-scatter':
-    return (size - 1) * one.num_bytes
-  if one.kind == 'collective-permute':
-    return float(one.num_bytes)
-  return share * one.num_bytes
+  if kind == 'all-reduce':
+    return 2 * share * num_bytes
+  if kind == 'reduce-scatter':
+    return (size - 1) * num_bytes
+  if kind == 'collective-permute':
+    return float(num_bytes)
+  return share * num_bytes
 
 
 def _group_size(line: str) -> int:

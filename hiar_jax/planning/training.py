@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
+from hiar_jax.planning import chips, roofline, traffic
 from hiar_jax.planning import stream as planning_stream
-from hiar_jax.planning import traffic
 from hiar_jax.training import flops as training_flops
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
@@ -110,6 +110,7 @@ class TrainingPlan:
     compile_seconds: see planning.Plan.
     refusal: see planning.Plan.
     proposal: see `propose`, where this does not fit.
+    at_best: work of one chip.
   """
 
   part: str
@@ -122,14 +123,15 @@ class TrainingPlan:
   compile_seconds: float
   refusal: str = ''
   proposal: str = ''
+  at_best: roofline.Roofline | None = None
 
   @property
   def kind(self) -> str:
     return self.topology.partition(':')[0]
 
   @property
-  def chip(self) -> planning_stream.Chip:
-    return planning_stream.CHIPS[self.kind]
+  def chip(self) -> chips.Chip:
+    return chips.chip_of(self.topology)
 
   @property
   def num_chips(self) -> int:
@@ -151,7 +153,7 @@ class TrainingPlan:
 
   @property
   def link_seconds(self) -> float:
-    return sum(t.num_bytes for t in self.traffic) / traffic.LINKS[self.kind]
+    return sum(t.num_bytes for t in self.traffic) / self.chip.link
 
   @property
   def seconds(self) -> float:
@@ -160,7 +162,7 @@ class TrainingPlan:
 
   def table(self) -> str:
     """A Markdown table."""
-    gigabytes, link = planning_stream.gigabytes, traffic.LINKS[self.kind]
+    gigabytes, link = planning_stream.gigabytes, self.chip.link
     room = f'{gigabytes(self.total)} of {gigabytes(self.chip.hbm)} a chip'
     fits = f'yes: {room}' if self.fits else f'no: {self.refusal or room}'
     temporaries = 'unknown'
@@ -191,6 +193,7 @@ class TrainingPlan:
         'at full link rate (modelled)',
         f'{self.link_seconds:.2f} s at {link / 1e9:.0f} GB/s',
       ),
+      *(self.at_best.rows() if self.at_best else ()),
       ('compiling took', f'{self.compile_seconds:.0f} s'),
     ]
     if self.proposal:
@@ -217,10 +220,10 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
   Args:
     training: what is planned.
     part: one of PARTS.
-    topology: see planning.describe.
+    topology: see chips.describe.
 
   Raises:
-    ValueError: see planning.describe and sharding; also for an unknown part.
+    ValueError: see chips.describe and sharding; also for an unknown part.
   """
   if part not in PARTS:
     raise ValueError(f'part {part!r} is not one of {PARTS}')
@@ -233,6 +236,7 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
   }
   # The compiler pads arrays to its tiles.
   held['other arguments'] = program.arguments - sum(held.values())
+  unknown_trips = (training.steps.rollout.num_steps - 1) / 2
   plan = TrainingPlan(
     part=part,
     topology=topology,
@@ -240,9 +244,8 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
     held=held,
     temporaries=program.temporaries,
     flops=part_flops(training, part),
-    traffic=traffic.traffic(
-      program.hlo, unknown_trips=(training.steps.rollout.num_steps - 1) / 2
-    ),
+    traffic=traffic.traffic(program.hlo, unknown_trips=unknown_trips),
+    at_best=program.at_best(topology, unknown_trips=unknown_trips),
     compile_seconds=program.compile_seconds,
     refusal=program.refusal,
   )
@@ -254,7 +257,7 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
 
 
 def _on_topology(training, topology) -> tuple[Mesh, Training]:
-  devices = planning_stream.describe(topology).devices
+  devices = chips.describe(topology).devices
   filled = training.mesh.filled(len(devices))
   mesh = sharding.make_mesh(filled, devices)
   _check_networks(training, mesh)
@@ -395,12 +398,12 @@ def propose(training: Training, topology: str, compiled_bytes: float) -> str:
 
   Args:
     training: what did not fit; its mesh is filled up.
-    topology: see planning.describe.
+    topology: see chips.describe.
     compiled_bytes: of a chip that it takes. Where that is more than the formula
       says, the formula is scaled to it.
   """
-  devices = planning_stream.describe(topology).devices
-  hbm = planning_stream.CHIPS[topology.partition(':')[0]].hbm
+  devices = chips.describe(topology).devices
+  hbm = chips.chip_of(topology).hbm
   scale = max(1.0, compiled_bytes / estimated_bytes(training))
   tried = []
   for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):

@@ -12,6 +12,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.flops import PassFlops
+from hiar_jax.planning import chips, traffic
 from hiar_jax.planning import parts as planning_parts
 from hiar_jax.planning import stream as planning_stream
 
@@ -75,7 +76,7 @@ def test_the_full_size_pass_has_the_papers_flops():
   ],
 )
 def test_a_time_that_no_chip_can_reach_is_marked(seconds, words):
-  peak = planning_stream.CHIPS['v5e'].peak
+  peak = chips.CHIPS['v5e'].peak
   plan = planning_stream.Plan(
     topology='v5e:2x2',
     num_chips=4,
@@ -132,10 +133,10 @@ def test_collectives_and_their_bytes_are_found_in_a_program():
   ROOT %g = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%b), dimensions={0}
   %r = (pred[5]{0}, s32[]{:T(128)}) all-reduce(%x, %y), to_apply=%sum
   """
-  assert planning_stream.collectives(hlo) == [
-    planning_stream.Collective('collective-permute', 'f32[1,3,4]', 48),
-    planning_stream.Collective('all-gather', 'bf16[8,16]', 256),
-    planning_stream.Collective('all-reduce', 'pred[5], s32[]', 9),
+  assert traffic.collectives(hlo) == [
+    traffic.Collective('collective-permute', 'f32[1,3,4]', 48, 48),
+    traffic.Collective('all-gather', 'bf16[8,16]', 256, 128),
+    traffic.Collective('all-reduce', 'pred[5], s32[]', 9, 9),
   ]
 
 

@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hiar_jax.configs import hiar_1_3b
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
-from hiar_jax.planning import stream as planning_stream
-from hiar_jax.planning import traffic
+from hiar_jax.planning import chips, traffic
 from hiar_jax.planning import training as planning_training
 from hiar_jax.training import phases
 from tests import sharded_update
@@ -123,7 +122,7 @@ def test_an_iteration_has_a_part_of_a_generator_step():
       training=tiny(fsdp=4),
       held={},
       temporaries=0,
-      flops={'all': flops * 4 * planning_stream.CHIPS['v5p'].peak},
+      flops={'all': flops * 4 * chips.CHIPS['v5p'].peak},
       traffic=[],
       compile_seconds=0.0,
     )
