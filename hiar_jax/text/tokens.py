@@ -22,16 +22,14 @@ Tokenize = Callable[[str], list[int]]
 
 
 def clean(text: str) -> str:
-  """A prompt as Wan2.1 cleans it: HTML entities undone, one space for many.
+  """A prompt as Wan2.1 cleans it before it is tokenized.
 
-  ftfy, where it is installed, mends text that was decoded wrongly first.
+  Text that was decoded wrongly is mended and curly quotes are made straight
+  (ftfy), HTML entities are undone, and runs of white space become one space.
   """
-  try:
-    import ftfy
-  except ImportError:
-    pass
-  else:
-    text = ftfy.fix_text(text)
+  import ftfy
+
+  text = ftfy.fix_text(text)
   # Twice: text from the web is often escaped twice.
   text = html.unescape(html.unescape(text))
   return re.sub(r'\s+', ' ', text).strip()
