@@ -4,13 +4,14 @@ B batch, F frames, H height, W width, C latent channels, P values of a patch.
 """
 
 import os
-import pathlib
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from hiar_jax.runtime import files
 
 _RGB = 3
 
@@ -169,9 +170,7 @@ def save_linear_codec(codec: LinearCodec, path: str | os.PathLike) -> None:
 
   In one move: a run that is killed leaves no half of a codec.
   """
-  path = pathlib.Path(path)
-  partial = path.with_name(f'{path.name}.part')
-  with partial.open('wb') as file:
+  with files.whole_file(path) as partial, partial.open('wb') as file:
     np.savez(
       file,
       mean=np.asarray(codec.mean_P),
@@ -179,7 +178,6 @@ def save_linear_codec(codec: LinearCodec, path: str | os.PathLike) -> None:
       decoder=np.asarray(codec.decoder_CP),
       spatial_stride=np.asarray(codec.spatial_stride, np.int32),
     )
-  partial.replace(path)
 
 
 def load_linear_codec(path: str | os.PathLike) -> LinearCodec:

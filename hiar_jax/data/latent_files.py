@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hiar_jax.data import bouncing, shard_files
+from hiar_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def make(
       latents.append(np.asarray(running.popleft(), np.float16))
       progress(len(latents[-1]))
     path = manifest.path(directory, shard)
-    with shard_files.whole_file(path) as partial, partial.open('wb') as file:
+    with files.whole_file(path) as partial, partial.open('wb') as file:
       np.save(file, np.concatenate(latents))
   return True
 

@@ -6,16 +6,13 @@ processes share the files among them and never speak with each other.
 `latent_files` and `trajectory_files` keep their sets this way.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import socket
-from collections.abc import Iterator
 from typing import ClassVar, Self
 
-from hiar_jax.runtime import provenance
+from hiar_jax.runtime import files, provenance
 
 _FILE = 'manifest.json'
 
@@ -98,7 +95,7 @@ class Manifest:
       if not grows:
         return
     fields = provenance.jsonable(self)
-    with whole_file(path) as partial:
+    with files.whole_file(path) as partial:
       partial.write_text(json.dumps(fields, indent=1) + '\n')
 
   def missing(
@@ -146,28 +143,3 @@ class Manifest:
       raise ValueError(
         f'{directory} has other {self.elements}: {"; ".join(changed)}'
       )
-
-
-@contextlib.contextmanager
-def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a name to write to; the file gets its own when the block has ended.
-
-  So it is whole or it is not there. Another process may write the same file
-  meanwhile: one of the two stays.
-  """
-  # By host as well: in containers on one shared disk all have the same number.
-  host = socket.gethostname()
-  partial = path.with_name(f'{path.name}.{host}-{os.getpid()}.part')
-  try:
-    yield partial
-    with partial.open('rb') as file:
-      os.fsync(file.fileno())
-    partial.replace(path)
-  except FileNotFoundError:
-    # The other process was first, and cleaned up below.
-    if not path.exists():
-      raise
-  finally:
-    # Those of killed processes as well.
-    for leftover in path.parent.glob(f'{path.name}.*.part'):
-      leftover.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import safetensors.numpy
 from array_record.python import array_record_module
 
 from hiar_jax.data import shard_files
+from hiar_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def pack(
 
 def write_shard(path: pathlib.Path, records: Sequence[bytes]) -> None:
   """Writes a file in one move: it is whole or it is not there."""
-  with shard_files.whole_file(path) as partial:
+  with files.whole_file(path) as partial:
     # One record a chunk, so that reading one does not decode its neighbours;
     # noise does not compress.
     writer = array_record_module.ArrayRecordWriter(

@@ -11,6 +11,8 @@ from typing import Any, Self, TextIO
 import jax
 import numpy as np
 
+from hiar_jax.runtime import files
+
 
 class MetricsFile:
   """Appends one JSON object a line: {"step": 40, "loss": 0.31, ...}.
@@ -33,9 +35,8 @@ class MetricsFile:
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if self.path.exists():
       kept = [r for r in read_metrics(self.path) if r['step'] <= restored_step]
-      partial = self.path.with_name(f'{self.path.name}.part')
-      partial.write_text(''.join(map(_line, kept)))
-      partial.replace(self.path)
+      with files.whole_file(self.path) as partial:
+        partial.write_text(''.join(map(_line, kept)))
     self._file = self.path.open('a')
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:

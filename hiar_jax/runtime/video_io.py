@@ -26,6 +26,8 @@ from typing import Self
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from hiar_jax.runtime import files
+
 # F frames, H height, W width; pixels are uint8 RGB, [F, H, W, 3].
 
 _FILTERS = {'nearest': 'neighbor', 'lanczos': 'lanczos'}
@@ -375,10 +377,8 @@ def contact_sheet(
   for strip in strips:
     sheet.paste(strip, (0, top))
     top += strip.height
-  path = pathlib.Path(path)
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-  sheet.save(partial, format='PNG', optimize=True)
-  partial.replace(path)
+  with files.whole_file(path) as partial:
+    sheet.save(partial, format='PNG', optimize=True)
 
 
 def to_html(

@@ -10,13 +10,12 @@ B batch, L tokens, n tokens without padding, D width.
 import dataclasses
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hiar_jax.text import tokens as text_tokens
-from hiar_jax.weights import safetensors_io
+from hiar_jax.weights import networks, safetensors_io
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,23 +103,15 @@ def write(path: str | os.PathLike, embeddings: Embeddings) -> None:
   """Writes an embeddings file, in one move."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  states = np.asarray(embeddings.states, np.float32)
-  # A folder of its own: other processes may be writing the same prompt.
-  with tempfile.TemporaryDirectory(
-    prefix='.', suffix='.part', dir=path.parent
-  ) as folder:
-    partial = pathlib.Path(folder) / path.name
-    with safetensors_io.Writer(
-      partial,
-      {'states': (states.shape, states.dtype)},
-      metadata={
-        'prompt': embeddings.prompt,
-        'length': str(embeddings.length),
-        'encoder': embeddings.encoder,
-      },
-    ) as writer:
-      writer.write('states', states)
-    partial.replace(path)
+  networks.save_weights(
+    path,
+    {'states': np.asarray(embeddings.states, np.float32)},
+    metadata={
+      'prompt': embeddings.prompt,
+      'length': str(embeddings.length),
+      'encoder': embeddings.encoder,
+    },
+  )
 
 
 def read(path: str | os.PathLike) -> Embeddings:

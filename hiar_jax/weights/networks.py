@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from hiar_jax.runtime import files
 from hiar_jax.weights import orbax_weights, safetensors_io
 
 
@@ -43,15 +44,13 @@ def save_weights(
     if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
       array = array.astype(dtype)
     arrays[name] = np.ascontiguousarray(array)
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + '.part')
-  # Takes the mode that new files have here: `save_file` lets only their owner
-  # read them, and weights are for others too.
-  partial.touch()
-  mode = partial.stat().st_mode & 0o777
-  safetensors.numpy.save_file(arrays, partial, metadata=dict(metadata or {}))
-  partial.chmod(mode)
-  partial.replace(path)
+  with files.whole_file(path) as partial:
+    # Takes the mode that new files have here: `save_file` lets only their owner
+    # read them, and weights are for others too.
+    partial.touch()
+    mode = partial.stat().st_mode & 0o777
+    safetensors.numpy.save_file(arrays, partial, metadata=dict(metadata or {}))
+    partial.chmod(mode)
 
 
 def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
