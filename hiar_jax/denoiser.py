@@ -77,7 +77,7 @@ class Denoiser:
     *,
     positions_F: jax.Array | None = None,
     past: KV | KVCache | None = None,
-    frame_mask: np.ndarray | None = None,
+    frame_mask: np.ndarray | jax.Array | None = None,
     straight_through: bool = False,
   ) -> tuple[jax.Array, KV]:
     """Predicted flow v = eps - x0 and the K/V of the frames.

@@ -1,6 +1,12 @@
-"""The one seam for attention, and the frame masks of its uses."""
+"""The one seam for attention, and the frame masks of its uses.
 
-# B batch, T queries, S keys, H heads, K head width, F frames
+Which frame sees which is known when a program is traced, and made of blocks: a
+block's queries see a few runs of frames. So a masked pass is one call without a
+mask for each block, over the keys of its runs, which flash kernels take and
+which does no work for what is not seen.
+"""
+
+# B batch, T queries, S keys, H heads, K head width, F frames, P tokens a frame
 
 import functools
 
@@ -79,6 +85,74 @@ def _log_choice(
     *(backend, heads, ', '.join([*taken, 'else in chunks'])),
     f'; not {_KERNELS["cuda"]}: {refused}' if refused else '',
   )
+
+
+# (first row, row after the last, runs of columns as (first, after)) of each
+# group of rows that see the same: a frame mask as a static, hashable value.
+Visible = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+
+
+def visible_keys(mask_FS: np.ndarray) -> Visible:
+  """A frame mask as runs of frames, for `attend_visible`.
+
+  Raises:
+    ValueError: if a frame sees nothing.
+  """
+  mask_FS = np.asarray(mask_FS, bool)
+  if not mask_FS.any(1).all():
+    raise ValueError(f'frame {mask_FS.any(1).argmin()} sees nothing')
+  new = np.any(mask_FS[1:] != mask_FS[:-1], axis=1)
+  starts = [0, *np.flatnonzero(new) + 1, len(mask_FS)]
+  groups = []
+  for first, after in zip(starts[:-1], starts[1:], strict=True):
+    edges = np.diff(np.pad(mask_FS[first].astype(int), 1))
+    runs = zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0))
+    runs = tuple((int(a), int(b)) for a, b in runs)
+    groups.append((int(first), int(after), runs))
+  return tuple(groups)
+
+
+def attend_visible(
+  q_BFPHK: jax.Array,
+  k_BSHK: jax.Array,
+  v_BSHK: jax.Array,
+  visible: Visible,
+  *,
+  tokens_per_frame: int,
+  length: jax.Array | None = None,
+  backend: str = 'xla',
+) -> jax.Array:
+  """`attend` where frames see frames: one call for each group of `visible`.
+
+  Args:
+    q_BFPHK: queries; P may be a part of a frame's tokens.
+    k_BSHK: keys of whole frames.
+    v_BSHK: values.
+    visible: of all F frames over all frames of the keys.
+    tokens_per_frame: of the keys.
+    length: int32 scalar, of the keys only the first `length` are seen.
+    backend: as in `attend`.
+  """
+  batch, _, _, *heads = q_BFPHK.shape
+  parts = []
+  for first, after, runs in visible:
+    bounds = [(a * tokens_per_frame, b * tokens_per_frame) for a, b in runs]
+    keys, values = (
+      jnp.concatenate([x[:, a:b] for a, b in bounds], 1)
+      if len(bounds) > 1
+      else x[:, slice(*bounds[0])]
+      for x in (k_BSHK, v_BSHK)
+    )
+    seen = None
+    if length is not None:
+      # The runs rise, so that what is seen of them is a prefix as well.
+      seen = sum(jnp.clip(length - a, 0, b - a) for a, b in bounds)
+    q = q_BFPHK[:, first:after]
+    out = attend(
+      q.reshape(batch, -1, *heads), keys, values, length=seen, backend=backend
+    )
+    parts.append(out.reshape(q.shape))
+  return jnp.concatenate(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def _attend_xla(q_BTHK, k_BSHK, v_BSHK, length, mask_TS):
@@ -356,7 +430,7 @@ def teacher_forcing_mask(num_frames: int, frames_per_block: int) -> np.ndarray:
   return np.block([[causal, np.zeros_like(causal)], [causal & ~own, own]])
 
 
-def expand_frame_mask(mask_FS: np.ndarray, tokens_per_frame: int) -> jax.Array:
-  """Frame mask to token mask, bool [F * P, S * P]."""
+def expand_frame_mask(mask_FS: jax.Array, tokens_per_frame: int) -> jax.Array:
+  """Frame mask that is not known yet to token mask, bool [F * P, S * P]."""
   mask = jnp.repeat(jnp.asarray(mask_FS), tokens_per_frame, axis=0)
   return jnp.repeat(mask, tokens_per_frame, axis=1)

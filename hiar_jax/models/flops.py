@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from hiar_jax.models.config import WanConfig
 
@@ -59,7 +60,15 @@ class PassFlops:
     return self.linear + self.attention + self.cross
 
 
-def pass_flops(model: WanConfig, frames: int, key_frames: int) -> PassFlops:
+def seen_frames(frame_mask: np.ndarray) -> float:
+  """Frames of the keys that a frame sees, on average: `key_frames` below.
+
+  What a mask hides costs nothing, see models/attention.py.
+  """
+  return float(frame_mask.sum() / len(frame_mask))
+
+
+def pass_flops(model: WanConfig, frames: int, key_frames: float) -> PassFlops:
   """Of one pass of one video's frames over keys of so many frames.
 
   With T tokens in the frames, S in the keys, L of text, width D, feed-forward
@@ -78,7 +87,7 @@ def pass_flops(model: WanConfig, frames: int, key_frames: int) -> PassFlops:
   )
 
 
-def forward_flops(model: WanConfig, frames: int, key_frames: int) -> float:
+def forward_flops(model: WanConfig, frames: int, key_frames: float) -> float:
   """All of `pass_flops`."""
   return float(pass_flops(model, frames, key_frames).total)
 

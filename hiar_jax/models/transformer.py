@@ -90,13 +90,32 @@ def _dense(config: WanConfig, features: int, name: str, init=_DENSE_INIT):
 
 
 def _attend(
-  q_BFPHK, keys_BSHK, values_BSHK, rotation, length, mask_FPS, *, backend
+  q_BFPHK,
+  keys_BSHK,
+  values_BSHK,
+  rotation,
+  length,
+  mask_FPS,
+  *,
+  config,
+  visible=None,
 ):
-  """Attention of queries by frame; `rotation` and the mask may be None."""
+  """Attention of queries by frame; `rotation` and the masks may be None."""
   batch, _, _, *heads = q_BFPHK.shape
+  backend = config.attention
   q = q_BFPHK.reshape(batch, -1, *heads)
   if rotation is not None:
     q = rope.rotate(q, [r.reshape(-1, r.shape[-1]) for r in rotation])
+  if visible is not None:
+    return attention.attend_visible(
+      q.reshape(q_BFPHK.shape),
+      keys_BSHK,
+      values_BSHK,
+      visible,
+      tokens_per_frame=config.tokens_per_frame,
+      length=length,
+      backend=backend,
+    )
   if mask_FPS is not None:
     mask_FPS = mask_FPS.reshape(-1, mask_FPS.shape[-1])
   out = attention.attend(
@@ -112,7 +131,14 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BFPD, past, rotation, length, mask_FPS, straight_through: bool
+    self,
+    x_BFPD,
+    past,
+    rotation,
+    length,
+    mask_FPS,
+    visible: attention.Visible | None,
+    straight_through: bool,
   ):
     cfg = self.config
     batch, num_frames, tokens, _ = x_BFPD.shape
@@ -143,7 +169,7 @@ class SelfAttention(nn.Module):
       length = length + k.shape[1]
     by_frame = (num_frames, tokens, -1)
     out = sharding.split_queries(
-      functools.partial(_attend, backend=cfg.attention),
+      functools.partial(_attend, config=cfg, visible=visible),
       q,
       keys,
       values,
@@ -173,7 +199,7 @@ class CrossAttention(nn.Module):
     q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BFPD), norm_q, cfg.eps)
     q = q.reshape(*x_BFPD.shape[:3], cfg.num_heads, cfg.head_dim)
     out = sharding.split_queries(
-      functools.partial(_attend, backend=cfg.attention),
+      functools.partial(_attend, config=cfg),
       sharding.constrain(q, sharding.QUERIES_BFPHK),
       text.k,
       text.v,
@@ -185,6 +211,7 @@ class Layer(nn.Module):
   """One transformer layer; the carry of the scan is the token stream."""
 
   config: WanConfig
+  visible: attention.Visible | None
   straight_through: bool
 
   @nn.compact
@@ -213,6 +240,7 @@ class Layer(nn.Module):
       rotation,
       length,
       mask,
+      self.visible,
       self.straight_through,
     )
     x_BFPD = x_BFPD + gated(y, gate1)
@@ -259,7 +287,7 @@ class WanTransformer(nn.Module):
     text: TextKV,
     positions_F: jax.Array,
     past: KV | KVCache | None = None,
-    frame_mask: np.ndarray | None = None,
+    frame_mask: np.ndarray | jax.Array | None = None,
     straight_through: bool = False,
     layers: Sequence[dict] | None = None,
   ) -> tuple[jax.Array, KV]:
@@ -273,7 +301,9 @@ class WanTransformer(nn.Module):
       past: a KVCache, whose valid prefix is seen by all frames, or a KV of
         whole frames in any order, which needs a `frame_mask`.
       frame_mask: bool [F, F + past frames], True where the row's frame sees
-        the column's; own frames first.
+        the column's; own frames first. As a numpy array it costs nothing, see
+        `attention.visible_keys`; a traced one is a mask over all tokens, which
+        no flash kernel takes.
       straight_through: the past's last tokens are these tokens at another
         level: let its gradient reach them (spec 9). Changes no value.
       layers: the layers' parameters one by one, in place of the stacked ones;
@@ -320,8 +350,10 @@ class WanTransformer(nn.Module):
       past_kv = jax.tree.map(
         lambda a: sharding.constrain(a, sharding.KEYS_NBSHK), past_kv
       )
-    mask = None
-    if frame_mask is not None:
+    mask = visible = None
+    if isinstance(frame_mask, np.ndarray):
+      visible = attention.visible_keys(frame_mask)
+    elif frame_mask is not None:
       mask = attention.expand_frame_mask(frame_mask, cfg.tokens_per_frame)
       mask = mask.reshape(num_frames, cfg.tokens_per_frame, -1)
     layer = Layer
@@ -338,10 +370,10 @@ class WanTransformer(nn.Module):
         length=cfg.num_layers,
         unroll=cfg.unroll,
       )
-      scanned = scan(cfg, straight_through, name='layers')
+      scanned = scan(cfg, visible, straight_through, name='layers')
       x, new_kv = scanned(x, (past_kv, text), *inputs)
     else:
-      kvs, each = [], layer(cfg, straight_through, parent=None)
+      kvs, each = [], layer(cfg, visible, straight_through, parent=None)
       for i, params in enumerate(layers):
         own = jax.tree.map(lambda a, i=i: a[i], (past_kv, text))
         x, kv = each.apply({'params': params}, x, own, *inputs)

@@ -1,6 +1,10 @@
 """FLOPs of a distillation, modelled from those of its passes."""
 
-from hiar_jax.models import flops
+import numpy as np
+
+from hiar_jax import rollout
+from hiar_jax.models import attention, flops
+from hiar_jax.models.config import WanConfig
 from hiar_jax.training import steps as training_steps
 
 
@@ -18,7 +22,8 @@ def distillation_flops(
 
   The rollout is counted with its mean exit step: 2 (S - 1) / 2 passes a block
   before the recorded sweep's 2, at the full window, because the cache's empty
-  slots are computed too.
+  slots are computed too. Of the passes over all blocks only what their masks
+  let them see.
 
   Args:
     steps: networks and numbers.
@@ -33,7 +38,12 @@ def distillation_flops(
   loss_blocks = min(num_blocks, steps.config.loss_blocks)
   frames = loss_blocks * config.frames_per_block
   block = flops.forward_flops(student, config.frames_per_block, config.window)
-  leave = flops.forward_flops(student, frames, frames + num_frames)
+  leave = _masked(
+    student,
+    attention.own_then_past_mask(
+      round(num_frames), **_blocks(config), rows=round(frames)
+    ),
+  )
   score = flops.forward_flops(steps.critic.config, frames, frames)
   parts = {'rollout': (config.num_steps + 1) * num_blocks * block}
   if part == 'critic':
@@ -44,8 +54,7 @@ def distillation_flops(
     parts['fake score'] = score
     parts['real score'] = 2 * flops.forward_flops(teacher, frames, frames)
     if steps.config.forward_kl_weight:
-      whole = flops.forward_flops(student, num_frames, num_frames)
-      parts['forward KL'] = flops.trained(student, recompute) * whole
+      parts['forward KL'] = _forward_kl(steps, num_blocks, recompute)
   return {name: batch_size * count for name, count in parts.items()}
 
 
@@ -58,3 +67,43 @@ def distillation_iteration(
     return sum(distillation_flops(steps, part, batch_size, num_blocks).values())
 
   return total('critic') + total('generator') / steps.config.generator_every
+
+
+def student_start_flops(
+  model: WanConfig, config: rollout.RolloutConfig, num_frames: int, context: str
+) -> float:
+  """Of one trained sample of the student's start, see `student_start_step`."""
+  blocks = _blocks(config)
+  one = _masked(model, attention.block_causal_mask(num_frames, **blocks))
+  if context == 'matched':  # The context's pass, and one after it.
+    one += _masked(model, attention.own_then_past_mask(num_frames, **blocks))
+  return flops.trained(model) * one
+
+
+def _forward_kl(steps, num_blocks, recompute):
+  student, config = steps.student.config, steps.rollout
+  num_frames = round(num_blocks * config.frames_per_block)
+  trained = flops.trained(student, recompute)
+  mode = steps.config.forward_kl_attention
+  if mode == 'bidirectional':
+    return trained * flops.forward_flops(student, num_frames, num_frames)
+  blocks = _blocks(config)
+  if mode == 'block_causal':
+    mask = attention.block_causal_mask(num_frames, **blocks)
+    return trained * _masked(student, mask)
+  mask = attention.own_then_past_mask(num_frames, **blocks)
+  block = flops.forward_flops(student, config.frames_per_block, config.window)
+  return 2 * num_blocks * block + trained * _masked(student, mask)
+
+
+def _blocks(config: rollout.RolloutConfig) -> dict[str, int]:
+  return dict(
+    frames_per_block=config.frames_per_block,
+    window=config.window,
+    sink=config.sink,
+  )
+
+
+def _masked(model: WanConfig, frame_mask: np.ndarray) -> float:
+  seen = flops.seen_frames(frame_mask)
+  return flops.forward_flops(model, len(frame_mask), seen)

@@ -326,10 +326,9 @@ def _student_start(config: Config) -> Phase:
     source, batch_size=config.batch_size, seed=config.seed
   )
   frames = source.manifest.latents_shape[1]
-  one = flops.forward_flops(denoiser.config, frames, frames)
-  if config.start_context == 'matched':  # The context's pass, and one after it.
-    one += flops.forward_flops(denoiser.config, frames, 2 * frames)
-  iteration = config.batch_size * flops.trained(denoiser.config) * one
+  iteration = config.batch_size * training_flops.student_start_flops(
+    denoiser.config, rollout_config(config), frames, config.start_context
+  )
   return _regression(params, optimiser, step, batches, iteration)
 
 

@@ -68,6 +68,75 @@ def test_each_chunk_has_the_rows_of_its_own_mask():
   assert_same(splash, theirs)
 
 
+# Masks of frames of 3 tokens: blocks of 2 frames in a window, with a sink, a
+# first frame of its own, and some rows alone; and frames that see anything.
+MASKS = {
+  'causal': attention.block_causal_mask(8, 2),
+  'window, sink': attention.block_causal_mask(9, 2, window=5, sink=1, first=1),
+  'own, then past': attention.own_then_past_mask(9, 2, window=4, first=1),
+  'last rows': attention.own_then_past_mask(8, 2, window=6, sink=1, rows=4),
+  'any': np.random.default_rng(2).random((6, 9)) < 0.5,
+}
+
+
+@pytest.mark.parametrize('length', [None, 7])
+@pytest.mark.parametrize('name', MASKS)
+def test_runs_of_frames_are_the_mask_of_tokens(name, length):
+  mask, tokens = MASKS[name], 3
+  rng = np.random.default_rng(3)
+
+  def normal(frames, size):
+    shape = (2, frames, size, HEADS, WIDTH)
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  frames, key_frames = mask.shape
+  # Of each frame of queries a device may have a part.
+  q = normal(frames, 2)
+  k, v = (
+    x.reshape(2, -1, HEADS, WIDTH)
+    for x in normal(2 * key_frames, tokens)
+    .reshape(2, 2, key_frames, tokens, HEADS, WIDTH)
+    .swapaxes(0, 1)
+  )
+  if length is not None:  # Every row still sees something.
+    mask = mask.copy()
+    mask[:, 0] = True
+
+  def runs(q, k, v):
+    return attention.attend_visible(
+      q,
+      k,
+      v,
+      attention.visible_keys(mask),
+      tokens_per_frame=tokens,
+      length=None if length is None else jnp.int32(length),
+    )
+
+  def masked(q, k, v):
+    seen = np.repeat(np.repeat(mask, 2, 0), tokens, 1)
+    if length is not None:
+      seen = seen & (np.arange(seen.shape[1]) < length)
+    flat = q.reshape(2, -1, HEADS, WIDTH)
+    return attention.attend(flat, k, v, mask_TS=jnp.asarray(seen)).reshape(
+      q.shape
+    )
+
+  def run(function):
+    @jax.jit
+    def value_and_pull(q, k, v):
+      out, pull = jax.vjp(function, q, k, v)
+      return out, pull(jnp.sin(out))
+
+    return value_and_pull(q, k, v)
+
+  assert_same(run(runs), run(masked))
+
+
+def test_a_frame_that_sees_nothing_is_refused():
+  with pytest.raises(ValueError, match='frame 1 sees nothing'):
+    attention.visible_keys(np.array([[True], [False]]))
+
+
 @pytest.mark.parametrize('length', [333, KEYS])
 def test_the_tpu_kernel_gives_the_same_values_and_gradients(length):
   ours = with_gradient(

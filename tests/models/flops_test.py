@@ -55,7 +55,8 @@ def test_every_phase_of_the_networks_knows_its_flops(tmp_path):
   config = tiny.config('teacher', tmp_path)
   one = flops.forward_flops(WanConfig(**config.model), 6, 6)
   assert built['teacher'] == config.batch_size * 3 * one
-  assert built['student_start'] > 2 * built['teacher']
+  # Two passes, of which masks leave less than two.
+  assert 1 < built['student_start'] / built['teacher'] < 2
   assert built['distill'] > built['teacher']
 
 

@@ -125,13 +125,16 @@ def _student(params, context, x, sigma, mask):
   return student.flow(params, x, sigma, text, frame_mask=mask)[0]
 
 
-_student_flow = jit(_student)
+@functools.cache
+def _student_programs(bidirectional: bool):
+  """The student's flow, and its gradient from a cotangent, under its mask."""
+  mask = attention.block_causal_mask(9, 3) | bidirectional
 
+  def gradients(params, context, x, sigma, cotangent):
+    flow = lambda params: _student(params, context, x, sigma, mask)
+    return jax.vjp(flow, params)[1](cotangent)[0]
 
-@jit
-def _student_gradients(params, context, x, sigma, mask, cotangent):
-  flow = lambda params: _student(params, context, x, sigma, mask)
-  return jax.vjp(flow, params)[1](cotangent)[0]
+  return jit(functools.partial(_student, mask=mask)), jit(gradients)
 
 
 def _forward_kl(name: str):
@@ -144,13 +147,13 @@ def _forward_kl(name: str):
   x, sigma, answer = losses.forward_kl_pair(
     trajectory, points, levels, step=0, target=target
   )
-  mask = attention.block_causal_mask(9, 3) | bidirectional
   text = golden['in/context']
-  flow = _student_flow(params, text, x, sigma, mask)
+  student_flow, student_gradients = _student_programs(bidirectional)
+  flow = student_flow(params, text, x, sigma)
   loss, cotangent = jax.value_and_grad(losses.forward_kl)(
     flow, x, sigma, levels[1], answer, target
   )
-  gradients = _student_gradients(params, text, x, sigma, mask, cotangent)
+  gradients = student_gradients(params, text, x, sigma, cotangent)
   velocity = target == 'velocity'
   latents = {
     'student_flow': flow,
