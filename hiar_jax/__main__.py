@@ -61,6 +61,9 @@ COMMANDS = {
   'Measure': (
     Command('evaluate', 'evaluate', 'scores of videos, a row for each order'),
     Command('evaluate teacher', 'evaluate_teacher', "scores of the teacher's"),
+    Command(
+      'evaluate videos', 'evaluate_videos', 'a report on folders of any videos'
+    ),
   ),
 }
 

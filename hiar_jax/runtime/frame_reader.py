@@ -72,7 +72,9 @@ class FrameReader:
       raise ValueError(f'{self.path} {self._why_no_video(described)}')
     rate = re.search(r'([\d.]+) fps', lines[0])
     if not rate:
-      raise ValueError(f'{self.path} does not say its frames per second')
+      raise ValueError(
+        f'{self.path} is truncated or damaged: no frame is whole'
+      )
     self.fps = float(rate[1])
     length = re.search(r'Duration: (\d+):(\d+):([\d.]+)', described)
     hours, minutes, seconds = length.groups() if length else (0, 0, 0)
@@ -130,7 +132,9 @@ class FrameReader:
     said = self._messages.read().decode(errors='replace').strip()
     short = self.num_read < self._announced - _SLACK
     if not self.num_read:
-      raise ValueError(f'{self.path} has no frame that can be decoded')
+      raise ValueError(
+        f'{self.path} is truncated or damaged: no frame is whole'
+      )
     if failed or (said and (short or _BAD.search(said))):
       of = f' of {self._announced:.0f}' if short else ''
       raise ValueError(
