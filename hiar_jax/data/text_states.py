@@ -18,15 +18,13 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-from array_record.python import array_record_module
 
+from hiar_jax.data import array_records, shard_files
 from hiar_jax.data import prompts as data_prompts
-from hiar_jax.data import shard_files
 from hiar_jax.text import embeddings, encoders
 from hiar_jax.text import tokens as text_tokens
 
@@ -152,13 +150,7 @@ def make(
         records[index] = _pack(index, states_LD)
       progress(len(rows))
     path = manifest.path(directory, shard)
-    with shard_files.whole_file(path) as partial:
-      writer = array_record_module.ArrayRecordWriter(
-        str(partial), 'group_size:1,uncompressed'
-      )
-      for index in indices:
-        writer.write(records[index])
-      writer.close()
+    array_records.write(path, (records[index] for index in indices))
   return True
 
 
@@ -284,17 +276,9 @@ class StoredStates:
       directory
     )
     self._directory = directory
-    try:
-      self._records = grain.sources.ArrayRecordDataSource(
-        [
-          str(manifest.path(directory, shard))
-          for shard in range(manifest.num_files)
-        ]
-      )
-    except RuntimeError as error:
-      raise ValueError(
-        f'text states in {directory} are damaged: {error}'
-      ) from error
+    self._records = array_records.open_source(
+      [manifest.path(directory, shard) for shard in range(manifest.num_files)]
+    )
     if len(self._records) != len(self):
       raise ValueError(
         f'text states in {directory} are damaged: {len(self._records)} records '
@@ -370,20 +354,11 @@ def verify(directory: str | os.PathLike) -> list[str]:
 
 
 def _read_shard(path: pathlib.Path) -> Iterator[tuple[int, np.ndarray]]:
-  try:
-    reader = array_record_module.ArrayRecordReader(str(path))
-  except RuntimeError as error:
-    raise ValueError(f'{path.name} is damaged: {error}') from error
-  try:
-    for i in range(reader.num_records()):
-      yield _unpack(reader.read([i])[0])
-    if not reader.ok():
-      raise ValueError(f'{path.name} is torn')
-  except (RuntimeError, ValueError) as error:
-    raise ValueError(f'{path.name} is damaged: {error}') from error
-  finally:
-    if reader.ok():
-      reader.close()
+  for record in array_records.read(path):
+    try:
+      yield _unpack(record)
+    except ValueError as error:
+      raise ValueError(f'{path.name} is damaged: {error}') from error
 
 
 def _unpadded(states_LD: np.ndarray) -> np.ndarray:
