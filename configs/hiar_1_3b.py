@@ -36,6 +36,8 @@ def _distillation(c):
   c.iterations = 20_000
   c.batch_size = 64
   c.rollout_blocks = (7, 7)
+  c.teacher_weights = 'weights/wan2.1_14b'
+  c.critic_weights = 'weights/wan2.1_1.3b'
   c.teacher = dict(
     model=dataclasses.asdict(WanConfig.wan_14b(attention='auto')),
     dtype='bfloat16',

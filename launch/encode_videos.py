@@ -11,7 +11,7 @@ import tqdm
 from hiar_jax.codecs import pixels
 from hiar_jax.data import latent_files
 from hiar_jax.runtime import config_flag, errors, stopping
-from hiar_jax.training import phases
+from hiar_jax.training import phase_parts
 
 _CONFIG = config_flag.define(required=True)
 
@@ -21,8 +21,8 @@ def main(argv):
   config = _CONFIG.value
   if 'latents' not in config:
     raise ValueError(f'the {config.phase} config has no latents to encode')
-  codec = phases.world_codec(config)
-  manifest = phases.latents_manifest(config, codec)
+  codec = phase_parts.world_codec(config)
+  manifest = phase_parts.latents_manifest(config, codec)
   out = config.latents.dir
   manifest.settle(out)  # Refuses a folder that has others.
   missing = manifest.missing(out)
@@ -35,7 +35,7 @@ def main(argv):
     done = latent_files.make(
       out,
       manifest,
-      phases.videos(config),
+      phase_parts.videos(config),
       pixels.encoder(codec),
       batch_size=config.latents.batch_size,
       progress=bar.update,

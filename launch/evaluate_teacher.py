@@ -15,7 +15,7 @@ from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import calls, loading
 from hiar_jax.sampling import teacher as sampling_teacher
-from hiar_jax.training import phases
+from hiar_jax.training import phase_parts
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flag.define(required=True)
@@ -74,7 +74,7 @@ def main(argv):
       calls.sample_keys(np.uint32(_SEED.value), numbers, 0 * numbers),
       pipeline.encoder.encode(batch),
       pipeline.encoder.encode(['']),
-      num_frames=phases.latent_frames(config),
+      num_frames=phase_parts.latent_frames(config),
     )
     rows['teacher'].extend(pipeline.decode(latents))
   scores = {

@@ -16,7 +16,7 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import loading
 from hiar_jax.training import loop as training_loop
-from hiar_jax.training import phases
+from hiar_jax.training import network_files, phase_parts
 from hiar_jax.weights import layouts, networks
 
 _CONFIG = config_flag.define(required=True)
@@ -34,12 +34,12 @@ def main(argv):
   weights = (
     _WEIGHTS.value or pathlib.Path(config.workdir) / training_loop.WEIGHTS
   )
-  params = phases.load_params(weights, denoiser)
-  codec = phases.world_codec(config)
+  params = _load('student', weights, denoiser)
+  codec = phase_parts.world_codec(config)
   out = pathlib.Path(_OUT.value)
   teacher = None
   if _WITH_TEACHER.value:
-    teacher = phases.load_params(config.teacher_weights, denoiser)
+    teacher = _load('teacher', config.teacher_weights, denoiser)
   loading.export(
     out,
     config=config.to_dict(),
@@ -53,6 +53,13 @@ def main(argv):
     )
   for path in sorted(out.iterdir()):
     print(f'wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)')
+
+
+def _load(name, path, denoiser):
+  file = network_files.NetworkFile(
+    name, pathlib.Path(path), denoiser, network_files.NetworkConfig()
+  )
+  return file.load()
 
 
 if __name__ == '__main__':

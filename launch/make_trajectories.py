@@ -10,6 +10,7 @@ each other: one that was killed is started again alone. --verify re-reads every
 trajectory.
 """
 
+import dataclasses
 import math
 import pathlib
 
@@ -19,17 +20,15 @@ import tqdm
 from absl import flags
 
 from hiar_jax import noise_schedule
-from hiar_jax.data import bouncing, trajectories, trajectory_files
-from hiar_jax.denoiser import Denoiser
-from hiar_jax.models.config import WanConfig
+from hiar_jax.data import trajectories, trajectory_files
+from hiar_jax.models import sharding
 from hiar_jax.runtime import config_flag, distributed, errors, stopping
-from hiar_jax.text import word_hash
-from hiar_jax.training import phases
-from hiar_jax.weights import networks
+from hiar_jax.sampling import trajectories as sampling_trajectories
+from hiar_jax.training import inputs, network_files, phase_parts
 
 _CONFIG = config_flag.define(required=True)
 _WEIGHTS = flags.DEFINE_string(
-  'weights', None, "The teacher's weights; default: teacher_weights."
+  'weights', None, "The teacher's weights; default: the config's."
 )
 _OUT = flags.DEFINE_string(
   'out', None, 'Folder of the trajectories; default: trajectories.dir.'
@@ -64,39 +63,47 @@ def _share() -> dict[str, int]:
   )
 
 
+def _open_mesh(settings: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
+  """The devices of this process, which share every batch."""
+  devices = jax.local_devices()
+  if 'mesh' in settings:
+    return sharding.make_mesh(sharding.MeshConfig(**settings.mesh), devices)
+  # As many as divide it, each with a teacher of its own.
+  count = math.gcd(len(devices), settings.batch_size)
+  if count == 1:
+    return None
+  return sharding.make_mesh(sharding.MeshConfig(data=count), devices[:count])
+
+
 def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   settings = config.trajectories
   mine = _share()
-  devices = jax.local_devices()
-  # Every batch is shared by as many devices as divide it.
-  devices = devices[: math.gcd(len(devices), settings.batch_size)]
-  denoiser = Denoiser(WanConfig(**config.model))
-  params = networks.load_weights(
-    config.teacher_weights if _WEIGHTS.value is None else _WEIGHTS.value,
-    jax.eval_shape(denoiser.init, jax.random.key(0)),
-  )
-  prompts = bouncing.BouncingPrompts(
-    bouncing.WorldConfig(**config.world),
-    word_hash.WordHashEncoder(**config.text),
-    seed=config.world_seed,
-  )
+  mesh = _open_mesh(settings)
+  teacher = network_files.find(config, 'trajectory_teacher', 'teacher')
+  if _WEIGHTS.value is not None:
+    teacher = dataclasses.replace(teacher, path=pathlib.Path(_WEIGHTS.value))
+  model = teacher.denoiser.config
+  if mesh is not None:
+    sharding.check_model('the teacher', model, mesh)
+  prompts = inputs.open_prompts(config)
+  encoder = inputs.open_text(config, mesh)
+  params = teacher.load(mesh)
   manifest = trajectories.make_manifest(
-    trajectories.TrajectoryConfig(
-      num_steps=settings.num_steps,
-      shift=settings.shift,
-      guidance=settings.guidance,
-      points=settings.points,
-    ),
+    phase_parts.trajectory_config(config),
     noise_schedule.warped_levels(
       config.schedule.indices, config.schedule.shift
     ),
-    denoiser,
+    model,
     params,
-    prompts,
+    prompts=prompts.identity(),
+    num_prompts=len(prompts),
     num=settings.num if _NUM.value is None else _NUM.value,
     shard_size=settings.shard_size,
     seed=settings.seed,
-    num_frames=phases.latent_frames(config),
+    num_frames=phase_parts.latent_frames(config),
+    negative_prompt=inputs.negative_prompt(config, encoder),
+    text=encoder.identity,
+    teacher=teacher.digest(),
   )
   missing = manifest.missing(out, **mine)
   manifest.settle(out)  # Refuses a folder that has others.
@@ -104,7 +111,8 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   print(
     f'{out}: {total} of {manifest.num} trajectories to sample, '
     f'{len(manifest.levels) - 1} steps each; share {mine["shard_index"]} of '
-    f'{mine["num_shards"]}, devices {len(devices)}'
+    f'{mine["num_shards"]}, devices {1 if mesh is None else mesh.size}',
+    flush=True,
   )
   with (
     stopping.StopSignals(together=False) as stop,
@@ -112,14 +120,16 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
       total=total, unit='trajectory', dynamic_ncols=True, smoothing=0.05
     ) as bar,
   ):
-    done = trajectories.make(
+    done = sampling_trajectories.make(
       out,
       manifest,
-      denoiser,
+      teacher.denoiser,
       params,
       prompts,
+      inputs.open_states(config, prompts, encoder),
+      inputs.negative_states(config, encoder),
       batch_size=settings.batch_size,
-      devices=devices,
+      mesh=mesh,
       progress=bar.update,
       should_stop=lambda: stop.requested(bar.n),
       **mine,

@@ -31,7 +31,7 @@ from hiar_jax.planning import parts as planning_parts
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning import training as planning_training
 from hiar_jax.runtime import config_flag, errors
-from hiar_jax.training import phases
+from hiar_jax.training import distillation_phase, phase_parts
 
 _CONFIG = config_flag.define(required=True)
 _TOPOLOGY = flags.DEFINE_string(
@@ -78,7 +78,7 @@ def main(argv):
   if _PART.value == 'stream':
     plan = planning_stream.plan_tick(
       Denoiser(WanConfig(**config.model)),
-      phases.rollout_config(config),
+      phase_parts.rollout_config(config),
       **(settings | {'topology': topology}),
     )
     print(
@@ -110,13 +110,13 @@ def main(argv):
 def _plan_training(config, topology):
   """Prints the table of every part asked for as soon as it is known."""
   training = planning_training.Training(
-    steps=phases.distillation(config),
+    steps=distillation_phase.distillation(config),
     mesh=sharding.MeshConfig(**config.mesh),
     batch_size=config.batch_size,
     num_blocks=config.rollout_blocks[1],
     iterations=config.iterations,
     teacher_dtype=config.teacher.dtype,
-    trajectory=phases.trajectory_config(config),
+    trajectory=phase_parts.trajectory_config(config),
     trajectory_batch=config.trajectories.batch_size,
   )
   parts = (_PART.value,)

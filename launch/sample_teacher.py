@@ -26,7 +26,7 @@ from absl import flags, logging
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import calls, loading, solvers, video, video_pipeline
 from hiar_jax.sampling import teacher as sampling_teacher
-from hiar_jax.training import phases
+from hiar_jax.training import phase_parts
 from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flag.define()
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
   video_pipeline.check_prompts([_PROMPT.value])
   defaults, num_frames = sampling_teacher.SamplingConfig(), 21
   if config is not None:
-    defaults, num_frames = _defaults(config), phases.latent_frames(config)
+    defaults, num_frames = _defaults(config), phase_parts.latent_frames(config)
   solver = sampling_teacher.SamplingConfig(
     solver=_SOLVER.value,
     num_steps=_given(_STEPS, defaults.num_steps),

@@ -15,8 +15,8 @@ from hiar_jax.configs import bouncing, bouncing_linear
 from hiar_jax.data import trajectories, trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import inputs, phase_parts
 from hiar_jax.training import loop as training_loop
-from hiar_jax.training import phases
 from hiar_jax.weights import networks
 
 PHASES = ('codec', *bouncing_linear.PHASES)
@@ -125,13 +125,17 @@ def write_inputs(root: str | pathlib.Path) -> None:
   for path, seed in ((c.teacher_weights, 0), (c.student_weights, 1)):
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     networks.save_weights(path, random_params(denoiser, seed))
-  prompts = phases.prompts(c)
+  prompts = inputs.open_prompts(c)
+  encoder = inputs.open_text(c)
+  states = inputs.open_states(c, prompts, encoder)
   manifest = trajectories.make_manifest(
-    phases.trajectory_config(c),
-    phases.rollout_config(c).levels,
-    denoiser,
+    phase_parts.trajectory_config(c),
+    phase_parts.rollout_config(c).levels,
+    denoiser.config,
     random_params(denoiser, 0),
-    prompts,
+    prompts=prompts.identity(),
+    num_prompts=len(prompts),
+    text=encoder.identity,
     num=c.trajectories.num,
     shard_size=c.trajectories.shard_size,
     seed=c.trajectories.seed,
@@ -144,8 +148,8 @@ def write_inputs(root: str | pathlib.Path) -> None:
       trajectory_files.pack(
         index,
         rng.normal(size=manifest.latents_shape).astype(np.float16),
-        prompts[index]['text'],
-        prompts.scene(index).caption,
+        states[index]['text'],
+        prompts[index],
       )
       for index in manifest.indices(shard)
     ]

@@ -72,8 +72,15 @@ class Manifest:
       ) from None
     except ValueError as error:
       raise ValueError(f'{path} is damaged: {error}') from error
-    names = [field.name for field in dataclasses.fields(cls)]
-    if not isinstance(fields, dict) or fields.keys() != set(names):
+    known = dataclasses.fields(cls)
+    names = [field.name for field in known]
+    # Fields with a default came later than the first sets.
+    needed = {f.name for f in known if f.default is dataclasses.MISSING}
+    if (
+      not isinstance(fields, dict)
+      or not needed <= fields.keys()
+      or not fields.keys() <= set(names)
+    ):
       raise ValueError(f'{path} is not a manifest with the fields {names}')
     return cls(**fields)
 

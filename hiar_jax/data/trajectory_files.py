@@ -2,10 +2,11 @@
 
 A set (see `shard_files`) has the files `shard-00000.array_record` and so on. A
 record is a safetensors buffer of `index` [], `latents` float16
-[S + 1, F, h, w, C], `text` float32 [L, D] and `caption`, UTF-8 bytes.
+[S + 1, F, h, w, C], `text` float32 [n, D] without padding and `caption`, UTF-8
+bytes.
 
 S student steps, F frames, h w latent rows and columns, C channels, L text
-tokens, D text width.
+tokens, n of them without padding, D text width.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ class Manifest(shard_files.Manifest):
     prompts: the source of the prompts and its settings.
     model: the teacher's WanConfig.
     weights_sha256: of the teacher's parameters.
+    negative_prompt: what guidance led away from.
+    text: identity of the text encoder; '' if not known.
+    teacher: digest of the teacher's file; '' if not known.
     version: of this format.
 
   The others are those of `shard_files.Manifest`.
@@ -53,10 +57,15 @@ class Manifest(shard_files.Manifest):
   prompts: dict[str, Any]
   model: dict[str, Any]
   weights_sha256: str
+  negative_prompt: str = ''
+  text: str = ''
+  teacher: str = ''
   version: int = 1
 
   def __post_init__(self):
     super().__post_init__()
+    # All were Euler's before there was a choice.
+    object.__setattr__(self, 'sampler', {'solver': 'euler'} | self.sampler)
     for name in ('levels', 'point_levels', 'latents_shape'):  # JSON has lists.
       object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -66,16 +75,24 @@ def pack(
 ) -> bytes:
   """One record.
 
+  Args:
+    index: of the trajectory.
+    latents: [S + 1, F, h, w, C].
+    text_LD: states of its prompt; rows of zeros at the end are left out.
+    caption: the prompt.
+
   Raises:
     ValueError: if the latents are not finite.
   """
   if not np.isfinite(latents).all():
     raise ValueError(f'trajectory {index} is not finite in float16')
+  used = np.flatnonzero(text_LD.any(axis=1))
+  text_nD = text_LD[: used[-1] + 1 if len(used) else 0]
   return safetensors.numpy.save(
     {
       'index': np.asarray(index, np.int64),
       'latents': np.ascontiguousarray(latents),
-      'text': np.ascontiguousarray(text_LD, np.float32),
+      'text': np.ascontiguousarray(text_nD, np.float32),
       'caption': np.array(list(caption.encode()), np.uint8),
     }
   )

@@ -219,6 +219,14 @@ def abstract(tree: Any, mesh: Mesh, dtype: Any = None) -> Any:
   )
 
 
+def abstract_whole(tree: Any, mesh: Mesh) -> Any:
+  """`tree` as ShapeDtypeStructs that lie whole on every device."""
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), tree
+  )
+
+
 def put(tree: Any, mesh: Mesh | None) -> Any:
   """Host arrays, the same in every process, in their places if there are any.
 
@@ -326,10 +334,17 @@ def jit_step(step: Callable, state: Any, mesh: Mesh | None, **kwargs: Any):
     **kwargs,
   )
 
-  @functools.wraps(step)
+  return under(mesh, compiled)
+
+
+def under(mesh: Mesh | None, function: Callable) -> Callable:
+  """A compiled function that is traced with the constraints for a mesh."""
+  if mesh is None:
+    return function
+
   def run(*args, **kwargs):
     with jax.set_mesh(mesh):
-      return compiled(*args, **kwargs)
+      return function(*args, **kwargs)
 
   return run
 

@@ -23,6 +23,7 @@ from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import chips, roofline, traffic
 from hiar_jax.planning import stream as planning_stream
+from hiar_jax.sampling import trajectories as sampling_trajectories
 from hiar_jax.training import flops as training_flops
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
@@ -344,7 +345,7 @@ def _trajectory_program(training: Training, teacher: Any, array):
 
   def sample(params, states, noise):
     null = jnp.zeros_like(states[:1])
-    return trajectories.sample(
+    return sampling_trajectories.sample(
       denoiser,
       params,
       denoiser.project_text(params, states),
@@ -353,6 +354,7 @@ def _trajectory_program(training: Training, teacher: Any, array):
       levels=levels,
       save_indices=kept,
       guidance=training.trajectory.guidance,
+      solver=training.trajectory.solver,
     ).astype(jnp.float16)
 
   states = array(size, model.text_len, model.text_dim)

@@ -42,11 +42,14 @@ class Solver(NamedTuple):
     table: falling levels [n + 1] to a tree of float32 arrays [n, ...].
     init: x at the first level to the first state.
     step: (flow, state, row of the table) to the next state; one evaluation.
+    evaluated: (state, next state) to the sample at the level between them, at
+      which the flow was evaluated, as good as the solver knows it.
   """
 
   table: Callable[[Sequence[float]], Any]
   init: Callable[[jax.Array], State]
   step: Callable[[Flow, State, Any], State]
+  evaluated: Callable[[State, State], jax.Array]
 
 
 def solve(
@@ -195,6 +198,11 @@ def _checked(levels: Sequence[float]) -> np.ndarray:
 
 
 SOLVERS = {
-  'euler': Solver(_euler_table, _euler_init, _euler_step),
-  'unipc': Solver(_unipc_table, _unipc_init, _unipc_step),
+  'euler': Solver(
+    _euler_table, _euler_init, _euler_step, lambda state, _: state.x
+  ),
+  # After its step it has the corrected sample, not only the predicted one.
+  'unipc': Solver(
+    _unipc_table, _unipc_init, _unipc_step, lambda _, after: after.memory[0]
+  ),
 }

@@ -19,9 +19,9 @@ from hiar_jax.models import flops
 from hiar_jax.runtime import profiling, provenance, stopping, watchdog
 from hiar_jax.training import checkpoint, guards, phases, run_log, samples
 from hiar_jax.training.loop_config import LoopConfig
+from hiar_jax.training.network_files import WEIGHTS
 from hiar_jax.weights import networks
 
-WEIGHTS = 'weights.safetensors'
 # What may differ between a run and its continuation.
 _FREE_KEYS = ('workdir', 'log_every', 'checkpoint_every', 'loop', 'mesh')
 

@@ -20,7 +20,7 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, video, video_pipeline
 from hiar_jax.text import word_hash
-from hiar_jax.training import phases
+from hiar_jax.training import phase_parts
 from hiar_jax.training.loop_config import LoopConfig
 
 ORDERS = ('step_first', 'block_first')
@@ -74,8 +74,8 @@ class Sampler:
       denoiser=Denoiser(WanConfig(**config.model)),
       params={},
       encoder=word_hash.WordHashEncoder(**config.text),
-      codec=phases.world_codec(config),
-      rollout=phases.rollout_config(config),
+      codec=phase_parts.world_codec(config),
+      rollout=phase_parts.rollout_config(config),
       **config.generate,
     )
 

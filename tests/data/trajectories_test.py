@@ -22,18 +22,22 @@ from hiar_jax.data import (
   trajectory_files,
 )
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import sharding
 from hiar_jax.models.config import WanConfig
+from hiar_jax.sampling import trajectories as sampling_trajectories
 from hiar_jax.text import word_hash
+from hiar_jax.training import inputs
 from hiar_jax.weights import tables
 
 STUDENT = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 CONFIG = trajectories.TrajectoryConfig(num_steps=3, shift=5.0, guidance=2.0)
-PROMPTS = bouncing.BouncingPrompts(
-  bouncing.WorldConfig(num_frames=2),
-  word_hash.WordHashEncoder(dim=8, length=4),
-  seed=1,
-  length=64,
+PROMPTS = bouncing.Captions(
+  bouncing.WorldConfig(num_frames=2), seed=1, length=64
 )
+STATES = inputs.PromptStates(
+  PROMPTS, word_hash.WordHashEncoder(dim=8, length=4)
+)
+NEGATIVE = np.zeros((1, 4, 8), np.float32)
 DENOISER = Denoiser(
   WanConfig(
     dim=12,
@@ -63,19 +67,25 @@ def network():
 def manifest(config=CONFIG, **kwargs):
   settings = dict(num=7, shard_size=3, seed=5, num_frames=2) | kwargs
   return trajectories.make_manifest(
-    config, STUDENT, DENOISER, network(), PROMPTS, **settings
+    config,
+    STUDENT,
+    DENOISER.config,
+    network(),
+    prompts=PROMPTS.identity(),
+    num_prompts=len(PROMPTS),
+    **settings,
   )
 
 
 def make(directory, info=None, **kwargs):
-  return trajectories.make(
+  settings = dict(denoiser=DENOISER, params=network(), batch_size=2) | kwargs
+  return sampling_trajectories.make(
     directory,
     info or manifest(),
-    DENOISER,
-    network(),
-    PROMPTS,
-    batch_size=2,
-    **kwargs,
+    prompts=PROMPTS,
+    states=STATES,
+    negative_1LD=NEGATIVE,
+    **settings,
   )
 
 
@@ -130,7 +140,7 @@ def test_sampler_matches_the_public_code(golden):
 
   sampler = jax.jit(
     functools.partial(
-      trajectories.sample,
+      sampling_trajectories.sample,
       types.SimpleNamespace(guided_flow=snapped_flow),
       levels=levels,
       save_indices=kept,
@@ -198,14 +208,15 @@ def test_bad_configs_are_refused():
     manifest(shard_size=0)
 
 
-def test_a_straight_flow_is_integrated_exactly():
+@pytest.mark.parametrize('solver', trajectories.SOLVERS)
+def test_a_straight_flow_is_integrated_exactly(solver):
   noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
   clean = jax.random.normal(jax.random.key(1), noise.shape)
   straight = types.SimpleNamespace(
     guided_flow=lambda params, x, *args: noise - clean
   )
   levels, kept = trajectories.solver_levels(CONFIG, STUDENT)
-  points = trajectories.sample(
+  points = sampling_trajectories.sample(
     straight,
     {},
     None,
@@ -213,7 +224,8 @@ def test_a_straight_flow_is_integrated_exactly():
     noise,
     levels=levels,
     save_indices=kept,
-    guidance=1.0,
+    guidance=2.0,
+    solver=solver,
   )
   assert points.shape == (2, 5, 3, 4, 4, 2)
   for i, sigma in enumerate(STUDENT):
@@ -236,13 +248,13 @@ def test_a_trajectory_follows_from_its_index(whole):
   np.testing.assert_array_equal(
     element['latents'][0], np.float16(noise).astype(np.float32)
   )
-  np.testing.assert_array_equal(element['text'], PROMPTS[4]['text'])
-  assert source.caption(4) == PROMPTS.scene(4).caption
+  np.testing.assert_array_equal(element['text'], STATES[4]['text'])
+  assert source.caption(4) == PROMPTS[4]
   # The prompt reaches the network: with another one the end differs.
-  points = trajectories.sample(
+  points = sampling_trajectories.sample(
     DENOISER,
     network(),
-    DENOISER.project_text(network(), PROMPTS[6]['text'][None]),
+    DENOISER.project_text(network(), STATES[6]['text'][None]),
     DENOISER.project_text(network(), np.zeros((1, 4, 8), np.float32)),
     noise[None],
     levels=source.manifest.levels,
@@ -283,8 +295,11 @@ def test_processes_share_the_files(whole, tmp_path):
     make(tmp_path, shard_index=2, num_shards=2)
 
 
-def test_devices_share_every_batch(whole, tmp_path):
-  make(tmp_path, devices=jax.devices()[:2])
+@pytest.mark.parametrize('sizes', [(2, 1, 1, 1), (1, 2, 2, 2)])
+def test_devices_share_every_batch(sizes, whole, tmp_path):
+  config = sharding.MeshConfig(*sizes)
+  mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sizes)])
+  make(tmp_path, params=sharding.put(network(), mesh), mesh=mesh)
   one, two = (
     trajectories.TrajectorySource(folder, STUDENT)
     for folder in (whole, tmp_path)
@@ -293,8 +308,45 @@ def test_devices_share_every_batch(whole, tmp_path):
     np.testing.assert_allclose(
       two[index]['latents'], one[index]['latents'], rtol=0, atol=2e-3
     )
-  with pytest.raises(ValueError, match='batch_size=2 .* 3 devices'):
-    make(tmp_path, devices=jax.devices()[:3])
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path):
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=3), jax.devices()[:3])
+  with pytest.raises(ValueError, match='batch_size=2 is not divisible by .*3'):
+    make(tmp_path, params=sharding.put(network(), mesh), mesh=mesh)
+
+
+def test_every_point_of_unipc_is_closer_than_eulers():
+  # Of numbers from a normal distribution the flow and its paths are known.
+  mean, std = 0.7, 0.3
+  noise = jax.random.normal(jax.random.key(0), (64, 1, 1, 1, 1))
+
+  def variance(sigma):
+    return jnp.square((1 - sigma) * std) + jnp.square(sigma)
+
+  def flow(params, x, sigma, *args):
+    rest = (x - (1 - sigma) * mean) / variance(sigma)
+    return sigma * rest - (mean + (1 - sigma) * std**2 * rest)
+
+  errors = {}
+  for solver in trajectories.SOLVERS:
+    config = dataclasses.replace(CONFIG, num_steps=8, solver=solver)
+    levels, kept = trajectories.solver_levels(config, STUDENT)
+    points = sampling_trajectories.sample(
+      types.SimpleNamespace(guided_flow=flow),
+      *({}, None, None, noise),
+      levels=levels,
+      save_indices=kept,
+      guidance=2.0,
+      solver=solver,
+    )
+    sigma = jnp.array(STUDENT)[None]
+    true = (1 - sigma) * mean + jnp.sqrt(variance(sigma)) * noise[:, 0, 0, 0]
+    errors[solver] = np.abs(points[..., 0, 0, 0, 0] - true).max(axis=0)
+  assert errors['euler'][0] == errors['unipc'][0] == 0
+  # The step to the end is of first order, and large.
+  assert (errors['unipc'][1:-1] < 0.2 * errors['euler'][1:-1]).all(), errors
+  assert errors['unipc'][-1] < errors['euler'][-1]
 
 
 def test_processes_with_the_same_share_do_no_harm(whole, tmp_path, monkeypatch):
@@ -508,9 +560,7 @@ def test_a_teacher_that_diverges_is_an_error(tmp_path):
   params = jax.tree.map(lambda x: x, network())
   params['head']['bias'] = params['head']['bias'] + 1e6
   with pytest.raises(ValueError, match='trajectory 0 is not finite'):
-    trajectories.make(
-      tmp_path, manifest(), DENOISER, params, PROMPTS, batch_size=2
-    )
+    make(tmp_path, params=params)
 
 
 @pytest.mark.parametrize('num_threads', [0, 2])

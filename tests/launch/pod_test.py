@@ -18,8 +18,9 @@ import safetensors.numpy
 
 from hiar_jax.data import trajectory_files
 from hiar_jax.runtime import metrics
+from hiar_jax.training import inputs as training_inputs
 from hiar_jax.training import loop as training_loop
-from hiar_jax.training import phases
+from hiar_jax.training import phase_parts
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -176,7 +177,7 @@ def test_training_refuses_trajectories_of_another_sampler(
   config = tiny.config('student_start', inputs)
   config.trajectories[name] = value
   with pytest.raises(ValueError, match=message):
-    phases.trajectory_source(config)
+    phase_parts.trajectory_source(config, training_inputs.open_text(config))
 
 
 # A worker that is lost counts as dead after so many seconds.

@@ -13,7 +13,7 @@ from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
 from hiar_jax.planning import chips, traffic
 from hiar_jax.planning import training as planning_training
-from hiar_jax.training import phases
+from hiar_jax.training import distillation_phase, phase_parts
 from tests import sharded_update
 
 needs_compiler = pytest.mark.skipif(
@@ -38,11 +38,11 @@ def full_size(**mesh) -> planning_training.Training:
   c = hiar_1_3b.get_config()
   return dataclasses.replace(
     tiny(**mesh),
-    steps=phases.distillation(c),
+    steps=distillation_phase.distillation(c),
     batch_size=c.batch_size,
     num_blocks=c.rollout_blocks[1],
     iterations=c.iterations,
-    trajectory=phases.trajectory_config(c),
+    trajectory=phase_parts.trajectory_config(c),
     trajectory_batch=c.trajectories.batch_size,
   )
 

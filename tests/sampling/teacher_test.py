@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.data import trajectories
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, loading, solvers
 from hiar_jax.sampling import teacher as sampling_teacher
+from hiar_jax.sampling import trajectories as sampling_trajectories
 from hiar_jax.weights import layouts, networks
 from tests import toy_network
 
@@ -73,7 +73,7 @@ def test_euler_ends_where_the_trajectory_does():
   noise = jax.vmap(
     lambda key: jax.random.normal(key, (3, *toy_network.FRAME_SHAPE))
   )(keys(0, 1))
-  points = trajectories.sample(
+  points = sampling_trajectories.sample(
     denoiser,
     params,
     denoiser.project_text(params, toy_network.text_states(2)),

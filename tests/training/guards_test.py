@@ -12,7 +12,7 @@ import pytest
 from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
-from hiar_jax.training import checkpoint, guards, phases
+from hiar_jax.training import checkpoint, guards, phase_parts, phases
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training import state as training_state
 from tests import tiny
@@ -120,7 +120,7 @@ def fit(monkeypatch, tmp_path):
       states.append(state)
       return state, metrics
 
-    phase = phases.Phase(
+    phase = phase_parts.Phase(
       state=training_state.RegressionState(
         jnp.int32(0), training_state.init_net(params, _OPTIMISER), params
       ),

@@ -15,7 +15,7 @@ import safetensors.numpy
 from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
-from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import checkpoint, phase_parts, phases
 from hiar_jax.training import loop as training_loop
 from hiar_jax.weights import networks
 from tests import tiny
@@ -123,7 +123,7 @@ def counting_phase(bad_iteration=None, raises=()):
   prompts = bouncing.BouncingPrompts(
     bouncing.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
   )
-  return phases.Phase(
+  return phase_parts.Phase(
     state={'sum': jnp.zeros(())},
     step=step,
     batches=sources.batches(prompts, batch_size=2, seed=0),

@@ -10,7 +10,8 @@ from hiar_jax.data import trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import errors
-from hiar_jax.training import phases
+from hiar_jax.training import distillation_phase, phase_parts, phases
+from hiar_jax.training import inputs as training_inputs
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 from hiar_jax.weights import networks
@@ -94,12 +95,15 @@ def test_a_first_state_may_be_donated(inputs):
 
 def test_forward_kl_gets_trajectories_beside_the_prompts(inputs):
   config = tiny.config('distill', inputs)
-  prompts = phases.prompts(config)
-  trajectories = phases.trajectory_source(config)
-  pairs = phases.PromptsAndTrajectories(prompts, trajectories)
-  assert len(pairs) == len(prompts) > len(trajectories) == 4
+  encoder = training_inputs.open_text(config)
+  states = training_inputs.open_states(
+    config, training_inputs.open_prompts(config), encoder
+  )
+  trajectories = phase_parts.trajectory_source(config, encoder)
+  pairs = distillation_phase.StatesAndTrajectories(states, trajectories)
+  assert len(pairs) == len(states) > len(trajectories) == 4
   element = pairs[6]
-  np.testing.assert_array_equal(element['text'], prompts[6]['text'])
+  np.testing.assert_array_equal(element['text'], states[6]['text'])
   np.testing.assert_array_equal(
     element['trajectory'], trajectories[2]['latents']
   )
@@ -116,10 +120,10 @@ def test_without_forward_kl_no_trajectory_is_read(inputs, tmp_path):
 
 def test_codec_is_fitted_once(tmp_path):
   config = tiny.config('teacher', tmp_path)
-  fitted = phases.world_codec(config)
+  fitted = phase_parts.world_codec(config)
   written = pathlib.Path(config.codec.path)
   time = written.stat().st_mtime_ns
-  read = phases.world_codec(config)
+  read = phase_parts.world_codec(config)
   assert written.stat().st_mtime_ns == time
   assert_equal(
     [fitted.mean_P, fitted.encoder_PC], [read.mean_P, read.encoder_PC]
@@ -210,8 +214,16 @@ def test_a_misspelt_key_is_named(no_work, inputs, phase, section):
 )
 def test_missing_weights_of_an_earlier_phase(no_work, inputs, phase, key):
   config = tiny.config(phase, inputs)
-  config[key] = str(inputs / 'absent.safetensors')
-  assert mistake(config) == f'no weights at {config[key]}'
+  config[key] = str(inputs / 'absent' / 'weights.safetensors')
+  assert mistake(config) == (
+    f'no weights at {config[key]}; the phase absent of the config ends with '
+    'them'
+  )
+  config[key] = str(inputs / 'wan')
+  assert mistake(config) == (
+    f'no weights at {config[key]}; `hiar-jax convert` makes such folders of '
+    'published weights'
+  )
 
 
 def test_weights_of_another_size(no_work, inputs):

@@ -1,0 +1,140 @@
+"""The phase of the distillation: HiAR's, and Self-Forcing's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax.data import trajectories
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import sharding
+from hiar_jax.models.config import WanConfig
+from hiar_jax.training import flops as training_flops
+from hiar_jax.training import inputs, network_files, phase_parts
+from hiar_jax.training import state as training_state
+from hiar_jax.training import steps as training_steps
+from hiar_jax.training.phase_parts import Config, Phase
+
+
+@dataclasses.dataclass(frozen=True)
+class StatesAndTrajectories:
+  """Element i of the text states beside a trajectory, for the forward KL."""
+
+  states: inputs.States
+  trajectories: trajectories.TrajectorySource
+
+  def __len__(self) -> int:
+    return len(self.states)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    trajectory = self.trajectories[index % len(self.trajectories)]
+    return self.states[index] | {
+      'trajectory': trajectory['latents'],
+      'trajectory_text': trajectory['text'],
+    }
+
+
+def distillation(config: Config) -> training_steps.Distillation:
+  """The networks, optimisers and numbers of the distillation.
+
+  The critic is a network of the teacher's size unless the config has weights
+  for it, see `network_files.find`.
+  """
+  numbers = training_steps.DistillConfig(**config.distill)
+  updates = -(-config.iterations // numbers.generator_every)
+  return training_steps.Distillation(
+    student=Denoiser(WanConfig(**config.model)),
+    critic=_critic(config).denoiser,
+    teacher=network_files.find(config, 'teacher').denoiser,
+    student_optimiser=phase_parts.make_optimiser(config.optimiser, updates),
+    critic_optimiser=phase_parts.make_optimiser(
+      config.critic_optimiser, config.iterations
+    ),
+    rollout=phase_parts.rollout_config(config),
+    config=numbers,
+  )
+
+
+def _critic(config: Config) -> network_files.NetworkFile:
+  return network_files.find(config, 'critic', 'teacher').trained()
+
+
+def build(config: Config) -> Phase:
+  """HiAR distillation, or Self-Forcing with order 'block_first'."""
+  steps = distillation(config)
+  numbers = steps.config
+  mesh = phase_parts.open_mesh(
+    config,
+    {
+      'model': steps.student.config,
+      'critic': steps.critic.config,
+      'teacher': steps.teacher.config,
+    },
+    microbatches=numbers.microbatches,
+  )
+  low, high = config.rollout_blocks
+  if not 1 <= low <= high:
+    raise ValueError(f'rollout_blocks={(low, high)} do not rise from 1')
+  encoder = inputs.open_text(config, mesh)
+  states = inputs.open_states(config, inputs.open_prompts(config), encoder)
+  source = states
+  if numbers.forward_kl_weight:
+    source = StatesAndTrajectories(
+      states, phase_parts.trajectory_source(config, encoder)
+    )
+  batches = phase_parts.open_batches(config, source, mesh)
+  negative = inputs.negative_states(config, encoder)
+  frozen = training_steps.Frozen(
+    teacher=network_files.find(config, 'teacher').load(mesh),
+    negative_text=sharding.put(jnp.asarray(negative), mesh),
+  )
+  params = network_files.find_student(config, 'student').load(mesh)
+  critic_params = _critic(config).load(mesh)
+  state = training_state.DistillState(
+    iteration=sharding.put(jnp.zeros((), jnp.int32), mesh),
+    student=phase_parts.init_net(params, steps.student_optimiser, mesh),
+    critic=phase_parts.init_net(critic_params, steps.critic_optimiser, mesh),
+    ema=training_state.copy(params),
+  )
+  generator = sharding.jit_step(
+    steps.generator_step,
+    state,
+    mesh,
+    static_argnames=('num_blocks', 'forward_kl_step'),
+  )
+  critic = sharding.jit_step(
+    steps.critic_step, state, mesh, static_argnames=('num_blocks',)
+  )
+  key = jax.random.key(config.seed)
+
+  def step(state, batch, iteration):
+    # Host numbers that choose a compiled program; by name, like all noise.
+    draw = np.random.default_rng((config.seed, iteration))
+    num_blocks = int(draw.integers(low, high + 1))
+    keys = jax.random.split(jax.random.fold_in(key, iteration))
+    batch = states.finish(sharding.put_batch(batch, mesh))
+    metrics = {}
+    if iteration % numbers.generator_every == 0:
+      state, metrics = generator(
+        state,
+        frozen,
+        batch,
+        keys[0],
+        num_blocks=num_blocks,
+        forward_kl_step=int(draw.integers(numbers.forward_kl_steps)),
+      )
+    state, critic_metrics = critic(
+      state, frozen, {'text': batch['text']}, keys[1], num_blocks=num_blocks
+    )
+    return state, metrics | critic_metrics
+
+  return Phase(
+    state=state,
+    step=step,
+    batches=batches,
+    weights=lambda state: sharding.whole(state.ema, mesh),
+    flops=training_flops.distillation_iteration(
+      steps, config.batch_size, (low + high) / 2
+    ),
+  )

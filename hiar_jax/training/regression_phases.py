@@ -1,0 +1,104 @@
+"""The phases with one network: the teacher on videos, the student's start."""
+
+from typing import Any
+
+import jax
+
+from hiar_jax.codecs import pixels
+from hiar_jax.data import latent_files
+from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import flops, sharding
+from hiar_jax.models.config import WanConfig
+from hiar_jax.training import flops as training_flops
+from hiar_jax.training import inputs, network_files, phase_parts, regression
+from hiar_jax.training.phase_parts import Config, Phase
+
+
+def build_teacher(config: Config) -> Phase:
+  """Flow matching on captioned videos."""
+  denoiser = Denoiser(WanConfig(**config.model))
+  mesh = phase_parts.open_mesh(config, {'model': denoiser.config})
+  optimiser = phase_parts.make_optimiser(config.optimiser, config.iterations)
+  codec = phase_parts.world_codec(config)
+  update = regression.teacher_step(
+    denoiser,
+    optimiser,
+    timestep_shift=config.timestep_shift,
+    ema_decay=config.ema_decay,
+  )
+  key = jax.random.key(config.seed)
+
+  def step(state, batch, iteration):
+    if 'latents' not in batch:
+      latents = codec.encode(pixels.to_float(batch['video']))
+      batch = {'latents': latents, 'text': batch['text']}
+    return update(state, batch, jax.random.fold_in(key, iteration))
+
+  source = phase_parts.videos(config)
+  if 'latents' in config:
+    source = latent_files.EncodedVideos(
+      config.latents.dir, phase_parts.latents_manifest(config, codec), source
+    )
+  batches = phase_parts.open_batches(config, source, mesh)
+  if config.start_weights:
+    params = network_files.find_student(config, 'start').load(mesh)
+  elif mesh is None:
+    params = denoiser.init(key)
+  else:
+    params = sharding.make(denoiser.init, mesh, key)
+  frames = phase_parts.latent_frames(config)
+  one = flops.forward_flops(denoiser.config, frames, frames)
+  iteration = config.batch_size * flops.trained(denoiser.config) * one
+  finish = lambda batch: batch
+  return _phase(params, optimiser, step, batches, finish, iteration, mesh)
+
+
+def build_student_start(config: Config) -> Phase:
+  """ODE regression from the teacher's weights, or others."""
+  student = network_files.find_student(config, 'student', 'teacher')
+  denoiser = student.denoiser
+  mesh = phase_parts.open_mesh(config, {'model': denoiser.config})
+  optimiser = phase_parts.make_optimiser(config.optimiser, config.iterations)
+  update = regression.student_start_step(
+    denoiser,
+    optimiser,
+    phase_parts.rollout_config(config),
+    context=config.start_context,
+    ema_decay=config.ema_decay,
+  )
+  key = jax.random.key(config.seed)
+
+  def step(state, batch, iteration):
+    batch = {'trajectory': batch['latents'], 'text': batch['text']}
+    return update(state, batch, jax.random.fold_in(key, iteration))
+
+  params = student.load(mesh)
+  encoder = inputs.open_text(config, mesh)
+  source = phase_parts.trajectory_source(config, encoder)
+  batches = phase_parts.open_batches(config, source, mesh)
+  frames = source.manifest.latents_shape[1]
+  iteration = config.batch_size * training_flops.student_start_flops(
+    denoiser.config,
+    phase_parts.rollout_config(config),
+    frames,
+    config.start_context,
+  )
+  finish = lambda batch: batch
+  return _phase(params, optimiser, step, batches, finish, iteration, mesh)
+
+
+def _phase(params, optimiser, step, batches, finish, iteration_flops, mesh):
+  state: Any = phase_parts.regression_state(params, optimiser, mesh)
+  compiled = sharding.jit_step(step, state, mesh)
+
+  def run(state, batch, iteration):
+    batch = finish(sharding.put_batch(batch, mesh))
+    return compiled(state, batch, iteration)
+
+  return Phase(
+    state=state,
+    step=run,
+    batches=batches,
+    weights=lambda state: sharding.whole(state.ema, mesh),
+    flops=iteration_flops,
+  )
