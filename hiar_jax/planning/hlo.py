@@ -87,6 +87,11 @@ class Instruction:
     return re.search(r'body=%?([\w.\-]+)', self.rest)[1]
 
   @property
+  def condition(self) -> str:
+    """Of a loop, whether it goes on."""
+    return re.search(r'condition=%?([\w.\-]+)', self.rest)[1]
+
+  @property
   def branches(self) -> tuple[str, ...]:
     """Of a condition."""
     pattern = (
@@ -155,10 +160,15 @@ def parse(text: str) -> Program:
     if head := _HEAD.match(line):
       lines = computations.setdefault(head[2], [])
       entry = head[2] if head[1] else entry
-    elif name := _NAME.match(line):
-      lines.append(_instruction(line, name))
+    elif _NAME.match(line):
+      lines.append(line)
+    elif lines:  # What a kernel says of itself may have lines of its own.
+      lines[-1] += line
   return Program(
-    {name: Computation(tuple(found)) for name, found in computations.items()},
+    {
+      name: Computation(tuple(map(_instruction, lines)))
+      for name, lines in computations.items()
+    },
     entry,
   )
 
@@ -171,7 +181,8 @@ def arrays(text: str) -> tuple[Array, ...]:
   )
 
 
-def _instruction(line: str, name: re.Match) -> Instruction:
+def _instruction(line: str) -> Instruction:
+  name = _NAME.match(line)
   start = name.end()
   stop = _closing(line, start) + 1 if line[start] == '(' else start
   stop = line.index(' ', stop)

@@ -135,7 +135,7 @@ def roofline(text: str, chip: Chip, *, unknown_trips: float = 1) -> Roofline:
     computation = program.computations[name]
     for one in computation.instructions:
       if one.opcode == 'while':
-        trips = one.trips
+        trips = _trips(program, one)
         add(inside(one.body), unknown_trips if trips is None else trips)
       elif one.opcode == 'conditional':
         add(max(map(inside, one.branches), key=_seconds))
@@ -151,6 +151,23 @@ def roofline(text: str, chip: Chip, *, unknown_trips: float = 1) -> Roofline:
 
 def _seconds(works: dict[str, Work]) -> float:
   return sum(work.seconds for work in works.values())
+
+
+def _trips(program: hlo.Program, one: hlo.Instruction) -> int | None:
+  """How often a loop runs, as far as the program tells.
+
+  A GPU's says it. A TPU's does not; jax counts its loops of known length from 0
+  up to a constant of the condition.
+  """
+  if one.trips is not None:
+    return one.trips
+  condition = program.computations[one.condition]
+  if condition.root.opcode != 'compare' or 'direction=LT' not in (
+    condition.root.rest
+  ):
+    return None
+  limit = condition.named[condition.root.operands[1]]
+  return int(limit.inputs) if limit.opcode == 'constant' else None
 
 
 def _work(
@@ -261,11 +278,11 @@ def _kernel(computation, one) -> tuple[float, bool, str]:
     for axis in re.findall(r'\d+', dims[1]) if dims else ():
       flops *= taken[0].shape[int(axis)]
     return flops, _is_narrow(taken[:2]), LINEAR
-  if one.target == 'tpu_custom_call' and 'splash' in one.op_name + one.rest:
+  if one.target == 'tpu_custom_call' and 'splash' in one.name + one.op_name:
     arrays = [a for a in taken if len(a.shape) >= 3 and a.dtype[-2:] == '16']
     q, k = arrays[:2]
     # dq takes three products, dkv four.
-    factor = 1.5 if '_dq' in one.rest else 2.0 if '_dkv' in one.rest else 1.0
+    factor = 1.5 if '_dq' in one.name else 2.0 if '_dkv' in one.name else 1.0
     flops = factor * 4 * q.size * k.shape[-2]
     return flops, True, _attention_kind(one) or SELF_ATTENTION
   return 0.0, True, ''
@@ -301,54 +318,61 @@ def _bytes(program, computation, one) -> float:
     elif one.opcode == 'dynamic-update-slice':
       taken, results = taken[1:], [taken[1]]
     return sum(a.num_bytes for a in (*taken, *results) if not a.on_chip)
-  return _fusion_reads(inner, taken) + _fusion_writes(inner, results)
+  reads = (
+    _read_of(program, inner, each.name, taken[int(each.inputs)].num_bytes)
+    for each in inner.instructions
+    if each.opcode == 'parameter' and not taken[int(each.inputs)].on_chip
+  )
+  writes = (
+    size
+    for size, array in zip(_written(program, inner), results, strict=False)
+    if not array.on_chip
+  )
+  return sum(reads) + sum(writes)
 
 
-def _fusion_reads(inner: hlo.Computation, taken: list[hlo.Array]) -> float:
-  """What a fusion reads of its operands: of those it slices, the slices."""
-  total = 0.0
-  for one in inner.instructions:
-    if one.opcode != 'parameter':
-      continue
-    array = taken[int(one.inputs)]
-    if array.on_chip:
-      continue
-    total += _read_of(inner, one.name, array.num_bytes)
-  return total
-
-
-def _read_of(inner: hlo.Computation, name: str, whole: int) -> float:
-  sliced = 0.0
+def _read_of(
+  program: hlo.Program, inner: hlo.Computation, name: str, whole: int
+) -> int:
+  """What a fusion reads of an operand: where it takes slices, the slices."""
+  total = 0
   for user in inner.users.get(name, ()):
     if user.opcode in ('bitcast', 'reshape', 'convert', 'copy'):
-      sliced += _read_of(inner, user.name, whole)
+      total += _read_of(program, inner, user.name, whole)
     elif user.opcode in ('dynamic-slice', 'slice', 'gather'):
       # As an index it is small either way.
-      sliced += user.arrays[0].num_bytes if user.operands[0] == name else 0
+      total += user.arrays[0].num_bytes if user.operands[0] == name else 0
     elif user.opcode == 'dynamic-update-slice' and user.operands[0] == name:
       pass  # Written in place.
+    elif user.opcode == 'fusion':
+      nested = program.computations[user.called[0]]
+      total += sum(
+        _read_of(program, nested, each.name, whole)
+        for each in nested.instructions
+        if each.opcode == 'parameter'
+        and user.operands[int(each.inputs)] == name
+      )
     else:
-      return float(whole)
-  return min(sliced, float(whole))
+      return whole
+  return min(total, whole)
 
 
-def _fusion_writes(inner: hlo.Computation, results: list[hlo.Array]) -> float:
-  """What a fusion writes: where it updates a slice in place, the slice."""
+def _written(program: hlo.Program, inner: hlo.Computation) -> list[int]:
+  """Bytes of each result of a fusion: where it updates a slice, the slice."""
   root = inner.root
-  roots = [root]
-  if root.opcode == 'tuple':
-    roots = [inner.named[name] for name in root.operands]
-  total = 0.0
-  for each, array in zip(roots, results, strict=False):
-    if array.on_chip:
-      continue
-    while each.opcode in ('bitcast', 'reshape', 'convert', 'copy'):
-      each = inner.named[each.operands[0]]
-    if each.opcode == 'dynamic-update-slice':
-      total += inner.named[each.operands[1]].arrays[0].num_bytes
+  names = root.operands if root.opcode == 'tuple' else (root.name,)
+  sizes = []
+  for each in map(inner.named.get, names):
+    source = each
+    while source.opcode in ('bitcast', 'reshape', 'convert', 'copy'):
+      source = inner.named[source.operands[0]]
+    if source.opcode == 'dynamic-update-slice':
+      sizes.append(inner.named[source.operands[1]].arrays[0].num_bytes)
+    elif each.opcode == 'fusion':
+      sizes.append(sum(_written(program, program.computations[each.called[0]])))
     else:
-      total += array.num_bytes
-  return total
+      sizes.append(sum(a.num_bytes for a in each.arrays))
+  return sizes
 
 
 def _only_moves(program: hlo.Program, one: hlo.Instruction) -> bool:
@@ -359,11 +383,17 @@ def _only_moves(program: hlo.Program, one: hlo.Instruction) -> bool:
   """
   if one.opcode != 'fusion':
     return one.opcode in _MOVES
-  opcodes = {
-    each.opcode
-    for name in one.called
-    for each in program.computations[name].instructions
-  }
+  opcodes = _opcodes(program, one)
   return bool(opcodes & _MOVES) and opcodes <= (
     _MOVES | _FREE | _INDEX_ARITHMETIC
   )
+
+
+def _opcodes(program: hlo.Program, one: hlo.Instruction) -> set[str]:
+  """Of all that a fusion does, fusions in it included."""
+  found = set()
+  for name in one.called:
+    for each in program.computations[name].instructions:
+      nested = each.opcode == 'fusion'
+      found |= _opcodes(program, each) if nested else {each.opcode}
+  return found

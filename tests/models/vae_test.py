@@ -124,6 +124,41 @@ def test_streamed_encoding_matches_wan_in_blocks_of_any_length(wan, lengths):
   np.testing.assert_allclose(latents, arrays['out/encode_mu'], atol=5e-6)
 
 
+def test_the_convolutions_of_gpus_match_wan_too(wan, monkeypatch):
+  monkeypatch.setattr(vae_layers, '_conv_by_taps', vae_layers._conv_at_once)
+  cfg, params, arrays = wan
+  # Not the function of the other tests, which may be compiled already.
+  run = jit(
+    lambda *xs: (
+      vae.encode_block(cfg, params, None, xs[0], first=True)[0],
+      vae.decode_block(cfg, params, None, xs[1], first=True)[0],
+    )
+  )
+  mu, frames = run(arrays['in/video'], arrays['in/z'][:, :3])
+  np.testing.assert_allclose(mu, arrays['out/encode_mu'], atol=5e-6)
+  np.testing.assert_allclose(frames, arrays['out/decode_3latents'], atol=2e-5)
+
+
+def test_a_gpu_gets_one_convolution_a_layer_in_16_bits():
+  layer = vae_layers.CausalConv(8, (3, 3, 3), 'bfloat16')
+  x = jnp.zeros((1, 4, 6, 6, 4), jnp.bfloat16)
+  params = layer.init(jax.random.key(0), x, None)
+  traced = jax.jit(layer.apply).trace(params, x, None)
+  programs = {
+    platform: [
+      line
+      for line in traced.lower(lowering_platforms=(platform,))
+      .as_text()
+      .splitlines()
+      if 'stablehlo.convolution' in line
+    ]
+    for platform in ('cuda', 'cpu')
+  }
+  assert len(programs['cpu']) == 3
+  (line,) = programs['cuda']
+  assert line.endswith('tensor<1x4x6x6x8xbf16>')
+
+
 def test_every_rule_names_a_weight_of_wan(golden):
   names = [k[2:] for k in golden('vae') if k.startswith('w/')]
   for rule in vae_tables.VAE_RULES:

@@ -93,6 +93,15 @@ def test_the_rest_is_element_by_element():
   assert 'not measured' in head[0] and len(rows) == 3
 
 
+def test_a_loop_whose_count_is_not_told_is_counted_by_its_condition():
+  counted = UNKNOWN.replace(
+    'ROOT %yes = pred[] constant(true)',
+    '%i = s32[] get-tuple-element(%t), index=0\n  %n = s32[] constant(30)\n'
+    '  ROOT %lt = pred[] compare(%i, %n), direction=LT',
+  )
+  assert roofline.roofline(counted, CHIP) == roofline.roofline(KNOWN, CHIP)
+
+
 def line(text: str, chip: chips.Chip = CHIP) -> roofline.Roofline:
   """Of a program of one instruction, with operands q, k, x and w."""
   return roofline.roofline(
@@ -122,6 +131,17 @@ def test_an_attention_kernel_counts_over_all_its_keys(layer, kind):
   )
   assert found.classes[kind].flops == 4 * (2 * 6 * 3 * 8) * 9
   assert found.classes[kind].num_bytes == 2 * (2 * 6 + 2 * 9) * 2 * 24
+
+
+def test_a_tpu_kernel_is_known_by_its_name_and_may_have_several_lines():
+  found = line(
+    'bf16[2,6,3,8]{3,2,1,0} custom-call(%q, %k, %k), '
+    'custom_call_target="tpu_custom_call", kernel_metadata={\n"block": 1\n}, '
+    'metadata={op_name="jit(run)/cross_attention/splash_mha_fwd"}'
+  )
+  work = found.classes[roofline.CROSS_ATTENTION]
+  # [.., heads, keys, width].
+  assert work.flops == 4 * (2 * 6 * 3 * 8) * 3
 
 
 def test_convolutions_in_float32_take_twice_as_long_on_a_gpu():
