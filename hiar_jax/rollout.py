@@ -304,8 +304,13 @@ def block_first(
     [B, F, h, w, C], given frames included.
   """
   past = _anchored(sampler, initial)
-  blocks = jnp.arange(num_blocks)
-  x, _ = sweep(
+  x, _ = _block_first_from(sampler, noise, jnp.arange(num_blocks), past)
+  return _with_initial(initial, join_blocks(x))
+
+
+def _block_first_from(sampler, noise, blocks, past):
+  """All steps of each block; the finished blocks, and the past after them."""
+  return sweep(
     sampler,
     noise,
     initial_blocks(noise, blocks),
@@ -314,7 +319,6 @@ def block_first(
     first_step=0,
     num_steps=sampler.config.num_steps,
   )
-  return _with_initial(initial, join_blocks(x))
 
 
 def step_first(
@@ -331,16 +335,19 @@ def step_first(
   if sampler.config.context == 'shared':
     return shared_context(sampler, noise, num_blocks, initial)
   blocks = jnp.arange(num_blocks)
-  x = _step_first_from(
-    sampler, noise, initial_blocks(noise, blocks), blocks, initial, 0
-  )
+  x = initial_blocks(noise, blocks)
+  past = _anchored(sampler, initial)
+  x = _step_first_from(sampler, noise, x, blocks, past, 0)
   return _with_initial(initial, join_blocks(x))
 
 
-def _step_first_from(sampler, noise, x, blocks, initial, first_step):
-  """One sweep for each of the steps from `first_step` on."""
-  # Anchors are clean in every step's cache, so their K/V are the same in all.
-  anchored = _anchored(sampler, initial)
+def _step_first_from(sampler, noise, x, blocks, anchored, first_step):
+  """One sweep for each of the steps from `first_step` on.
+
+  Anchors are clean in every step's cache, so their K/V are the same in all.
+  """
+  if not len(blocks) or first_step == sampler.config.num_steps:
+    return x
 
   def one_step(x, step):
     x, _ = sweep(
@@ -390,22 +397,27 @@ def hybrid(
     )
   if sampler.config.context == 'shared':
     raise ValueError("the hybrid order has no context 'shared'")
+  past = _anchored(sampler, initial)
   blocks = jnp.arange(anchor_blocks, num_blocks)
-  if anchor_blocks:
-    initial = block_first(sampler, noise, anchor_blocks, initial)
   x = initial_blocks(noise, blocks)
-  if block_first_steps:
+  if anchor_blocks:
+    # Their commits are those of anchors: x0 at level 0.
+    anchors, past = _block_first_from(
+      sampler, noise, jnp.arange(anchor_blocks), past
+    )
+    x = _step_first_from(sampler, noise, x, blocks, past, 0)
+    x = jnp.concatenate([anchors, x])
+  else:
     x, _ = sweep(
       sampler,
       noise,
       x,
       blocks,
-      _anchored(sampler, initial),
+      past,
       first_step=0,
       num_steps=block_first_steps,
     )
-  if block_first_steps < num_steps and anchor_blocks < num_blocks:
-    x = _step_first_from(sampler, noise, x, blocks, initial, block_first_steps)
+    x = _step_first_from(sampler, noise, x, blocks, past, block_first_steps)
   return _with_initial(initial, join_blocks(x))
 
 

@@ -320,6 +320,24 @@ def test_each_denoise_pass_sees_earlier_blocks_at_the_level_of_the_context(
 
 
 @pytest.mark.parametrize(
+  ('make', 'passes'),
+  [
+    # One block of S + 1 passes, two of 2S.
+    (one_block_before, STEPS + 1 + 2 * 2 * STEPS),
+    # Two steps and a commit a block, then 2 (S - 2).
+    (two_steps_before, BLOCKS * (3 + 2 * (STEPS - 2))),
+  ],
+)
+def test_the_hybrid_orders_commit_every_block_once(make, passes):
+  denoiser = LevelsAsKV(CONFIG, [])
+  config = rollout.RolloutConfig(levels=LEVELS, **WIDE)
+  sampler = rollout.Sampler(denoiser, {}, toy_network.text(1), config)
+  with jax.disable_jit():
+    make(sampler, noise_of(1), BLOCKS)
+  assert len(denoiser.passes) == passes
+
+
+@pytest.mark.parametrize(
   ('settings', 'message'),
   [
     ({'levels': (1.0, 0.5)}, r'\(1.0, 0.5\) do not end with 0'),

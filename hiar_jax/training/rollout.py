@@ -13,6 +13,8 @@ Sources: Self-Forcing (arXiv:2506.08009) for the block-first order, HiAR
 # B batch, b blocks, f frames per block, F frames, N layers, S steps,
 # h w latent rows and columns, C channels
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from hiar_jax.rollout import Noise, Sampler
 
 PAST_GRADIENTS = ('detached', 'straight_through')
 TRAINING_ORDERS = ('step_first', 'block_first')
+BLOCK_FIRST_CONTEXTS = ('clean', 'matched')
 
 
 @flax.struct.dataclass
@@ -53,6 +56,7 @@ def training_rollout(
   past_gradient: str,
   grad_blocks: int | None = None,
   initial: jax.Array | None = None,
+  block_first_context: str = 'clean',
 ) -> jax.Array:
   """The student's x0 of all blocks at the exit step, differentiable.
 
@@ -69,6 +73,10 @@ def training_rollout(
       the exit step's own K/V (what the public code does, spec 9).
     grad_blocks: only these last blocks carry gradient; None = all.
     initial: clean latents that come first.
+    block_first_context: what a block leaves to later ones in that order.
+      'clean': its x0 at level 0 (Self-Forcing). 'matched': its next level after
+      the exit, which is x0 at level 0 after the last step (HiAR's block-first
+      ablation).
 
   Returns:
     [B, b * f, h, w, C], given frames excluded.
@@ -82,6 +90,11 @@ def training_rollout(
     raise ValueError(
       f'past_gradient {past_gradient!r} is not one of {PAST_GRADIENTS}'
     )
+  if block_first_context not in BLOCK_FIRST_CONTEXTS:
+    raise ValueError(
+      f'block_first_context {block_first_context!r} is not one of '
+      f'{BLOCK_FIRST_CONTEXTS}'
+    )
   grad_blocks = num_blocks if grad_blocks is None else grad_blocks
   if not 0 < grad_blocks <= num_blocks:
     raise ValueError(f'grad_blocks={grad_blocks} is not in 1..{num_blocks}')
@@ -90,7 +103,9 @@ def training_rollout(
   if initial is not None:
     past, anchors = frozen.anchor(past, initial)
   if order == 'block_first':
-    make_record = _record_block_first
+    make_record = functools.partial(
+      _record_block_first, clean=block_first_context == 'clean'
+    )
   elif sampler.config.context == 'shared':
     make_record = _record_shared
   else:
@@ -114,7 +129,9 @@ def training_rollout(
   return x0
 
 
-def cached_flow(sampler: Sampler, x_BFhwC: jax.Array, step: int) -> jax.Array:
+def cached_flow(
+  sampler: Sampler, x_BFhwC: jax.Array, step: int, *, past_gradient: str
+) -> jax.Array:
   """Flow of given noisy frames, each block seeing its own clean estimates.
 
   The 'cached' attention mode of the forward KL: block b is denoised at t_step
@@ -124,6 +141,7 @@ def cached_flow(sampler: Sampler, x_BFhwC: jax.Array, step: int) -> jax.Array:
     sampler: as above.
     x_BFhwC: all frames at level t_step; a multiple of a block.
     step: static.
+    past_gradient: as in `training_rollout`.
   """
   frozen = _without_gradient(sampler)
   size = sampler.config.frames_per_block
@@ -140,7 +158,13 @@ def cached_flow(sampler: Sampler, x_BFhwC: jax.Array, step: int) -> jax.Array:
     one_block, frozen.empty_past(), jnp.moveaxis(x, 1, 0)
   )
   record = jax.lax.stop_gradient(record)
-  return _exit_pass(sampler, record, [], x.shape[1], straight_through=False)
+  return _exit_pass(
+    sampler,
+    record,
+    [],
+    x.shape[1],
+    straight_through=past_gradient == 'straight_through',
+  )
 
 
 def _without_gradient(sampler: Sampler) -> Sampler:
@@ -176,8 +200,8 @@ def _record_step_first(sampler, noise, num_blocks, exit_step, past):
   return jax.lax.scan(one_block, past, (x, blocks))[1]
 
 
-def _record_block_first(sampler, noise, num_blocks, exit_step, past):
-  """Every block to its exit step; its x0 there is the clean context."""
+def _record_block_first(sampler, noise, num_blocks, exit_step, past, *, clean):
+  """Every block to its exit step; what it is there is its context."""
   blocks = jnp.arange(num_blocks)
   exits = jnp.broadcast_to(jnp.asarray(exit_step), (num_blocks,))
 
@@ -190,8 +214,11 @@ def _record_block_first(sampler, noise, num_blocks, exit_step, past):
 
     x = jax.lax.fori_loop(0, exit_step, one_step, noise(0, block))
     flow, _ = sampler.denoise(x, past, exit_step)
-    x0 = noise_schedule.flow_to_x0(x, flow, sampler.levels[exit_step])
-    kv = sampler.commit_kv(x0, past, jnp.zeros(()))
+    x_next, x0 = sampler.advance(x, flow, noise, exit_step, block)
+    context, level = x0, jnp.zeros(())
+    if not clean:
+      context, level = x_next, sampler.levels[exit_step + 1]
+    kv = sampler.commit_kv(context, past, level)
     return past.write(kv), Record(x, sampler.levels[exit_step], x0, kv)
 
   return jax.lax.scan(one_block, past, (blocks, exits))[1]

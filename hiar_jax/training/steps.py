@@ -38,10 +38,14 @@ class DistillConfig:
   Attributes:
     order: of the training rollout, 'step_first' (HiAR) or 'block_first'
       (Self-Forcing).
-    past_gradient: see `training_rollout`.
+    past_gradient: see `training_rollout`; the forward KL's mode 'cached' keeps
+      to it as well.
+    block_first_context: see `training_rollout`; of no meaning to 'step_first'.
     loss_blocks: the losses see the last blocks of a rollout, and if it is
       longer their first block carries none.
     guidance: of the teacher, usual convention (4 = "cond + 3 (cond - uncond)").
+    critic_guidance: of the critic in the reverse KL, same convention; 1 is none
+      (the public code's fake_guidance_scale is one less).
     timestep_shift: warps the uniform timestep of both score losses.
     min_level: lower clamp of that level.
     max_level: upper clamp.
@@ -59,8 +63,10 @@ class DistillConfig:
 
   order: str = 'step_first'
   past_gradient: str = 'detached'
+  block_first_context: str = 'clean'
   loss_blocks: int = 7
   guidance: float = 4.0
+  critic_guidance: float = 1.0
   timestep_shift: float = 5.0
   min_level: float = 0.02
   max_level: float = 0.98
@@ -77,6 +83,7 @@ class DistillConfig:
     for name, allowed in (
       ('order', training_rollout.TRAINING_ORDERS),
       ('past_gradient', training_rollout.PAST_GRADIENTS),
+      ('block_first_context', training_rollout.BLOCK_FIRST_CONTEXTS),
       ('forward_kl_target', losses.FORWARD_KL_TARGETS),
       ('forward_kl_attention', FORWARD_KL_ATTENTION),
     ):
@@ -299,6 +306,7 @@ class Distillation:
       order=self.config.order,
       past_gradient=self.config.past_gradient,
       grad_blocks=min(num_blocks, self.config.loss_blocks),
+      block_first_context=self.config.block_first_context,
     )
 
   def _last_blocks(self, x0):
@@ -319,21 +327,27 @@ class Distillation:
     sigma = draws['sigma']
     fixed = jax.lax.stop_gradient(x0)
     x = noise_schedule.add_noise(fixed, draws['eps'], sigma)
-    critic = state.critic.params
-    fake_x0 = self.critic.x0(
-      critic, x, sigma, self.critic.project_text(critic, batch['text'])
+    fake_x0 = self._score(
+      *(self.critic, state.critic.params, self.config.critic_guidance),
+      *(x, sigma, batch['text'], frozen.negative_text),
     )
-    teacher = frozen.teacher
-    text = self.teacher.project_text(teacher, batch['text'])
-    negative = self.teacher.project_text(teacher, frozen.negative_text)
-    real_x0 = self.teacher.guided_x0(
-      teacher, x, sigma, text, negative, self.config.guidance
+    real_x0 = self._score(
+      *(self.teacher, frozen.teacher, self.config.guidance),
+      *(x, sigma, batch['text'], frozen.negative_text),
     )
     mask = None
     if longer:
       # The first frames of a cut have no past to be judged with.
       mask = np.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
     return losses.reverse_kl(x0, fake_x0, real_x0, mask)
+
+  def _score(self, network, params, guidance, x, sigma, states, negative):
+    """A network's clean estimate, led away from the negative states."""
+    text = network.project_text(params, states)
+    if guidance == 1.0:
+      return network.x0(params, x, sigma, text)
+    negative = network.project_text(params, negative)
+    return network.guided_x0(params, x, sigma, text, negative, guidance)
 
   def _forward_kl(self, params, batch, step):
     levels = self.rollout.levels
@@ -347,7 +361,12 @@ class Distillation:
     text = self.student.project_text(params, batch['trajectory_text'])
     mode = self.config.forward_kl_attention
     if mode == 'cached':
-      flow = training_rollout.cached_flow(self._sampler(params, text), x, step)
+      flow = training_rollout.cached_flow(
+        self._sampler(params, text),
+        x,
+        step,
+        past_gradient=self.config.past_gradient,
+      )
     else:
       mask = None
       if mode == 'block_causal':

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.training.rollout import training_rollout
+from hiar_jax.training.rollout import cached_flow, training_rollout
 from tests import tiny
 
 DENOISER = tiny.DENOISER
@@ -25,6 +25,7 @@ GRAD_BLOCKS = {
   ('step_first', 'matched'): BLOCKS,
   ('step_first', 'shared'): 2,
   ('block_first', 'matched'): BLOCKS,
+  ('block_first', 'clean'): 3,
 }
 NOISE = rollout.named_noise(jax.random.split(jax.random.key(3), BATCH), SHAPE)
 RNG = np.random.default_rng(4)
@@ -34,6 +35,7 @@ COTANGENT = RNG.normal(size=(BATCH, BLOCKS * SIZE, 2, 4, 2)).astype(np.float32)
 
 
 def sampler_of(params, context):
+  """With the context of step-first orders; block-first has one of its own."""
   # 9 frames in all; 6 are seen, the first of them for ever.
   config = rollout.RolloutConfig(
     levels=LEVELS, frames_per_block=SIZE, window=6, sink=1, context=context
@@ -64,6 +66,7 @@ def program(order, context):
       past_gradient='detached',
       grad_blocks=GRAD_BLOCKS[order, context],
       initial=IMAGE,
+      block_first_context=context if order == 'block_first' else 'clean',
     )
     return jnp.sum(x0 * COTANGENT), x0
 
@@ -168,8 +171,8 @@ def serial_shared(exit_step):
   return inputs
 
 
-def serial_block_first(exit_step):
-  """Each block to its own exit step; its x0 there is the clean context."""
+def serial_block_first(exit_step, context):
+  """Each block to its own exit step; its context is x0, or its next level."""
   past, inputs = anchored(), []
   for b, last_step in enumerate(np.broadcast_to(exit_step, BLOCKS)):
     x = NOISE(0, b)
@@ -177,7 +180,8 @@ def serial_block_first(exit_step):
       before = x
       x, x0, _ = denoise_and_advance(x, past, step, b)
     inputs.append((before, past, last_step))
-    past = write(past, commit(x0, past, 0.0))
+    after = (x, LEVELS[last_step + 1]) if context == 'matched' else (x0, 0.0)
+    past = write(past, commit(after[0], past, after[1]))
   return inputs
 
 
@@ -196,8 +200,89 @@ def serial(inputs, grad_blocks):
 SERIAL = {
   ('step_first', 'matched'): serial_step_first,
   ('step_first', 'shared'): serial_shared,
-  ('block_first', 'matched'): serial_block_first,
+  **{
+    ('block_first', context): functools.partial(
+      serial_block_first, context=context
+    )
+    for context in ('matched', 'clean')
+  },
 }
+
+
+# The past that a later block's gradient passes through (spec 9).
+
+
+def through_past(step, cached):
+  """Gradient of a serial loop whose past is sg(K_C) + (K_D - sg(K_D)).
+
+  Args:
+    step: of the D passes.
+    cached: whether blocks are given at that step's level and leave their clean
+      x0 (the forward KL's mode), not rolled out to it.
+  """
+  stop = jax.lax.stop_gradient
+
+  @jax.jit
+  def run(params):
+    sampler = sampler_of(params, 'matched')
+    frozen = sampler_of(stop(params), 'matched')
+    past = frozen.empty_past()
+    inputs = [COTANGENT[:, b * SIZE :][:, :SIZE] for b in range(BLOCKS)]
+    if not cached:
+      past = past.write(frozen.commit_kv(IMAGE, past, 0.0))
+      inputs = [NOISE(0, b) for b in range(BLOCKS)]
+    outputs = []
+    for b, x in enumerate(inputs):
+      flow, own = sampler.denoise(x, past, step)
+      x_next, x0 = frozen.advance(x, flow, NOISE, step, b)
+      outputs.append(flow if cached else x0)
+      context, level = (x0, 0.0) if cached else (x_next, LEVELS[step + 1])
+      kv = frozen.commit_kv(stop(context), stop(past), level)
+      past = past.write(
+        jax.tree.map(lambda c, d: stop(c) + (d - stop(d)), kv, own)
+      )
+    y = jnp.concatenate(outputs, 1)
+    return jnp.sum(jnp.sin(y)), y
+
+  return jax.grad(run, has_aux=True)(params())
+
+
+def test_the_rollouts_gradient_may_pass_through_the_past():
+  def loss(params):
+    x0 = training_rollout(
+      sampler_of(params, 'matched'),
+      NOISE,
+      BLOCKS,
+      0,
+      order='step_first',
+      past_gradient='straight_through',
+      initial=IMAGE,
+    )
+    return jnp.sum(jnp.sin(x0)), x0
+
+  grads, x0 = jax.jit(jax.grad(loss, has_aux=True))(params())
+  expected, expected_x0 = through_past(0, cached=False)
+  assert_close(x0, expected_x0, 1e-5)
+  assert_close(grads, expected, 1e-4)
+
+
+def test_the_cached_mode_keeps_to_the_gradient_of_the_past():
+  def run(past_gradient):
+    def loss(params):
+      sampler = sampler_of(params, 'matched')
+      flow = cached_flow(sampler, COTANGENT, 1, past_gradient=past_gradient)
+      return jnp.sum(jnp.sin(flow)), flow
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params())
+
+  expected, expected_flow = through_past(1, cached=True)
+  for past_gradient, close in (('straight_through', True), ('detached', False)):
+    grads, flow = run(past_gradient)
+    assert_close(flow, expected_flow, 1e-5)
+    name = lambda tree: tree['layers']['self_attention']['k']['kernel']
+    error = np.abs(name(grads) - name(expected)).max()
+    error /= np.abs(name(expected)).max()
+    assert (error < 1e-4) == close, error
 
 
 CASES = [(*key, step) for key in SERIAL for step in range(STEPS)]
@@ -205,7 +290,11 @@ CASES = [(*key, step) for key in SERIAL for step in range(STEPS)]
 
 @pytest.mark.parametrize(
   ('order', 'context', 'exit_step'),
-  [*CASES, ('block_first', 'matched', (1, 0, 2, 1))],
+  [
+    *CASES,
+    ('block_first', 'matched', (1, 0, 2, 1)),
+    ('block_first', 'clean', (1, 0, 2, 1)),
+  ],
 )
 def test_parallel_exit_pass_is_the_serial_loop(order, context, exit_step):
   x0, grads = program(order, context)(exit_step)
@@ -221,6 +310,10 @@ def test_parallel_exit_pass_is_the_serial_loop(order, context, exit_step):
   [
     (dict(order='hybrid'), "order 'hybrid' is not one of"),
     (dict(past_gradient='all'), "past_gradient 'all' is not one of"),
+    (
+      dict(block_first_context='shared'),
+      "block_first_context 'shared' is not one of",
+    ),
     (dict(grad_blocks=0), r'grad_blocks=0 is not in 1\.\.4'),
     (dict(grad_blocks=5), r'grad_blocks=5 is not in 1\.\.4'),
   ],

@@ -185,8 +185,9 @@ def test_a_critic_that_is_the_teacher_leaves_no_gradient():
   assert own['student_grad_norm'] > 1e-2
 
 
-def test_the_teacher_is_led_away_from_the_negative_text():
-  steps = distillation(guidance=3.0)
+@pytest.mark.parametrize('of_critic', [1.0, 2.5])
+def test_scores_are_led_away_from_the_negative_text(of_critic):
+  steps = distillation(guidance=3.0, critic_guidance=of_critic)
   draws = {
     'sigma': np.full(BATCH, 0.7, np.float32),
     'eps': batch()['trajectory'][:, 1, :4],
@@ -202,13 +203,15 @@ def test_the_teacher_is_led_away_from_the_negative_text():
   def by_hand(states):
     x = noise_schedule.add_noise(x0, draws['eps'], 0.7)
 
-    def x0_of(network, states):
-      text = DENOISER.project_text(networks()[network], states)
-      return DENOISER.x0(networks()[network], x, 0.7, text)
+    def guided(network, scale):
+      cond, uncond = (
+        DENOISER.x0(params, x, 0.7, DENOISER.project_text(params, text))
+        for params in [networks()[network]]
+        for text in (batch()['text'], states.repeat(BATCH, 0))
+      )
+      return uncond + scale * (cond - uncond)
 
-    cond, uncond = x0_of(2, batch()['text']), x0_of(2, states.repeat(BATCH, 0))
-    fake = x0_of(1, batch()['text'])
-    return losses.reverse_kl(x0, fake, uncond + 3 * (cond - uncond))[0]
+    return losses.reverse_kl(x0, guided(1, of_critic), guided(2, 3.0))[0]
 
   values = []
   for states in (frozen().negative_text, np.zeros((1, 3, 8), np.float32)):
@@ -298,6 +301,7 @@ def test_forward_kl_targets_are_the_chord_in_other_spaces():
   [
     (dict(order='hybrid'), "order='hybrid' is not one of"),
     (dict(past_gradient='all'), "past_gradient='all' is not one of"),
+    (dict(block_first_context='all'), "block_first_context='all' is not one"),
     (dict(forward_kl_target='x0'), "forward_kl_target='x0' is not one of"),
     (dict(forward_kl_attention='none'), 'forward_kl_attention='),
     (dict(generator_every=0), 'generator_every=0 is below 1'),
