@@ -62,6 +62,8 @@ setuptools.setup(
     'absl-py>=2.1',
     'array-record>=0.8',
     'chex>=0.1.90',
+    # jax's cache of compiled programs keeps to a size with it.
+    'filelock>=3.12',
     'flax>=0.12.7',
     # Mends prompts before they are tokenized, as Wan2.1 does.
     'ftfy>=6.1',

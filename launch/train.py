@@ -25,11 +25,6 @@ _STEP_TIMEOUT = flags.DEFINE_float(
   'Seconds without a finished iteration after which all stacks are printed and '
   'the process exits with status 124; more than the longest compilation.',
 )
-_COMPILATION_CACHE = flags.DEFINE_string(
-  'compilation_cache',
-  None,
-  'Folder of compiled programs, which a restart then need not compile.',
-)
 distributed.define_flags()
 
 
@@ -50,8 +45,6 @@ def main(argv):
       f'{jax.process_count()} processes, but the {_CONFIG.value.phase} config '
       'has no mesh; train it with --num_processes=1'
     )
-  if _COMPILATION_CACHE.value is not None:
-    jax.config.update('jax_compilation_cache_dir', _COMPILATION_CACHE.value)
   training_loop.train(
     _CONFIG.value,
     profile=_profile_window(),

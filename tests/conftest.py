@@ -31,6 +31,8 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 if jax.__version_info__ < (0, 11, 1):
   os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# Programs that somebody's earlier run has left are none of a test's.
+os.environ['HIAR_JAX_COMPILATION_CACHE'] = 'off'
 jax.config.update('jax_disable_most_optimizations', True)
 
 _GOLDEN = pathlib.Path(__file__).parent / 'golden'

@@ -9,7 +9,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
-from hiar_jax.runtime import help_page
+from hiar_jax.runtime import compiled_programs, help_page
 
 # Modules whose ValueErrors are about what they were given. A ValueError from
 # inside jax or NumPy is a bug of ours and keeps its traceback.
@@ -24,6 +24,8 @@ _CAUGHT = (
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
   """Runs a launch program; `app.run` for people.
 
+  What it compiles is kept for the next start, see `compiled_programs`.
+
   A wrong flag, config, path or value ends the program with 'error: ...' and
   exit status 2, Ctrl-C with status 130; any other error keeps its traceback.
 
@@ -32,11 +34,13 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
   """
   # jax would cut its own frames out, and its errors would look like ours.
   jax.config.update('jax_traceback_filtering', 'off')
+  compiled_programs.define_flag()
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       _exit(f'unexpected argument {argv[1]!r}')
     try:
+      compiled_programs.keep_by_flag()
       main(argv)
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)

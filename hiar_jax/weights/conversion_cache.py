@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 
+from hiar_jax.runtime import compiled_programs
 from hiar_jax.weights import conversion, identity, layouts, releases
 from hiar_jax.weights.conversion import Options, Report
 from hiar_jax.weights.releases import Release
@@ -26,8 +27,8 @@ def cached(
 ) -> pathlib.Path:
   """A folder of ours for a release, converted unless it was before.
 
-  Conversions are kept under HIAR_JAX_CACHE, else XDG_CACHE_HOME/hiar_jax, else
-  ~/.cache/hiar_jax, by the release's files, their sizes and times.
+  Conversions are kept in `compiled_programs.cache_folder()`, by the release's
+  files, their sizes and times.
 
   Args:
     name: a file, a folder or a hub's 'owner/name'.
@@ -47,7 +48,8 @@ def cached(
       # A training's checkpoint has no config.json; the base tells its heads.
       config = identity.open_network(below.transformer).config
       options = dataclasses.replace(options, head_dim=config.head_dim)
-  folder = cache_folder() / f'{_slug(name)}-{_fingerprint(release, options)}'
+  kept = compiled_programs.cache_folder()
+  folder = kept / f'{_slug(name)}-{_fingerprint(release, options)}'
   if (folder / layouts.CONFIG_FILE).exists():
     return folder
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,15 +70,6 @@ def cached(
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return folder
-
-
-def cache_folder() -> pathlib.Path:
-  """Where conversions are kept."""
-  chosen = os.environ.get('HIAR_JAX_CACHE')
-  if chosen:
-    return pathlib.Path(chosen).expanduser()
-  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(home).expanduser() / 'hiar_jax'
 
 
 def _slug(name: str | os.PathLike) -> str:
