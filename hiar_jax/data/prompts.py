@@ -8,12 +8,13 @@ are 16 bytes a prompt.
 
 import array
 import hashlib
-import json
 import mmap
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
+
+from hiar_jax.runtime import files
 
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 _JSON_LINES = ('.jsonl', '.ndjson')
@@ -94,7 +95,7 @@ class FilePrompts:
     if not text or self._field is None:
       return text or None
     try:
-      value = json.loads(text)
+      value = files.parse_json(text)
     except ValueError as error:
       raise ValueError(
         f'line {number} of {self._path} is not JSON: {error}'

@@ -65,7 +65,7 @@ class Manifest:
     """
     path = pathlib.Path(directory) / _FILE
     try:
-      fields = json.loads(path.read_bytes())
+      fields = files.parse_json(path.read_bytes())
     except FileNotFoundError:
       raise FileNotFoundError(
         f'no {cls.elements} in {directory}; {cls.program} makes them'

@@ -1,15 +1,18 @@
-"""Files that are whole or not there: written under another name, then moved.
+"""Files that are whole or not there, and JSON that anyone may have written.
 
-Neither the standard library nor a dependency has it: pathlib's `replace` is the
-move alone, and packages that do more (atomicwrites) are no longer kept.
+A whole file is written under another name, then moved. Neither the standard
+library nor a dependency has it: pathlib's `replace` is the move alone, and
+packages that do more (atomicwrites) are no longer kept.
 """
 
 import contextlib
 import glob
+import json
 import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -37,3 +40,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       raise
   finally:
     partial.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+  """What JSON says.
+
+  Raises:
+    ValueError: also where it is nested deeper than Python can follow.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError('it is nested too deeply') from None

@@ -17,6 +17,7 @@ from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
+from hiar_jax.runtime import compiled_programs
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 from hiar_jax.text import encoders
 from hiar_jax.text import umt5 as text_umt5
@@ -27,6 +28,7 @@ from hiar_jax.weights import (
   layouts,
   networks,
   releases,
+  safetensors_io,
 )
 
 # What a pipeline takes from a training config; the rest is about training.
@@ -44,6 +46,9 @@ def load(
 ) -> VideoPipeline:
   """Reads a pipeline with its trained weights.
 
+  What is compiled from here on is kept for the next start, unless jax was told
+  otherwise; see `compiled_programs`.
+
   Published weights are converted when they are first loaded, see
   `conversion_cache.cached`.
 
@@ -60,16 +65,14 @@ def load(
     ValueError: if there is no such pipeline, or a file of it is damaged.
     FileNotFoundError: if a file is missing from the folder.
   """
+  compiled_programs.keep()
   folder = layouts.ASSETS / name_or_path
   if not (folder / layouts.CONFIG_FILE).exists():
     folder = pathlib.Path(name_or_path)
   if base is not None or not conversion.is_ours(folder):
     folder = _converted(name_or_path, base)
   path = folder / layouts.CONFIG_FILE
-  try:
-    config = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
+  config = safetensors_io.read_json(path)
   return from_config(
     config,
     weights=folder / layouts.STUDENT_FILE,

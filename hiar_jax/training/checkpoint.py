@@ -25,6 +25,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from hiar_jax.runtime import files as runtime_files
 from hiar_jax.runtime import provenance
 from hiar_jax.weights import networks
 
@@ -290,7 +291,7 @@ def _checked_folder(manager: ocp.CheckpointManager, step: int) -> pathlib.Path:
   if not listing.exists():
     raise FileNotFoundError(f'checkpoint {folder} is incomplete: no {listing}')
   try:
-    files = json.loads(listing.read_bytes())
+    files = runtime_files.parse_json(listing.read_bytes())
   except ValueError as error:
     raise ValueError(
       f'checkpoint {folder} is damaged: {listing} is not JSON'

@@ -22,6 +22,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from hiar_jax.runtime import files
+
 SUFFIX = '.orbax'
 
 _FILE_LIST = 'files.json'
@@ -146,7 +148,7 @@ class Reader:
     if not listing.is_file():
       raise FileNotFoundError(f'weights {path} are incomplete: no {listing}')
     try:
-      self._files = json.loads(listing.read_bytes())
+      self._files = files.parse_json(listing.read_bytes())
     except ValueError as error:
       raise ValueError(f'{listing} is not JSON: {error}') from error
     for name, size in self._files.items():

@@ -26,6 +26,8 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
+from hiar_jax.runtime import files
+
 SHARD_BYTES = 5 * 10**9
 INDEX_SUFFIX = '.index.json'
 
@@ -276,7 +278,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     ValueError: naming the file, if it holds something else.
   """
   try:
-    value = json.loads(path.read_bytes())
+    value = files.parse_json(path.read_bytes())
   except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from error
   if not isinstance(value, dict):
@@ -293,7 +295,7 @@ def _read_header(
     if length > min(size - 8, _MAX_HEADER):
       raise ValueError(f'{path} is damaged: it has no safetensors header')
     try:
-      header = json.loads(file.read(length))
+      header = files.parse_json(file.read(length))
       metadata = header.pop('__metadata__', {})
       entries = {
         name: _entry(path, 8 + length, **fields)

@@ -306,6 +306,10 @@ def _truncated(path):
   path.write_bytes(path.read_bytes()[:-20])
 
 
+def _nested(path):
+  path.write_text(100_000 * '{"a":' + '1' + 100_000 * '}')
+
+
 @pytest.mark.parametrize(
   ('name', 'damage', 'message'),
   [
@@ -314,6 +318,7 @@ def _truncated(path):
     ('codec.npz', pathlib.Path.unlink, 'no codec at'),
     ('codec.npz', _truncated, 'codec .* is damaged'),
     ('config.json', _truncated, 'is not JSON'),
+    ('config.json', _nested, 'is not JSON: it is nested too deeply'),
     ('config.json', lambda p: p.write_text('{}'), "the config has no ..name'"),
   ],
 )

@@ -113,6 +113,17 @@ def _not_json(folder):
   path.write_bytes(path.read_bytes().replace(b'{"__', b'("__'))
 
 
+def _nested_header(folder):
+  header = b'{"__metadata__":' + 100_000 * b'[' + 100_000 * b']' + b'}'
+  length = len(header).to_bytes(8, 'little')
+  (folder / 'x-00001-of-00002.safetensors').write_bytes(length + header)
+
+
+def _nested_index(folder):
+  nested = 100_000 * '{"a":' + '1' + 100_000 * '}'
+  (folder / 'x.safetensors.index.json').write_text(nested)
+
+
 def _wrong_offsets(folder):
   path = folder / 'x-00001-of-00002.safetensors'
   path.write_bytes(path.read_bytes().replace(b'[0,24]', b'[0,99]'))
@@ -143,6 +154,8 @@ def _index_leads_away(folder):
     (_no_header, 'x-00001-of-00002.* it has no safetensors header'),
     (_empty_file, 'x-00001-of-00002.* it has no safetensors header'),
     (_not_json, 'x-00001-of-00002.* is damaged: its header'),
+    (_nested_header, 'x-00001-of-00002.* is damaged: its header .*nested'),
+    (_nested_index, 'index.json is not JSON: .*nested'),
     (_wrong_offsets, r'x-00001-of-00002.*0\.\.99 are not the bytes'),
     (_index_names_more, "x-00001-of-00002.* has no 'more'"),
     (_index_leads_away, 'outside its folder'),
