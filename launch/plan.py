@@ -31,6 +31,7 @@ from hiar_jax.planning import parts as planning_parts
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning import training as planning_training
 from hiar_jax.runtime import config_flag, errors
+from hiar_jax.sampling import streaming
 from hiar_jax.training import distillation_phase, phase_parts
 
 _CONFIG = config_flag.define(required=True)
@@ -63,6 +64,9 @@ _PART = flags.DEFINE_enum(
   ('stream', 'vae', 'text', 'training', *planning_training.PARTS),
   'what is compiled',
 )
+_MODE = flags.DEFINE_enum(
+  'mode', 'batched', streaming.MODES, 'of a stream on one chip'
+)
 
 
 def main(argv):
@@ -79,7 +83,7 @@ def main(argv):
     plan = planning_stream.plan_tick(
       Denoiser(WanConfig(**config.model)),
       phase_parts.rollout_config(config),
-      **(settings | {'topology': topology}),
+      **(settings | {'topology': topology, 'mode': _MODE.value}),
     )
     print(
       f'{config.name}, {settings["batch_size"]} video, weights in '

@@ -220,10 +220,7 @@ def _products(program, computation, one) -> tuple[float, bool, str]:
     flops = 2 * one.arrays[0].size
     for axis in contracted:
       flops *= taken[0].shape[axis]
-    kind = LINEAR
-    if one.sizes('lhs_batch_dims'):
-      kind = _attention_kind(one) or LINEAR
-    return float(flops), _is_narrow(taken), kind
+    return float(flops), _is_narrow(taken), _scores_kind(one) or LINEAR
   if one.opcode == 'convolution':
     return _convolution(computation, one, _operands(computation, one))
   if one.opcode == 'custom-call':
@@ -250,9 +247,8 @@ def _convolution(computation, one, taken) -> tuple[float, bool, str]:
   flops = 2.0 * result.size * kernel.size / features
   window = re.search(r'size=([\dx]+)', one.rest)
   spatial = set(window[1].split('x')) if window else set()
-  attention = _attention_kind(one)
   # A product of two batches has windows as large as its batches.
-  if attention and not re.search(r'/[qkvo]/dot_general', one.op_name):
+  if attention := _scores_kind(one):
     kind = attention
   elif spatial <= {'1'} or 'dot_general' in one.op_name:
     kind = LINEAR
@@ -293,6 +289,12 @@ def _attention_kind(one: hlo.Instruction) -> str:
     return CROSS_ATTENTION
   # The name of the layer, of the VAE's as well.
   return SELF_ATTENTION if 'attention' in one.op_name else ''
+
+
+def _scores_kind(one: hlo.Instruction) -> str:
+  """The attention that a product belongs to, if it is not a linear layer's."""
+  linear = re.search(r'/([qkvo]|qkv|proj)/(dot|conv)_general', one.op_name)
+  return '' if linear else _attention_kind(one)
 
 
 def _is_narrow(taken: list[hlo.Array]) -> bool:

@@ -10,23 +10,30 @@ the compiler counts a loop's body once and a kernel as nothing.
 # B batch, f frames per block, S stages, M prompts in the bank, N layers
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  SingleDeviceSharding,
+)
 
+from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import chips, roofline, traffic
 from hiar_jax.rollout import RolloutConfig
-from hiar_jax.sampling import pipeline
-from hiar_jax.sampling.streaming import Engine
+from hiar_jax.sampling import pipeline, streaming
 
 _NUM_TICKS = 2  # One block in the steady state.
 _GB = 1e9
@@ -57,6 +64,8 @@ class Plan:
     refusal: what the compiler says if the program does not fit.
     hlo: the compiled program.
     at_best: its work a tick, None where there is no program.
+    mode: of the stream.
+    unit: what FLOPs and work are of: a tick, or a block where there are none.
   """
 
   topology: str
@@ -73,6 +82,8 @@ class Plan:
   refusal: str = ''
   hlo: str = dataclasses.field(default='', repr=False)
   at_best: roofline.Roofline | None = None
+  mode: str = 'batched'
+  unit: str = 'tick'
 
   @property
   def chip(self) -> chips.Chip:
@@ -95,10 +106,11 @@ class Plan:
 
   def compiler_estimate(self) -> str:
     """See `compiler_estimate`."""
+    turns = _NUM_TICKS if self.unit == 'tick' else 1
     return compiler_estimate(
       self.compiler_seconds,
-      _NUM_TICKS * self.shortest_tick,
-      f' for {_NUM_TICKS} ticks',
+      turns * self.shortest_tick,
+      f' for {turns} {self.unit}s',
     )
 
   def table(self) -> str:
@@ -131,20 +143,21 @@ class Plan:
       ('caches', gigabytes(self.caches)),
       ('other arguments', gigabytes(self.other)),
       ('temporaries', temporaries),
-      ('FLOPs a tick and chip', f'{flops.total / 1e12:.3g} T: {parts}'),
+      (f'FLOPs a {self.unit} and chip', f'{flops.total / 1e12:.3g} T: {parts}'),
       (
-        'tick at peak rate (modelled)',
+        f'{self.unit} at peak rate (modelled)',
         f'{1e3 * self.shortest_tick:.0f} ms at '
         f'{self.chip.peak / 1e12:.0f} TFLOP/s',
       ),
-      ('collectives a tick', hops),
+      (f'collectives a {self.unit}', hops),
       *(self.at_best.rows() if self.at_best else ()),
       ("compiler's time estimate", self.compiler_estimate()),
       ('compiling took', f'{self.compile_seconds:.0f} s'),
     )
     title = (
       f'{self.topology}: {self.num_chips} chips',
-      f'{self.stages_per_chip} of the stages on each',
+      f'{self.stages_per_chip} of the stages on each'
+      + (f', {self.mode}' if self.stages_per_chip > 1 else ''),
     )
     return markdown([title, *rows])
 
@@ -208,49 +221,81 @@ def plan_tick(
   *,
   batch_size: int,
   weights_dtype: str,
+  mode: str = 'batched',
 ) -> Plan:
-  """Compiles two ticks of the stream, one block, for a topology.
+  """Compiles one block of the stream for a topology.
 
   Args:
     denoiser: network.
-    config: how blocks are denoised.
+    config: how blocks are denoised; its context is that of the mode.
     topology: see `stage_mesh`; the stages are divided over all its chips.
     batch_size: videos at a time.
     weights_dtype: in which the weights are held.
+    mode: see `streaming.Engine`; on one chip all of them, on several 'batched'.
 
   Raises:
-    ValueError: see `stage_mesh`.
+    ValueError: see `stage_mesh`; also for a mode that does not serve.
   """
-  mesh = stage_mesh(topology, config.num_steps)
-  engine = Engine(denoiser, config, mesh=mesh)
-  arguments = _tick_arguments(engine, batch_size, jnp.dtype(weights_dtype))
-  params, *_, state = arguments
-  per_chip = config.num_steps // mesh.size
+  engine = _engine(denoiser, config, topology, mode)
+  chips_used = 1 if engine.mesh is None else engine.mesh.size
+  arguments = _block_arguments(
+    engine, topology, batch_size, jnp.dtype(weights_dtype)
+  )
+  params, past = arguments[0], arguments[4]
+  unit, turns, passes = 'tick', _NUM_TICKS, config.num_steps // chips_used
+  if engine.stages is None:
+    unit, turns, passes = 'block', 1, config.num_steps + 1
+    run = _of(engine, streaming.run_shared_block)
+  else:
+    past = past.past
+    # What leaves the mesh is no part of a tick.
+    run = engine.stages.run if engine.mesh else _of(engine, streaming.run_turns)
   each = pass_flops(denoiser.config, config)
-  scale = per_chip * batch_size
-  known = {
-    'topology': topology,
-    'num_chips': mesh.size,
-    'stages_per_chip': per_chip,
-    'weights': bytes_per_chip(params),
-    'caches': bytes_per_chip((state.past.k, state.past.v)),
-    'flops': flops.PassFlops(
+  scale = passes * batch_size
+  # All weights stay on the chip, those that the tick does not use as well.
+  run = jax.jit(run, donate_argnums=4, keep_unused=True)
+  program = compile_program(run, arguments)
+  weights, caches = bytes_per_chip(params), bytes_per_chip((past.k, past.v))
+  return Plan(
+    topology=topology,
+    num_chips=chips_used,
+    stages_per_chip=config.num_steps // chips_used,
+    mode=mode,
+    unit=unit,
+    weights=weights,
+    caches=caches,
+    other=program.arguments - weights - caches,
+    temporaries=program.temporaries,
+    flops=flops.PassFlops(
       scale * each.linear, scale * each.attention, scale * each.cross
     ),
-  }
-  # All weights stay on the chip, those that the tick does not use as well.
-  run = jax.jit(engine.stages.run, donate_argnums=4, keep_unused=True)
-  program = compile_program(run, arguments)
-  return Plan(
-    **known,
-    other=program.arguments - known['weights'] - known['caches'],
-    temporaries=program.temporaries,
     collectives=traffic.collectives(program.hlo),
     compiler_seconds=program.compiler_seconds,
     compile_seconds=program.compile_seconds,
     refusal=program.refusal,
     hlo=program.hlo,
-    at_best=program.at_best(topology, 1 / _NUM_TICKS),
+    at_best=program.at_best(topology, 1 / turns),
+  )
+
+
+def _of(engine: streaming.Engine, run: Any) -> Callable[..., Any]:
+  return functools.partial(run.__wrapped__, engine=engine)
+
+
+def _engine(denoiser, config, topology, mode) -> streaming.Engine:
+  mesh = stage_mesh(topology, config.num_steps)
+  if mesh.size > 1 and mode != 'batched':
+    raise ValueError(
+      f'mode {mode!r} is one of a single chip, and {topology!r} has {mesh.size}'
+    )
+  context = config.context
+  if mode == 'shared' or context == 'shared':
+    context = 'shared' if mode == 'shared' else 'matched'
+  return streaming.Engine(
+    denoiser,
+    dataclasses.replace(config, context=context),
+    mode,
+    mesh if mesh.size > 1 else None,
   )
 
 
@@ -319,13 +364,18 @@ def compile_program(run: Any, arguments: tuple) -> Program:
   )
 
 
-def _tick_arguments(engine: Engine, batch_size: int, weights_dtype) -> tuple:
-  """Abstract, placed arguments of `Pipeline.run` for two ticks."""
+def _block_arguments(
+  engine: streaming.Engine, topology: str, batch_size: int, weights_dtype
+) -> tuple:
+  """Abstract, placed arguments of `run_turns` or `run_shared_block`."""
   denoiser, config, stages = engine.denoiser, engine.config, engine.stages
   model = denoiser.config
   params = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, weights_dtype),
-    jax.eval_shape(denoiser.init, jax.random.key(0)),
+    jax.eval_shape(
+      lambda key: denoiser.unstack_layers(denoiser.init(key)),
+      jax.random.key(0),
+    ),
   )
   states = jax.ShapeDtypeStruct(
     (batch_size, model.text_len, model.text_dim), model.dtype
@@ -334,16 +384,30 @@ def _tick_arguments(engine: Engine, batch_size: int, weights_dtype) -> tuple:
   bank = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct((engine.bank_size, *a.shape), a.dtype), text
   )
-  slots = jax.ShapeDtypeStruct((_NUM_TICKS, config.num_steps), np.int32)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
-  state = jax.eval_shape(stages.init_state, params, text)
+  device = SingleDeviceSharding(chips.describe(topology).devices[0])
 
   def place(tree: Any, *axes: str | None) -> Any:
-    sharding = NamedSharding(engine.mesh, PartitionSpec(*axes))
+    sharding = device
+    if engine.mesh is not None:
+      sharding = NamedSharding(engine.mesh, PartitionSpec(*axes))
     return jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
     )
 
+  if stages is None:
+    pasts = jax.eval_shape(
+      lambda params, text: rollout.stacked_pasts(
+        engine.sampler(params, text), None
+      ),
+      params,
+      text,
+    )
+    slots = jax.ShapeDtypeStruct((1, 1), np.int32)
+    block = jax.ShapeDtypeStruct((), np.int32)
+    return tuple(map(place, (params, bank, slots, keys, pasts, block)))
+  slots = jax.ShapeDtypeStruct((_NUM_TICKS, config.num_steps), np.int32)
+  state = jax.eval_shape(stages.init_state, params, text)
   return (
     place(params),
     place(bank),

@@ -347,7 +347,7 @@ class Stream:
     slots = [[self._slot(block) for block in stages] for stages in turns]
     arguments = (self._params, self._bank, np.array(slots, np.int32))
     if engine.stages is None:
-      self._state, latents = _shared_block(
+      self._state, latents = run_shared_block(
         *arguments,
         self._keys,
         self._state,
@@ -355,7 +355,7 @@ class Stream:
         engine=engine,
       )
     else:
-      self._state, latents = _turns(
+      self._state, latents = run_turns(
         *arguments, self._keys, self._state, engine=engine
       )
     self._block += 1
@@ -396,7 +396,8 @@ def _begin(params, text, initial, origin, *, engine):
 
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='state')
-def _turns(params, bank, slots_tS, keys_B, state, *, engine):
+def run_turns(params, bank, slots_tS, keys_B, state, *, engine):
+  """The turns of `Engine.turns`: the next state and the finished latents."""
   stages = engine.stages
   state, sent = stages.run(params, bank, slots_tS, keys_B, state)
   latents = stages.finished(sent, -1)
@@ -410,7 +411,8 @@ def _constrain(array, mesh, spec):
 
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='pasts')
-def _shared_block(params, bank, slots_tS, keys_B, pasts, block, *, engine):
+def run_shared_block(params, bank, slots_tS, keys_B, pasts, block, *, engine):
+  """`run_turns` for shared context on one device, where pasts are the state."""
   text = jax.tree.map(lambda a: a[slots_tS[0, 0]], bank)
   noise = rollout.named_noise(
     keys_B, engine.config.block_shape(engine.denoiser.config)

@@ -44,7 +44,7 @@ import numpy as np
 from hiar_jax.sampling import loading
 from hiar_jax.text import word_hash
 class Stream:
-  mode, reason = 'fake', 'which makes nothing'
+  mode, reason, given = 'fake', 'which makes nothing', None
   made = 0
   def send(self, prompt, at):
     print('send', at, prompt)

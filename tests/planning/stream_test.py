@@ -215,6 +215,19 @@ VAE = vae.VAEConfig(
 )
 
 
+def test_a_mode_of_one_chip_is_refused_on_several():
+  mesh = jax.make_mesh((4,), ('stage',))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(planning_stream, 'stage_mesh', lambda *_: mesh)
+    with pytest.raises(ValueError, match="mode 'serial' is one of a single"):
+      planning_stream.plan_tick(
+        *(Denoiser(MODEL), ROLLOUT, 'v5e:2x2'),
+        batch_size=1,
+        weights_dtype='bfloat16',
+        mode='serial',
+      )
+
+
 def test_flops_of_a_prompt_are_those_that_the_compiler_counts():
   params = jax.eval_shape(lambda: umt5.init(ENCODER, jax.random.key(0)))
   ids = jax.ShapeDtypeStruct((1, 64), 'int32')

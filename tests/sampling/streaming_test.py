@@ -214,9 +214,9 @@ def test_frame_300000_behaves_like_frame_0(mode):
 def test_a_stream_compiles_nothing_after_its_second_block():
   stream = make_stream()
   take(stream, 2)
-  size = streaming._turns._cache_size()
+  size = streaming.run_turns._cache_size()
   take(stream, 6)
-  assert streaming._turns._cache_size() == size
+  assert streaming.run_turns._cache_size() == size
 
 
 @pytest.mark.parametrize(
