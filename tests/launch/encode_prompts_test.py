@@ -12,6 +12,7 @@ import pytest
 
 from hiar_jax.data import prompts as data_prompts
 from hiar_jax.data import text_states
+from hiar_jax.text import embeddings
 from hiar_jax.weights import conversion, releases
 from tests import fake_release, forked_runs
 
@@ -78,11 +79,12 @@ def start(inputs, environment, *arguments):
 
 
 def contents(folder):
-  return {
-    str(path.relative_to(folder)): path.read_bytes()
-    for path in folder.rglob('*')
-    if path.is_file()
-  }
+  """Bytes of every file; of the texts beside the set, whose headers list their
+  fields in any order, the states."""
+  found = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+  for path in (folder / 'captions').iterdir():
+    found[path.name] = embeddings.read(path).states.tobytes()
+  return found
 
 
 def test_a_killed_run_goes_on_to_the_same_files(inputs, environment, tmp_path):
