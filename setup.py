@@ -61,6 +61,8 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',
     'array-record>=0.8',
+    # Reads anyone's videos by their time stamps.
+    'av>=14.0',
     'chex>=0.1.90',
     # jax's cache of compiled programs keeps to a size with it.
     'filelock>=3.12',

@@ -99,6 +99,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
     num=768,
+    num_frames=21,
     shard_size=32,
     batch_size=8,
     seed=1,

@@ -30,7 +30,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     channels=_CHANNELS,
     whitening=0.5,
     num_videos=512,
-    seed=0,
+    videos=dict(source='bouncing', seed=0),
   )
   c.model.channels = _CHANNELS
   if phase == 'teacher':
@@ -39,7 +39,9 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     return c
   c.generate.fps = 12.0
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
-  c.trajectories.update(dict(dir=f'{_RUNS}/trajectories', num=1024))
+  c.trajectories.update(
+    dict(dir=f'{_RUNS}/trajectories', num=1024, num_frames=21)
+  )
   if phase == 'student_start':
     c.iterations = 800
     return c

@@ -15,8 +15,8 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import loading
+from hiar_jax.training import inputs, network_files
 from hiar_jax.training import loop as training_loop
-from hiar_jax.training import network_files, phase_parts
 from hiar_jax.weights import layouts, networks
 
 _CONFIG = config_flag.define(required=True)
@@ -35,7 +35,7 @@ def main(argv):
     _WEIGHTS.value or pathlib.Path(config.workdir) / training_loop.WEIGHTS
   )
   params = _load('student', weights, denoiser)
-  codec = phase_parts.world_codec(config)
+  codec = inputs.open_codec(config)
   out = pathlib.Path(_OUT.value)
   teacher = None
   if _WITH_TEACHER.value:

@@ -79,6 +79,7 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
     dict(
       dir=str(root / 'trajectories'),
       num=4,
+      num_frames=6,
       shard_size=2,
       batch_size=2,
       num_steps=2,

@@ -34,12 +34,19 @@ class Prompts(Protocol):
 class FilePrompts:
   """The prompts of a file, in its order; see `Prompts`."""
 
-  def __init__(self, path: str | os.PathLike, *, field: str = 'prompt'):
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    *,
+    field: str = 'prompt',
+    objects: bool | None = None,
+  ):
     """Reads the file once, to check and to find its lines.
 
     Args:
       path: of the file.
       field: of the JSON objects, that has the prompt.
+      objects: whether lines are of JSON; None: by the file's suffix.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -47,7 +54,9 @@ class FilePrompts:
         naming the line.
     """
     self._path = pathlib.Path(path)
-    self._field = field if self._path.suffix in _JSON_LINES else None
+    if objects is None:
+      objects = self._path.suffix in _JSON_LINES
+    self._field = field if objects else None
     self._starts, self._ends = array.array('q'), array.array('q')
     digest = hashlib.sha256()
     if not self._path.is_file():

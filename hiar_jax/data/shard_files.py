@@ -3,7 +3,7 @@
 A folder holds `manifest.json`, which says what the set is and where it came
 from, beside files that get their names only when they are whole. Any number of
 processes share the files among them and never speak with each other.
-`latent_files` and `trajectory_files` keep their sets this way.
+`latents`, `text_states` and `trajectory_files` keep their sets this way.
 """
 
 import dataclasses

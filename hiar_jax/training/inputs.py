@@ -10,6 +10,7 @@ or anyone's); what else is in it is that one's own business.
                    place of encoding; `hiar-jax encode prompts` writes them
   negative_prompt  text that guidance leads away from; missing: the encoder's
   videos           source: 'folder', ...  captioned videos by number
+  codec            folder, or path: what makes latents of videos
   latents          dir, num, shard_size, batch_size: encoded videos on disk,
                    read in place of videos; `hiar-jax encode videos` writes them
 
@@ -28,7 +29,10 @@ runs there.
 B batch, L text tokens, D text width, F H W frames, height and width of videos.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -36,11 +40,15 @@ import jax
 import ml_collections
 import numpy as np
 
+from hiar_jax.codecs import linear
+from hiar_jax.codecs import vae as codecs_vae
+from hiar_jax.data import latents, text_states
 from hiar_jax.data import prompts as data_prompts
-from hiar_jax.data import text_states
 from hiar_jax.data import videos as data_videos
+from hiar_jax.models import vae
 from hiar_jax.runtime import seams
 from hiar_jax.text import encoders
+from hiar_jax.weights import layouts, safetensors_io
 
 Config = ml_collections.ConfigDict
 
@@ -73,7 +81,7 @@ def open_prompts(config: Config) -> data_prompts.Prompts:
       prompts.
     FileNotFoundError: if they are missing.
   """
-  return _open('prompts', 'open_prompts', config)
+  return _open('prompts', _section('prompts', config), config)
 
 
 def open_text(
@@ -156,6 +164,8 @@ def other_texts(config: Config, encoder: encoders.Encoder) -> tuple[str, ...]:
 
 def captions_to_encode(config: Config) -> data_prompts.Prompts:
   """The prompts whose states a phase reads: its own, or those of its videos."""
+  if 'latents' in config:
+    return open_latents(config).captions
   if 'videos' in config:
     return open_bare_videos(config).captions
   return open_prompts(config)
@@ -182,18 +192,24 @@ def open_states(
 
 
 def open_videos(config: Config, encoder: encoders.Encoder) -> 'CaptionedVideos':
-  """The teacher's training data: videos and their text.
+  """The teacher's training data: videos or their latents, and their text.
 
-  Element i has `video` uint8 [F, H, W, 3] and what `finish` makes `text` of. A
-  share `caption_dropout` of the elements has the text of the empty caption.
+  Element i has what `finish` makes `text` of, and with a section `latents`
+  `latents` float32 [F, h, w, C], else `video` uint8 [F, H, W, 3]. A share
+  `caption_dropout` of the elements has the text of the empty caption.
 
   Raises:
-    ValueError: if there is no such source, or a value is out of range.
+    ValueError: if there is no such source, a value is out of range, or the
+      latents are of other videos or another codec, naming what differs.
+    FileNotFoundError: if videos or latents are missing.
   """
-  source = open_bare_videos(config)
+  if 'latents' in config:
+    name, source = 'latents', open_latents(config)
+  else:
+    name, source = 'video', open_bare_videos(config)
   return CaptionedVideos(
     source,
-    'video',
+    name,
     open_states(config, source.captions, encoder),
     encoder,
     caption_dropout=config.caption_dropout,
@@ -203,7 +219,142 @@ def open_videos(config: Config, encoder: encoders.Encoder) -> 'CaptionedVideos':
 
 def open_bare_videos(config: Config) -> data_videos.Videos:
   """The videos of the section `videos`, to be encoded or looked at."""
-  return _open('videos', 'open_videos', config)
+  return _open('videos', _section('videos', config), config)
+
+
+def open_latents(config: Config) -> latents.EncodedVideos:
+  """The encoded videos of the section `latents`.
+
+  They are held to the config's videos and codec where those are at hand; where
+  they are not, the latents can be trained on alone.
+  """
+  expected = {}
+  with contextlib.suppress(FileNotFoundError):
+    if 'videos' in config:
+      expected['videos'] = open_bare_videos(config).identity()
+  with contextlib.suppress(FileNotFoundError):
+    if 'codec' in config:
+      expected['codec_sha256'] = codec_sha256(open_codec(config))
+  source = latents.EncodedVideos(config.latents.dir, expected)
+  if 'model' in config:
+    _check_latents(config, source.manifest.shape)
+  return source
+
+
+def latent_frames(videos: Any, codec: Any | None) -> int:
+  """Latent frames of a source's videos.
+
+  Args:
+    videos: `data.videos.Videos`, or with no codec `latents.EncodedVideos`.
+    codec: that encodes them; None: they are latents.
+
+  Raises:
+    ValueError: if the codec takes no videos of that many frames.
+  """
+  if codec is None:
+    return videos.manifest.shape[0]
+  frames, stride = videos.shape[0], codec.temporal_stride
+  if frames % stride != 1 % stride:
+    raise ValueError(
+      f'videos of {frames} frames do not divide: the codec takes 1 + {stride} k'
+    )
+  return 1 + (frames - 1) // stride
+
+
+def latents_manifest(
+  config: Config, videos: data_videos.Videos, codec: Any
+) -> latents.Manifest:
+  """What the folder `latents.dir` has to hold.
+
+  Raises:
+    ValueError: if codec, videos and network do not go together, or there are
+      fewer videos than the config asks for.
+  """
+  num = config.latents.num
+  if num > len(videos):
+    raise ValueError(f'latents.num={num} is more than the {len(videos)} videos')
+  frames, height, width, _ = videos.shape
+  stride = codec.temporal_stride
+  if frames % stride != 1 % stride:
+    raise ValueError(
+      f'videos of {frames} frames do not divide: the codec takes 1 + {stride} k'
+    )
+  for name, size in (('height', height), ('width', width)):
+    if size % codec.spatial_stride:
+      raise ValueError(
+        f'videos of {name}={size} do not divide: the codec takes multiples '
+        f'of {codec.spatial_stride}'
+      )
+  shape = (
+    latent_frames(videos, codec),
+    height // codec.spatial_stride,
+    width // codec.spatial_stride,
+    codec.channels,
+  )
+  if 'model' in config:
+    _check_latents(config, shape)
+  return latents.Manifest(
+    num=num or len(videos),
+    shard_size=config.latents.shard_size,
+    videos=videos.identity(),
+    codec_sha256=codec_sha256(codec),
+    shape=shape,
+  )
+
+
+def _check_latents(config: Config, shape: tuple[int, ...]) -> None:
+  model = config.model
+  wanted = (model.latent_height, model.latent_width, model.channels)
+  if tuple(shape[1:]) != wanted:
+    raise ValueError(
+      f'videos have latents of {tuple(shape[1:])} rows, columns and channels, '
+      f'and the network takes {wanted}'
+    )
+
+
+def open_codec(config: Config) -> Any:
+  """The codec of the section `codec`, between frames and latents.
+
+  With `folder` the VAE of a converted folder; with a section `vae` that VAE,
+  its weights at `codec.path`; else a linear codec at `codec.path`, which is
+  fitted to the first `codec.num_videos` of `codec.videos` if it is not there.
+
+  Raises:
+    FileNotFoundError: if there are no weights.
+    ValueError: if a file is damaged or of another codec.
+  """
+  section = _section('codec', config)
+  if folder := section.get('folder'):
+    path = pathlib.Path(folder) / layouts.CONFIG_FILE
+    sizes = safetensors_io.read_json(path).get('vae')
+    if sizes is None:
+      raise ValueError(f'{path} has no VAE: no section vae')
+    file = path.with_name(layouts.OWN_FILES['vae'])
+    return codecs_vae.load_vae_codec(file, vae.VAEConfig(**sizes))
+  path = pathlib.Path(section.path)
+  if 'vae' in config:
+    return codecs_vae.load_vae_codec(path, vae.VAEConfig(**config.vae))
+  if not path.exists():
+    videos = _open('videos', section.videos, config, key='codec.videos')
+    codec = linear.fit_linear_codec(
+      (videos[index] for index in range(section.num_videos)),
+      channels=section.channels,
+      whitening=section.whitening,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    linear.save_linear_codec(codec, path)
+  return linear.load_linear_codec(path)
+
+
+def codec_sha256(codec: Any) -> str:
+  """Checksum of all that a codec holds: names, shapes, dtypes and values."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(codec):
+    array = np.asarray(leaf)
+    name = jax.tree_util.keystr(path)
+    digest.update(f'{name} {array.shape} {array.dtype}\n'.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,15 +422,18 @@ class CaptionedVideos:
     return {'videos': self.videos.identity()} | self.states.identity()
 
 
-def _open(name: str, verb: str, config: Config) -> Any:
-  section = dict(_section(name, config))
-  source = section.pop('source', None)
+def _open(
+  room: str, section: Mapping[str, Any], config: Config, *, key: str = ''
+) -> Any:
+  """`open_<room>` of the source that a section names."""
+  options, key = dict(section), key or room
+  source = options.pop('source', None)
   if source is None:
-    raise ValueError(f'the section {name!r} of the config names no source')
+    raise ValueError(f'the section {key!r} of the config names no source')
   opens = seams.function(
-    'data', source, verb, key=f'{name}.source', aliases=_ALIASES
+    'data', source, f'open_{room}', key=f'{key}.source', aliases=_ALIASES
   )
-  return opens(section, config)
+  return opens(options, config)
 
 
 def _section(name: str, config: Config) -> Mapping[str, Any]:

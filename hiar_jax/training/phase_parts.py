@@ -5,7 +5,6 @@ missing inputs of a phase fail before anything is compiled.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +14,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.codecs import linear
-from hiar_jax.codecs import vae as codecs_vae
-from hiar_jax.data import bouncing, latent_files, sources, trajectories
-from hiar_jax.models import sharding, vae
+from hiar_jax.data import sources, trajectories
+from hiar_jax.models import sharding
 from hiar_jax.models.config import WanConfig
-from hiar_jax.text import encoders, word_hash
+from hiar_jax.text import encoders
 from hiar_jax.training import inputs, network_files
 from hiar_jax.training import state as training_state
 
@@ -102,62 +99,22 @@ def trajectory_provenance(
   }
 
 
-def world_codec(config: Config) -> Any:
-  """The small world's codec.
-
-  The VAE, if the config has one, of the phase 'codec'; else a linear codec:
-  read if it was fitted before, else fitted.
-  """
-  path = pathlib.Path(config.codec.path)
-  if 'vae' in config:
-    return codecs_vae.load_vae_codec(path, vae.VAEConfig(**config.vae))
-  if not path.exists():
-    codec = linear.fit_linear_codec(
-      bouncing.videos(
-        bouncing.WorldConfig(**config.world),
-        config.codec.seed,
-        config.codec.num_videos,
-      ),
-      channels=config.codec.channels,
-      whitening=config.codec.whitening,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    linear.save_linear_codec(codec, path)
-  return linear.load_linear_codec(path)
-
-
-def videos(config: Config) -> bouncing.BouncingVideos:
-  """The teacher's training videos."""
-  return bouncing.BouncingVideos(
-    bouncing.WorldConfig(**config.world),
-    word_hash.WordHashEncoder(**config.text),
-    seed=config.world_seed,
-    caption_dropout=config.caption_dropout,
-  )
-
-
-def latents_manifest(config: Config, codec: Any) -> latent_files.Manifest:
-  """What the folder `config.latents.dir` has to hold."""
-  return latent_files.Manifest(
-    num=config.latents.num,
-    shard_size=config.latents.shard_size,
-    world=dataclasses.asdict(bouncing.WorldConfig(**config.world)),
-    world_seed=config.world_seed,
-    codec_sha256=trajectories.weights_sha256(codec.params),
-  )
-
-
 def latent_frames(config: Config) -> int:
-  """Latent frames of a video of the training."""
+  """Latent frames of a video of the training.
+
+  Raises:
+    ValueError: if the config has neither trajectories nor videos.
+  """
   if 'num_frames' in config.get('trajectories', {}):
     return config.trajectories.num_frames
-  frames = config.world.num_frames
-  if 'vae' not in config:
-    return frames
-  stride = vae.VAEConfig(**config.vae).time_factor
-  if frames % stride != 1:
-    raise ValueError(f'world.num_frames={frames} is not 1 + {stride} k')
-  return 1 + frames // stride
+  if 'videos' not in config:
+    raise ValueError(
+      f'the {config.phase} config has no trajectories.num_frames, the latent '
+      'frames of a video'
+    )
+  return inputs.latent_frames(
+    inputs.open_bare_videos(config), inputs.open_codec(config)
+  )
 
 
 # --- On one device, or on a mesh over all of them.

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 
 from hiar_jax.codecs import pixels
-from hiar_jax.data import latent_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
@@ -19,7 +18,9 @@ def build_teacher(config: Config) -> Phase:
   denoiser = Denoiser(WanConfig(**config.model))
   mesh = phase_parts.open_mesh(config, {'model': denoiser.config})
   optimiser = phase_parts.make_optimiser(config.optimiser, config.iterations)
-  codec = phase_parts.world_codec(config)
+  encoder = inputs.open_text(config, mesh)
+  source = inputs.open_videos(config, encoder)
+  codec = None if 'latents' in config else inputs.open_codec(config)
   update = regression.teacher_step(
     denoiser,
     optimiser,
@@ -29,16 +30,11 @@ def build_teacher(config: Config) -> Phase:
   key = jax.random.key(config.seed)
 
   def step(state, batch, iteration):
-    if 'latents' not in batch:
+    if codec is not None:
       latents = codec.encode(pixels.to_float(batch['video']))
       batch = {'latents': latents, 'text': batch['text']}
     return update(state, batch, jax.random.fold_in(key, iteration))
 
-  source = phase_parts.videos(config)
-  if 'latents' in config:
-    source = latent_files.EncodedVideos(
-      config.latents.dir, phase_parts.latents_manifest(config, codec), source
-    )
   batches = phase_parts.open_batches(config, source, mesh)
   if config.start_weights:
     params = network_files.find_student(config, 'start').load(mesh)
@@ -46,11 +42,12 @@ def build_teacher(config: Config) -> Phase:
     params = denoiser.init(key)
   else:
     params = sharding.make(denoiser.init, mesh, key)
-  frames = phase_parts.latent_frames(config)
+  frames = inputs.latent_frames(source.videos, codec)
   one = flops.forward_flops(denoiser.config, frames, frames)
   iteration = config.batch_size * flops.trained(denoiser.config) * one
-  finish = lambda batch: batch
-  return _phase(params, optimiser, step, batches, finish, iteration, mesh)
+  return _phase(
+    params, optimiser, step, batches, source.finish, iteration, mesh
+  )
 
 
 def build_student_start(config: Config) -> Phase:

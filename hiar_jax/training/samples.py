@@ -19,8 +19,7 @@ from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, video, video_pipeline
-from hiar_jax.text import word_hash
-from hiar_jax.training import phase_parts
+from hiar_jax.training import inputs, phase_parts
 from hiar_jax.training.loop_config import LoopConfig
 
 ORDERS = ('step_first', 'block_first')
@@ -73,8 +72,8 @@ class Sampler:
       name=config.name,
       denoiser=Denoiser(WanConfig(**config.model)),
       params={},
-      encoder=word_hash.WordHashEncoder(**config.text),
-      codec=phase_parts.world_codec(config),
+      encoder=inputs.open_text(config),
+      codec=inputs.open_codec(config),
       rollout=phase_parts.rollout_config(config),
       **config.generate,
     )

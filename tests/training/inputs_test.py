@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from configs import bouncing as bouncing_config
-from hiar_jax.data import bouncing, sources, text_states
+from hiar_jax.codecs import pixels
+from hiar_jax.data import bouncing, latents, sources, text_states
 from hiar_jax.text import word_hash
 from hiar_jax.training import inputs
 
@@ -16,6 +17,7 @@ SEED = 1
 def config():
   c = bouncing_config.get_config('teacher_start')
   c.world = dict(height=32, width=32, num_frames=5)
+  del c.latents
   return c
 
 
@@ -91,6 +93,86 @@ def test_what_does_not_fit_is_named(config, change, message):
   with pytest.raises(ValueError, match=message):
     inputs.open_prompts(config)
     inputs.open_videos(config, inputs.open_text(config))
+
+
+@pytest.fixture
+def encoded(config, tmp_path):
+  """The small world's config with its first 6 videos encoded, linearly."""
+  del config.vae
+  config.codec = dict(
+    path=str(tmp_path / 'codec.npz'),
+    channels=8,
+    whitening=0.5,
+    num_videos=8,
+    videos=dict(source='bouncing', seed=0),
+  )
+  config.model.update(latent_height=4, latent_width=4)
+  config.latents = dict(
+    dir=str(tmp_path / 'latents'), num=6, shard_size=4, batch_size=2
+  )
+  codec = inputs.open_codec(config)
+  videos = inputs.open_bare_videos(config)
+  latents.make(
+    config.latents.dir,
+    inputs.latents_manifest(config, videos, codec),
+    videos,
+    pixels.encoder(codec),
+    batch_size=2,
+  )
+  return config
+
+
+def test_latents_on_disk_take_the_videos_place(encoded):
+  source = inputs.open_videos(encoded, inputs.open_text(encoded))
+  assert len(source) == 6
+  codec, videos = inputs.open_codec(encoded), inputs.open_bare_videos(encoded)
+  for i in range(6):
+    wanted = codec.encode(pixels.to_float(videos[i][None]))[0]
+    np.testing.assert_allclose(source[i]['latents'], wanted, atol=5e-3)
+  captions = inputs.captions_to_encode(encoded)
+  assert [captions[i] for i in range(6)] == [
+    videos.captions[i] for i in range(6)
+  ]
+  # Without the videos and the codec the latents can be trained on alone.
+  del encoded.videos, encoded.codec
+  again = inputs.open_videos(encoded, inputs.open_text(encoded))
+  np.testing.assert_array_equal(again[3]['latents'], source[3]['latents'])
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda c: c.update(world_seed=9), 'videos.seed: 1 -> 9'),
+    (
+      lambda c: c.codec.update(path=c.codec.path + '2', whitening=0.4),
+      'codec_',
+    ),
+    (lambda c: c.model.update(latent_height=6), r'\(6, 4, 8\)'),
+  ],
+)
+def test_latents_of_something_else_are_refused_by_name(
+  encoded, change, message
+):
+  change(encoded)
+  with pytest.raises(ValueError, match=message):
+    inputs.open_videos(encoded, inputs.open_text(encoded))
+
+
+def test_videos_that_a_codec_does_not_take_are_named(encoded):
+  class Codec:
+    temporal_stride, spatial_stride, channels = 4, 8, 8
+
+  def message(**world):
+    encoded.world.update(world)
+    videos = inputs.open_bare_videos(encoded)
+    with pytest.raises(ValueError) as info:
+      inputs.latents_manifest(encoded, videos, Codec())
+    return str(info.value)
+
+  assert 'videos of 6 frames do not divide' in message(num_frames=6)
+  assert 'height=36 do not divide' in message(num_frames=5, height=36)
+  encoded.latents.num = 2**21
+  assert 'latents.num=2097152 is more than' in message(height=32)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from hiar_jax.runtime import stopping
-from hiar_jax.training import checkpoint, phase_parts, phases
+from hiar_jax.training import checkpoint, phases
+from hiar_jax.training import inputs as training_inputs
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training.run_log import METRICS
 from hiar_jax.weights import networks
@@ -43,7 +44,7 @@ def inputs(tmp_path_factory):
   root = tmp_path_factory.mktemp('inputs')
   tiny.write_inputs(root)
   # Or two runs that start together would fit the codec at the same time.
-  phase_parts.world_codec(tiny.config('teacher', root))
+  training_inputs.open_codec(tiny.config('teacher', root))
   return root
 
 

@@ -120,10 +120,10 @@ def test_without_forward_kl_no_trajectory_is_read(inputs, tmp_path):
 
 def test_codec_is_fitted_once(tmp_path):
   config = tiny.config('teacher', tmp_path)
-  fitted = phase_parts.world_codec(config)
+  fitted = training_inputs.open_codec(config)
   written = pathlib.Path(config.codec.path)
   time = written.stat().st_mtime_ns
-  read = phase_parts.world_codec(config)
+  read = training_inputs.open_codec(config)
   assert written.stat().st_mtime_ns == time
   assert_equal(
     [fitted.mean_P, fitted.encoder_PC], [read.mean_P, read.encoder_PC]
