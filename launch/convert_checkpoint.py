@@ -127,7 +127,7 @@ def _written(out: pathlib.Path) -> dict[pathlib.Path, int]:
 def _to_ours(out: pathlib.Path, bar: _Bar) -> None:
   release = releases.locate(_WEIGHTS.value)
   if _BASE.value is not None:
-    release = release.over(releases.locate(_BASE.value))
+    release = release.over(releases.locate(_BASE.value, as_base=True))
   options = conversion.Options(
     dtype=_DTYPE.value,
     member=_MEMBER.value,

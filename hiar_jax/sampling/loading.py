@@ -4,9 +4,11 @@ pipe = loading.load('bouncing')
 """
 
 import json
+import os
 import pathlib
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import linear
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import vae
+from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
 from hiar_jax.sampling.video_pipeline import VideoPipeline
@@ -27,10 +29,18 @@ from hiar_jax.weights import (
   hub,
   layouts,
   networks,
+  parts,
   releases,
   safetensors_io,
 )
 
+Path = str | os.PathLike
+
+_BASE_MODEL_NOTE = (
+  "{}: by its config.json these are the weights of Wan2.1's own transformer, "
+  'which takes some 50 steps in both directions of time. As a student of a few '
+  'steps it makes no good video; those of HiAR and Self-Forcing do'
+)
 # What a pipeline takes from a training config; the rest is about training.
 SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
 # All that `from_config` reads; of these, what is there.
@@ -38,9 +48,9 @@ READS = (*SECTIONS, 'vae', 'umt5', 'weights_dtype')
 
 
 def load(
-  name_or_path: str | pathlib.Path,
+  name_or_path: Path | Sequence[Path],
   *,
-  base: str | pathlib.Path | None = None,
+  base: Path | Sequence[Path] | None = None,
   text_encoder: str | pathlib.Path = 'keep',
   text_cache: str | pathlib.Path | None = None,
 ) -> VideoPipeline:
@@ -53,9 +63,11 @@ def load(
   `conversion_cache.cached`.
 
   Args:
-    name_or_path: a name of `known_names()`, a folder written by `export` or
-      `launch/convert_checkpoint.py`, or weights in the layout of Wan2.1,
-      diffusers or Self-Forcing: a folder, a file, or a hub's 'owner/name'.
+    name_or_path: a folder written by `export` or
+      `launch/convert_checkpoint.py`; a name of `known_names()`, if no folder
+      here that holds a pipeline has it; or weights in the layout of Wan2.1,
+      diffusers or Self-Forcing: a folder, a file, a hub's 'owner/name', or
+      several of them that have different parts.
     base: published weights that have the parts which the others lack, such as
       the VAE and the text encoder of Wan2.1.
     text_encoder: see `from_config`.
@@ -66,13 +78,15 @@ def load(
     FileNotFoundError: if a file is missing from the folder.
   """
   compiled_programs.keep()
-  folder = layouts.ASSETS / name_or_path
-  if not (folder / layouts.CONFIG_FILE).exists():
-    folder = pathlib.Path(name_or_path)
-  if base is not None or not conversion.is_ours(folder):
-    folder = _converted(name_or_path, base)
-  path = folder / layouts.CONFIG_FILE
-  config = safetensors_io.read_json(path)
+  folder = None if base is not None else _own_folder(name_or_path)
+  if folder is None:
+    needs = ['transformer', 'vae']
+    if text_encoder in text_umt5.CHOICES:
+      needs += ['text_encoder', 'tokenizer']
+    folder = _converted(name_or_path, base, needs)
+  config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
+  if config.get(layouts.IS_BASE_MODEL):
+    print(f'note: {_BASE_MODEL_NOTE.format(name_or_path)}', file=sys.stderr)
   return from_config(
     config,
     weights=folder / layouts.STUDENT_FILE,
@@ -82,11 +96,38 @@ def load(
   )
 
 
+def _own_folder(name: Path | Sequence[Path]) -> pathlib.Path | None:
+  """The folder in our format that is meant; None: it is to be converted."""
+  if not isinstance(name, str | os.PathLike):
+    return None
+  path = pathlib.Path(name).expanduser()
+  if isinstance(name, str) and name in known_names():
+    packaged = layouts.ASSETS / name
+    if not (path / layouts.CONFIG_FILE).exists():
+      return packaged
+    print(
+      f'note: {name!r} is {path.resolve()}, not the pipeline of that name that '
+      'comes with the package',
+      file=sys.stderr,
+    )
+  return path if conversion.is_ours(path) else None
+
+
 def _converted(
-  name: str | pathlib.Path, base: str | pathlib.Path | None
+  name: Path | Sequence[Path],
+  base: Path | Sequence[Path] | None,
+  needs: Sequence[str],
 ) -> pathlib.Path:
   """The converted folder of published weights."""
-  path = pathlib.Path(name)
+  names = releases.split_names(name)
+  for one in names if len(names) == 1 else ():
+    _check_named(one)
+  return conversion_cache.cached(name, base=base, needs=needs)
+
+
+def _check_named(name: Path) -> None:
+  """Raises unless something of that name may be converted."""
+  path = pathlib.Path(name).expanduser()
   if path.is_dir():
     if not releases.holds_weights(path):
       raise FileNotFoundError(
@@ -97,7 +138,6 @@ def _converted(
       f'no pipeline {str(name)!r}: it is neither a folder nor one of '
       f'{known_names()}'
     )
-  return conversion_cache.cached(name, base=base)
 
 
 def known_names() -> list[str]:
@@ -138,6 +178,7 @@ def from_config(
   if missing:
     raise ValueError(f'the config has no {missing}; generation needs them')
   denoiser = Denoiser(WanConfig(**config['model']))
+  _check_parts(config, denoiser, weights, codec)
   if 'umt5' in config or text_encoder not in text_umt5.CHOICES:
     encoder = text_umt5.load_encoder(
       config, pathlib.Path(weights).parent, text_encoder, text_cache
@@ -145,6 +186,11 @@ def from_config(
   else:
     encoder = encoders.open_encoder(config['text'])
   levels = noise_schedule.warped_levels(**config['schedule'])
+  if encoder.dim != denoiser.config.text_dim:
+    raise ValueError(
+      f'{weights} takes text states of {denoiser.config.text_dim} numbers a '
+      f'token, its text encoder gives {encoder.dim}'
+    )
   rollout_config = rollout.RolloutConfig(levels=levels, **config['rollout'])
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
@@ -163,6 +209,18 @@ def from_config(
     rollout=rollout_config,
     **config['generate'],
   )
+
+
+def _check_parts(config, denoiser, weights, codec) -> None:
+  """Raises ValueError if sizes in a config do not go together."""
+  configs, names = {'transformer': denoiser.config}, {'transformer': weights}
+  if 'vae' in config:
+    configs['vae'], names['vae'] = vae.VAEConfig(**config['vae']), codec
+  if 'umt5' in config:
+    configs['text_encoder'] = umt5.UMT5Config(**config['umt5'])
+    folder = pathlib.Path(weights).parent
+    names['text_encoder'] = folder / layouts.TEXT_ENCODER_FILE
+  parts.check(configs, names)
 
 
 def export(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hiar_jax.weights import wrong_files
+
 # What Wan2.1's guidance leads away from unless it is told otherwise: part of
 # the model, for its training captions are in this language.
 WAN_NEGATIVE_PROMPT = (
@@ -61,9 +63,11 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenize:
 
   Raises:
     FileNotFoundError: if there is neither.
-    ValueError: if the package that reads it is not installed.
+    ValueError: if it is something else, or the package that reads it is not
+      installed.
   """
   path = file_of(folder)
+  wrong_files.check_tokenizer(path)
   return (_fast_tokenizer if path.suffix == '.json' else _sentencepiece)(path)
 
 

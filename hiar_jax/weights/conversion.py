@@ -27,12 +27,16 @@ import numpy as np
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.weights import (
+  finite,
+  foreign,
   identity,
   layouts,
   networks,
   orbax_weights,
+  parts,
   safetensors_io,
   tables,
+  wrong_files,
 )
 from hiar_jax.weights.identity import Config, Network
 from hiar_jax.weights.releases import Release
@@ -110,7 +114,8 @@ def to_ours(
 ) -> None:
   """Writes a release as a folder of ours.
 
-  Everything is checked before anything is written.
+  Everything but the values is checked before anything is written; values that
+  are not finite end it, and what was written is removed.
 
   Args:
     release: at least one part.
@@ -123,17 +128,31 @@ def to_ours(
 
   Raises:
     FileNotFoundError: if a file or a shard is missing.
-    ValueError: naming the files and arrays that do not fit, or if the disk
-      is too small.
+    ValueError: naming the files and arrays that do not fit, or have values
+      that are not finite, or if the disk is too small.
   """
   out = pathlib.Path(out)
+  is_new = not out.exists()
   opened = open_networks(release, options)
   plans = {
     kind: _our_arrays(network, options.dtype)
     for kind, network in opened.items()
   }
+  if release.tokenizer is not None:
+    wrong_files.check_tokenizer(tokenizer_file(release.tokenizer))
   out.mkdir(parents=True, exist_ok=True)
   _check_space(out, plans.values())
+  try:
+    _write_release(release, opened, plans, out, name, options, sections, report)
+  except BaseException:
+    if is_new:
+      shutil.rmtree(out, ignore_errors=True)
+    raise
+
+
+def _write_release(
+  release, opened, plans, out, name, options, sections, report
+) -> None:
   config: dict[str, Any] = {'name': name} | DEFAULTS
   for section in DEFAULTS:
     config[section] = dict((sections or {}).get(section, DEFAULTS[section]))
@@ -144,8 +163,12 @@ def to_ours(
     )
   # Weights that are read in for sampling; the files keep what they have.
   config['weights_dtype'] = options.compute_dtype
+  if 'transformer' in opened:
+    config[layouts.IS_BASE_MODEL] = opened['transformer'].is_base_model
   if release.tokenizer is not None:
     copy_tokenizer(release.tokenizer, out / layouts.TOKENIZER)
+  elif 'text_encoder' in opened:
+    _write_own_tokenizer(opened['text_encoder'], out / layouts.TOKENIZER)
   # Last: a folder that has it is whole.
   _write_json(out / layouts.CONFIG_FILE, config)
 
@@ -177,7 +200,16 @@ def open_networks(release: Release, options: Options) -> dict[str, Network]:
     )
   if not opened:
     raise ValueError('the release has no network in it')
+  parts.check(
+    {kind: network.config for kind, network in opened.items()},
+    {kind: network.state.path for kind, network in opened.items()},
+  )
   return opened
+
+
+def has_own_tokenizer(network: Network) -> bool:
+  """Whether the file of a text encoder has a tokenizer in it."""
+  return foreign.TOKENIZER_ARRAY in network.state.names
 
 
 def to_foreign(
@@ -319,6 +351,20 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
       shutil.copyfile(file, target / file.name)
 
 
+def tokenizer_file(folder: pathlib.Path) -> pathlib.Path:
+  """The file of a tokenizer that is read, of those in its folder."""
+  files = [folder / name for name in layouts.TOKENIZER_FILES]
+  return next(file for file in files if file.is_file())
+
+
+def _write_own_tokenizer(network: Network, folder: pathlib.Path) -> None:
+  """Writes the sentencepiece model that ComfyUI keeps beside the weights."""
+  if has_own_tokenizer(network):
+    folder.mkdir(exist_ok=True)
+    model = network.state.read_bytes(foreign.TOKENIZER_ARRAY)
+    (folder / 'spiece.model').write_bytes(model)
+
+
 def is_ours(folder: str | os.PathLike) -> bool:
   """Whether a folder has a config.json that is not another library's."""
   path = pathlib.Path(folder) / layouts.CONFIG_FILE
@@ -365,15 +411,17 @@ def _write_ours(
     # Its arrays are held until all of their layers are there.
     names.sort(key=lambda name: slots[name].path)
     path, kind = path.with_suffix(orbax_weights.SUFFIX), orbax_weights.Writer
+  counts = {}
   with kind(path, arrays, shard_bytes=options.shard_bytes) as writer:
     for done, name in enumerate(names):
       if report is not None:
         report(network.kind, done, len(names))
       slot = slots[name]
       array = slot.to_ours(state.read(name))
-      writer.write(
-        slot.path, array.astype(arrays[slot.path][1], copy=False), slot.index
-      )
+      array = array.astype(arrays[slot.path][1], copy=False)
+      counts[name] = finite.count(array), array.size
+      writer.write(slot.path, array, slot.index)
+    finite.check(state.path, counts)
 
 
 def _check_space(folder: pathlib.Path, plans: Iterable[Mapping]) -> None:

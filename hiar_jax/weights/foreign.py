@@ -1,14 +1,18 @@
 """State dicts that others wrote, read one array at a time.
 
-Safetensors files, single or in shards, and torch pickles (.pt, .pth, .bin).
-Only the latter need torch; they are mapped into memory, not read, and opened
-with weights_only, so that no code in them runs.
+Safetensors files and torch pickles (.pt, .pth, .bin), single or in shards; the
+first bytes of a file tell which it is. Only pickles need torch; they are mapped
+into memory, not read, and opened with weights_only, so that no code in them
+runs.
 """
 
 import collections
+import functools
+import io
 import pathlib
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +20,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hiar_jax.weights import safetensors_io
+from hiar_jax.weights import safetensors_io, wrong_files
 from hiar_jax.weights.tables import Shape
 
+# The sentencepiece model in ComfyUI's files of umT5, as bytes.
+TOKENIZER_ARRAY = 'spiece_model'
 PICKLES = ('.pt', '.pth', '.bin', '.ckpt')
 # What a training run of Self-Forcing, CausVid or HiAR keeps its network under,
 # best first: the average is what is sampled from.
@@ -27,7 +33,18 @@ MEMBERS = ('generator_ema', 'generator', 'model', 'state_dict', 'module')
 _WRAPPERS = re.compile(
   r'(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.'
 )
-_PREFIXES = re.compile(r'^(?:(?:model|module|generator|diffusion_model)\.)+')
+# PEFT wraps what it adapts as base_model.model, and each layer as base_layer.
+_LAYER_WRAPPER = re.compile(r'\.base_layer(?=\.(?:weight|bias)$)')
+_PREFIXES = re.compile(
+  r'^(?:(?:model|module|generator|diffusion_model|base_model|net|pipe|dit|'
+  r'transformer)\.)+'
+)
+# Tables that a network computes and some programs save with it.
+_BUFFERS = re.compile(
+  r'(?:^|\.)(?:freqs|freqs_cis|freqs_cos|freqs_sin|inv_freq)$'
+)
+PICKLE_INDEX = '.bin' + safetensors_io.INDEX_SUFFIX
+_PICKLE_SHARD = re.compile(r'(.*)-(\d{5})-of-(\d{5})(\.bin|\.pth?)')
 
 
 class StateDict:
@@ -38,6 +55,7 @@ class StateDict:
     shapes: name -> shape.
     dtypes: name -> dtype.
     files: name -> file that holds it.
+    names: all that are in the file, as there.
   """
 
   def __init__(self, path: pathlib.Path, *, member: str | None = None):
@@ -54,9 +72,12 @@ class StateDict:
         member; or if torch is needed and not installed.
     """
     self.path = pathlib.Path(path)
-    if self.path.suffix in PICKLES:
-      arrays = _load_pickle(self.path, member)
-      files = {name: str(self.path) for name in arrays}
+    if _is_pickle(self.path):
+      arrays, files = {}, {}
+      for file in _pickle_files(self.path):
+        loaded = _load_pickle(file, member)
+        arrays |= loaded
+        files |= {name: str(file) for name in loaded}
       self._read = lambda name: _to_numpy(arrays[name])
       shapes = {name: tuple(t.shape) for name, t in arrays.items()}
       dtypes = {name: _dtype(t) for name, t in arrays.items()}
@@ -66,6 +87,8 @@ class StateDict:
       files = {name: str(e.file) for name, e in reader.entries.items()}
       shapes = {name: e.shape for name, e in reader.entries.items()}
       dtypes = {name: e.dtype for name, e in reader.entries.items()}
+    self.names = frozenset(shapes)
+    shapes = {k: v for k, v in shapes.items() if not _BUFFERS.search(k)}
     self._original = _clean_names(shapes, self.path)
     pick = lambda values: {k: values[v] for k, v in self._original.items()}
     self.shapes: dict[str, Shape] = pick(shapes)
@@ -84,10 +107,64 @@ class StateDict:
         value = values.pop(alias)
         values.setdefault(name, value)
 
+  def read_bytes(self, name: str) -> bytes:
+    """The bytes of an array, dropped or not, by its name in the file."""
+    return self._read(name).tobytes()
+
+  def drop(self, name: str) -> None:
+    """Leaves out an array that is no parameter."""
+    for values in (self._original, self.shapes, self.dtypes, self.files):
+      values.pop(name, None)
+
+  def strip_prefix(self) -> bool:
+    """Takes off the first word of all names, if it is one and the same."""
+    firsts = {name.partition('.')[0] for name in self.shapes}
+    if len(firsts) != 1 or any('.' not in name for name in self.shapes):
+      return False
+    for attribute in ('_original', 'shapes', 'dtypes', 'files'):
+      values = getattr(self, attribute)
+      short = {k.partition('.')[2]: v for k, v in values.items()}
+      setattr(self, attribute, short)
+    return True
+
 
 def clean_name(name: str) -> str:
   """A parameter's name without what wrappers of the network put into it."""
-  return _PREFIXES.sub('', _WRAPPERS.sub('', name), count=1)
+  name = _LAYER_WRAPPER.sub('', _WRAPPERS.sub('', name))
+  return _PREFIXES.sub('', name, count=1)
+
+
+def _is_pickle(path: pathlib.Path) -> bool:
+  """Told by the file itself, which may be named as the other format is."""
+  if path.name.endswith(PICKLE_INDEX):
+    return True
+  if not path.is_file():
+    return path.suffix in PICKLES
+  if path.name.endswith(safetensors_io.INDEX_SUFFIX):
+    return False
+  if wrong_files.is_pickle(path):
+    return True
+  return path.suffix in PICKLES and not wrong_files.is_safetensors(path)
+
+
+def _pickle_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """The file, or all shards of its index or of its name's number."""
+  if path.name.endswith(PICKLE_INDEX):
+    return list(safetensors_io.indexed(path))
+  shard = _PICKLE_SHARD.fullmatch(path.name)
+  if not shard:
+    return [path]
+  stem, count, suffix = shard[1], int(shard[3]), shard[4]
+  files = [
+    path.with_name(f'{stem}-{i:05}-of-{count:05}{suffix}')
+    for i in range(1, count + 1)
+  ]
+  missing = [str(file) for file in files if not file.exists()]
+  if missing:
+    raise FileNotFoundError(
+      f'{len(missing)} of {count} shards are missing: ' + ', '.join(missing)
+    )
+  return files
 
 
 def _clean_names(names, path: pathlib.Path) -> dict[str, str]:
@@ -105,6 +182,9 @@ def _load_pickle(path: pathlib.Path, member: str | None) -> dict[str, Any]:
   """Name -> tensor of one network in a pickle."""
   if not path.is_file():
     raise FileNotFoundError(f'no weights at {path}')
+  what = None if wrong_files.is_pickle(path) else wrong_files.describe(path)
+  if what := what or wrong_files.describe_bytes(path):
+    raise ValueError(f'{path} is {what}')
   try:
     import torch
   except ImportError:
@@ -113,13 +193,7 @@ def _load_pickle(path: pathlib.Path, member: str | None) -> dict[str, Any]:
       "pip install 'hiar_jax[convert]'"
     ) from None
   try:
-    loaded = torch.load(
-      path,
-      map_location='cpu',
-      weights_only=True,
-      # Files from before torch 1.6 are no archives and cannot be mapped.
-      mmap=zipfile.is_zipfile(path),
-    )
+    loaded = _torch_load(torch, path)
   except pickle.UnpicklingError as error:
     culprit = re.search(r'GLOBAL (\S+)', str(error))
     what = f'{culprit[1]}' if culprit else 'objects that are no arrays'
@@ -127,9 +201,28 @@ def _load_pickle(path: pathlib.Path, member: str | None) -> dict[str, Any]:
       f'{path} was not opened: it is damaged, or holds code ({what}), which '
       'could do anything; ask its author for safetensors'
     ) from error
-  except (RuntimeError, EOFError) as error:
+  except (RuntimeError, EOFError, OSError, struct.error) as error:
     raise ValueError(f'{path} is damaged: {str(error)[:200]}') from error
   return _choose_member(path, loaded, member, torch.Tensor)
+
+
+def _torch_load(torch, path: pathlib.Path):
+  load = functools.partial(torch.load, map_location='cpu', weights_only=True)
+  if path.suffix == '.safetensors':
+    # By its name torch would take it for that.
+    load = functools.partial(load, io.BytesIO(path.read_bytes()))
+  else:
+    # Files from before torch 1.6 are no archives and cannot be mapped.
+    load = functools.partial(load, path, mmap=zipfile.is_zipfile(path))
+  try:
+    return load()
+  except pickle.UnpicklingError as error:
+    if 'torch.distributed.tensor' not in str(error):
+      raise
+  # FSDP2's DTensors are known to it once this is imported.
+  import torch.distributed.tensor
+
+  return load()
 
 
 def _choose_member(path, loaded, member: str | None, tensor: type) -> dict:
@@ -146,7 +239,23 @@ def _choose_member(path, loaded, member: str | None, tensor: type) -> dict:
         f'{path} has no weights; it has {[k for k, _ in _items(state)][:10]}'
       )
     state = state[inner[0]]
-  return {k: v for k, v in state.items() if isinstance(v, tensor)}
+  return {
+    k: _whole(path, k, v) for k, v in state.items() if isinstance(v, tensor)
+  }
+
+
+def _whole(path: pathlib.Path, name: str, tensor):
+  """The tensor itself; of an FSDP2 DTensor what this process has, if all."""
+  if not hasattr(tensor, 'to_local'):
+    return tensor
+  local = tensor.to_local()
+  if local.shape != tensor.shape:
+    raise ValueError(
+      f"{path} has one process's part of {name!r}, {tuple(local.shape)} of "
+      f'{tuple(tensor.shape)}, as FSDP divides it; save the full state dict '
+      '(full_state_dict=True of get_model_state_dict)'
+    )
+  return local
 
 
 def _items(value):

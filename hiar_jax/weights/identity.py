@@ -7,6 +7,7 @@ come from a config.json beside it and else from the shapes.
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from hiar_jax.weights import (
   tables,
   umt5_tables,
   vae_tables,
+  wrong_files,
 )
 from hiar_jax.weights.tables import Rule, Shape, Slot
 
@@ -29,6 +31,8 @@ NAMINGS = ('wan', 'diffusers')
 
 Config = WanConfig | vae.VAEConfig | umt5.UMT5Config
 
+# What whole umT5 models have beside the encoder, and ComfyUI's files of it.
+_NOT_ENCODER = re.compile(rf'decoder\.|lm_head\.|{foreign.TOKENIZER_ARRAY}$')
 _FLOATS = ('float64', 'float32', 'float16', 'bfloat16')
 
 
@@ -42,6 +46,8 @@ class Network:
     config: its sizes.
     state: the file.
     slots: foreign name -> place in our tree; complete and of the right shapes.
+    is_base_model: a transformer whose config.json is that of Wan2.1's own,
+      which is no student.
   """
 
   kind: str
@@ -49,6 +55,7 @@ class Network:
   config: Config
   state: foreign.StateDict
   slots: dict[str, Slot]
+  is_base_model: bool = False
 
 
 def open_network(
@@ -73,8 +80,7 @@ def open_network(
     ValueError: naming every array that is unknown, missing or misshapen.
   """
   state = foreign.StateDict(path, member=member)
-  state.rename(umt5_tables.ALIASES)
-  kind, naming, rules = identify(state.shapes, state.path)
+  kind, naming, rules = recognise(state)
   ours = tables.our_shapes(state.shapes, rules)
   known = _config_sizes(state.path, kind)
   try:
@@ -98,7 +104,38 @@ def open_network(
     raise ValueError(
       f'{state.path} is not what a {kind} needs: {tables.report(problems)}'
     )
-  return Network(kind, naming, config, state, expected)
+  is_base_model = kind == 'transformer' and bool(known)
+  is_base_model &= _class_of(state.path) != 'CausalWanModel'
+  return Network(kind, naming, config, state, expected, is_base_model)
+
+
+def recognise(state: foreign.StateDict) -> tuple[str, str, list[Rule]]:
+  """Kind, naming and table of an open file.
+
+  A prefix of all names, and what is no part of these networks, is taken off.
+
+  Raises:
+    ValueError: saying what the file is, if it is none of them.
+  """
+  state.rename(umt5_tables.ALIASES)
+  while True:
+    try:
+      found = identify(state.shapes, state.path)
+      break
+    except ValueError:
+      what = wrong_files.describe_arrays(state.shapes, state.dtypes)
+      if what:
+        raise ValueError(f'{state.path} is {what}') from None
+      if not state.strip_prefix():
+        raise
+      state.rename(umt5_tables.ALIASES)
+  what = wrong_files.describe_arrays(state.shapes, state.dtypes)
+  if what:
+    raise ValueError(f'{state.path} is {what}')
+  if found[0] == 'text_encoder':
+    for name in [n for n in state.shapes if _NOT_ENCODER.match(n)]:
+      state.drop(name)
+  return found
 
 
 def identify(
@@ -192,6 +229,7 @@ _CONFIG_KEYS = {
     'dim_mult': 'dim_mult',
     'num_res_blocks': 'num_res_blocks',
     'temperal_downsample': 'temporal_downsample',
+    'patch_size': 'patch_size',
     'latents_mean': 'mean',
     'latents_std': 'std',
   },
@@ -213,13 +251,27 @@ _CLASSES = {
 }
 
 
+def _class_of(path: pathlib.Path) -> str | None:
+  """Whose config.json lies beside the weights."""
+  file = path.with_name('config.json')
+  if not file.exists():
+    return None
+  config = safetensors_io.read_json(file)
+  return config.get('_class_name', config.get('model_type'))
+
+
 def _config_sizes(path: pathlib.Path, kind: str) -> dict[str, Any]:
   """Our sizes from a config.json beside the weights, if it is theirs."""
   file = path.with_name('config.json')
   if not file.exists():
     return {}
   config = safetensors_io.read_json(file)
-  whose = config.get('_class_name', config.get('model_type'))
+  if config.get('is_residual'):
+    raise ValueError(
+      f"{file} is of Wan2.2-TI2V-5B's VAE, whose network is not Wan2.1's; "
+      "diffusers' AutoencoderKLWan reads it"
+    )
+  whose = _class_of(path)
   if whose not in _CLASSES[kind]:
     return {}
   sizes = {
@@ -231,7 +283,7 @@ def _config_sizes(path: pathlib.Path, kind: str) -> dict[str, Any]:
     sizes['dim'] = config['attention_head_dim'] * sizes['num_heads']
   if 'd_kv' in config:
     sizes['attention_dim'] = config['d_kv'] * sizes['num_heads']
-  if 'patch_size' in config and config['patch_size'] is not None:
+  if kind == 'transformer' and config.get('patch_size') is not None:
     sizes['patch'] = tuple(config['patch_size'][1:])
   return sizes
 

@@ -19,6 +19,10 @@ OWN_FILES = {
   'text_encoder': TEXT_ENCODER_FILE,
 }
 TOKENIZER = 'tokenizer'
+# Of config.json: the transformer is Wan2.1's own, no student.
+IS_BASE_MODEL = 'is_base_model'
+# Any of them is a tokenizer.
+TOKENIZER_FILES = ('tokenizer.json', 'spiece.model', 'tokenizer.model')
 LINEAR_CODEC_FILE = 'codec.npz'
 TEACHER_FILE = 'teacher.safetensors'
 

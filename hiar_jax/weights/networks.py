@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from hiar_jax.runtime import files
-from hiar_jax.weights import orbax_weights, safetensors_io
+from hiar_jax.weights import finite, orbax_weights, safetensors_io
 
 
 def save_weights(
@@ -69,7 +69,7 @@ def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
   Raises:
     FileNotFoundError: if there is no such file, or a shard is missing.
     ValueError: if the file is damaged, or, all together, for every missing,
-      unknown or misshapen array.
+      unknown or misshapen array, or all with values that are not finite.
   """
   wanted = _flatten_params(abstract_params)
   try:
@@ -83,10 +83,16 @@ def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
     raise ValueError(f'weights {path} are damaged ({error})') from error
   check_structure(path, shapes(reader.entries), shapes(wanted))
   if isinstance(reader, orbax_weights.Reader):
-    return _unflatten(reader.load(wanted))
-  return _unflatten(
-    {name: _place(reader.read(name), leaf) for name, leaf in wanted.items()}
-  )
+    loaded = reader.load(wanted)
+    counts = {k: (finite.count(a), a.size) for k, a in loaded.items()}
+  else:
+    loaded, counts = {}, {}
+    for name, leaf in wanted.items():
+      array = reader.read(name)
+      counts[name] = finite.count(array), array.size
+      loaded[name] = _place(array, leaf)
+  finite.check(path, counts)
+  return _unflatten(loaded)
 
 
 def open_weights(

@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from hiar_jax.runtime import files
+from hiar_jax.weights import wrong_files
 
 SHARD_BYTES = 5 * 10**9
 INDEX_SUFFIX = '.index.json'
@@ -98,7 +99,7 @@ class Reader:
       index = path
     elif path.exists() or not index.exists():
       index = None
-    files = _indexed(index) if index else _siblings(path)
+    files = indexed(index) if index else _siblings(path)
     self.entries: dict[str, Entry] = {}
     self.metadata: dict[str, str] = {}
     for file, wanted in files.items():
@@ -232,7 +233,7 @@ class Writer:
       )
 
 
-def _indexed(index: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+def indexed(index: pathlib.Path) -> dict[pathlib.Path, set[str]]:
   """File -> the names that the index expects in it."""
   weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:
@@ -277,6 +278,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: if there is no such file.
     ValueError: naming the file, if it holds something else.
   """
+  wrong_files.check(path)
   try:
     value = files.parse_json(path.read_bytes())
   except ValueError as error:
@@ -289,6 +291,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def _read_header(
   path: pathlib.Path,
 ) -> tuple[dict[str, Entry], dict[str, str]]:
+  wrong_files.check(path)
   size = path.stat().st_size
   with path.open('rb') as file:
     (length,) = struct.unpack('<Q', file.read(8).ljust(8, b'\xff'))

@@ -278,7 +278,7 @@ def _change(kind: str, edit):
 def _several_wrong(state):
   del state['blocks.1.ffn.0.bias']
   state['blocks.0.cross_attn.q.weight'] = np.zeros((24, 23), np.float32)
-  state['img_emb.proj.0.weight'] = np.zeros(3, np.float32)
+  state['img.proj.0.weight'] = np.zeros(3, np.float32)
 
 
 def _unreadable_config(folder):
@@ -294,7 +294,7 @@ def _unreadable_config(folder):
         "'blocks.1.ffn.0.bias' is missing from .*diffusion_pytorch_model",
         r"'blocks.0.cross_attn.q.weight' in .* has shape \(24, 23\), not "
         r'\(24, 24\)',
-        "'img_emb.proj.0.weight' in .*diffusion_pytorch_model.* is unknown",
+        "'img.proj.0.weight' in .*diffusion_pytorch_model.* is unknown",
       ],
     ),
     (
@@ -370,7 +370,7 @@ def test_nothing_there_and_several_there_are_named(tmp_path):
 
 
 def _open_pickle(folder):
-  (folder / 'x.pt').write_bytes(b'')
+  (folder / 'x.pt').write_bytes(b'\x80\x02.')
   releases.find(folder / 'x.pt')
 
 
@@ -384,7 +384,7 @@ def _read_tokenizer(folder):
 
 
 def _read_pieces(folder):
-  (folder / 'spiece.model').write_bytes(b'')
+  (folder / 'spiece.model').write_bytes(b'\n\x0e')
   text_tokens.load_tokenizer(folder)
 
 

@@ -152,7 +152,7 @@ def _index_leads_away(folder):
     (_remove_shard, '1 of 2 shards .* missing: .*x-00002-of-00002'),
     (_cut, 'x-00002-of-00002.* is damaged: it ends within'),
     (_no_header, 'x-00001-of-00002.* it has no safetensors header'),
-    (_empty_file, 'x-00001-of-00002.* it has no safetensors header'),
+    (_empty_file, 'x-00001-of-00002.* is empty'),
     (_not_json, 'x-00001-of-00002.* is damaged: its header'),
     (_nested_header, 'x-00001-of-00002.* is damaged: its header .*nested'),
     (_nested_index, 'index.json is not JSON: .*nested'),
