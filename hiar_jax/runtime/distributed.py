@@ -5,9 +5,12 @@ Every process runs the same program. Who takes part is said by flags (see
 
   JAX_COORDINATOR_ADDRESS=host0:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=1 ...
 
-or by the cluster: Slurm, a TPU pod, a GKE JobSet, whatever jax detects. After
+or by the cluster: Slurm, a TPU pod, a GKE JobSet, see `clusters`. After
 `start`, jax.devices() are those of all processes; on CPUs, collectives run
 over gloo.
+
+The roll is called by hand: jax has no public way to learn who is there before
+it joins, and ends the process with a stack trace where one is missing.
 """
 
 import collections
@@ -21,10 +24,7 @@ from collections.abc import Mapping
 import jax
 from absl import flags
 
-# jax 0.10 has no public barrier with a time-out (multihost_utils' runs on the
-# devices and waits for ever), and none that tells what it has detected.
-from jax._src import clusters
-from jax._src import distributed as jax_distributed
+from hiar_jax.runtime import clusters
 
 _NAMES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _ALL_PRESENT = b'all\n'
@@ -95,7 +95,6 @@ def find(
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
-  timeout: float,
 ) -> Processes | None:
   """Who takes part; None if this process is alone.
 
@@ -105,7 +104,6 @@ def find(
       cluster.
     num_processes: 1 alone says that there is no one else, whatever the cluster.
     process_id: see `Processes`.
-    timeout: seconds to wait for a cluster to know its coordinator.
 
   Raises:
     ValueError: if a part only is named.
@@ -117,26 +115,12 @@ def find(
   said = dict(environ) | {
     name: str(value) for name, value in zip(_NAMES, given) if value is not None
   }
-  processes = from_environment(said) or _from_cluster(timeout)
+  processes = from_environment(said)
+  if processes is None and (found := clusters.find(environ)) is not None:
+    processes = Processes(*found)
   if processes is None or processes.num_processes == 1:
     return None
   return processes
-
-
-def _from_cluster(timeout: float) -> Processes | None:
-  """What jax detects: a TPU pod, a GKE JobSet, Slurm."""
-  try:
-    coordinator, count, index, local_ids = (
-      clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, round(timeout)
-      )
-    )
-  except RuntimeError as error:
-    raise OSError(f'the cluster names no processes: {error}') from error
-  if None in (coordinator, count, index):
-    return None
-  local_ids = None if local_ids is None else tuple(local_ids)
-  return Processes(coordinator, count, index, local_ids)
 
 
 def define_flags() -> None:
@@ -175,7 +159,6 @@ def find_by_flags() -> Processes | None:
     coordinator=values.coordinator,
     num_processes=values.num_processes,
     process_id=values.process_id,
-    timeout=values.join_timeout,
   )
 
 
@@ -263,18 +246,22 @@ def barrier(name: str, *, timeout: float) -> None:
   Raises:
     TimeoutError: if one does not come in time.
   """
-  joined = jax_distributed.global_state
-  if joined.client is None:
+  if not jax.distributed.is_initialized():
     return
+  # Public, over jax's own service; jax's public barrier runs on the devices and
+  # waits for ever.
+  from orbax.checkpoint import multihost
+
   _uses[name] += 1
   try:
-    joined.client.wait_at_barrier(
-      f'hiar_jax/{name}/{_uses[name]}', max(1, round(1000 * timeout))
+    multihost.get_barrier_sync_fn()(
+      key=f'hiar_jax/{name}/{_uses[name]}',
+      timeout_ms=max(1, round(1000 * timeout)),
     )
   except jax.errors.JaxRuntimeError as error:
     reason = ' '.join(str(error).split())
     raise TimeoutError(
-      f'process {joined.process_id} of {joined.num_processes}: the others '
+      f'process {jax.process_index()} of {jax.process_count()}: the others '
       f'did not come to {name!r} within {timeout:g} s ({reason})'
     ) from error
 

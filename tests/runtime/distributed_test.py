@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import threading
-import types
 
 import jax
 import pytest
+from orbax.checkpoint import multihost
 
 from hiar_jax.runtime import distributed
 
@@ -39,7 +39,7 @@ GKE_TPU = {
 
 
 def find(environ=None, **kwargs):
-  return distributed.find(environ or {}, timeout=1.0, **kwargs)
+  return distributed.find(dict(os.environ) | (environ or {}), **kwargs)
 
 
 @pytest.fixture
@@ -67,10 +67,7 @@ def test_slurm_tasks_are_processes_with_a_device_each(environment):
 
 def test_workers_of_a_tpu_slice_are_processes(environment, monkeypatch):
   environment(GKE_TPU)
-  for module in ('cluster', 'cloud_tpu_cluster'):
-    monkeypatch.setattr(
-      f'jax._src.clusters.{module}.running_in_cloud_tpu_vm', True
-    )
+  monkeypatch.setattr(distributed.clusters, '_has_tpu', lambda: True)
   # Or the metadata server would be asked for them.
   one_slice = {
     'TPU_SKIP_MDS_QUERY': '1',
@@ -84,16 +81,28 @@ def test_workers_of_a_tpu_slice_are_processes(environment, monkeypatch):
   assert find() == distributed.Processes('127.0.0.1:8482', 8, 6)
 
 
-def test_a_cluster_that_does_not_answer_is_one_sentence(monkeypatch):
-  def detect(*unused_args):
-    raise RuntimeError('no such host')
+def test_workers_of_a_tpu_vm_are_known_by_its_metadata(
+  environment, monkeypatch
+):
+  told = {
+    'agent-worker-number': '1',
+    'worker-network-endpoints': 'a:0:10.0.0.4,b:1:10.0.0.5',
+    'tpu-env': "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'",
+  }
+  monkeypatch.setattr(distributed.clusters, '_has_tpu', lambda: True)
+  ask = lambda name: told.get(name.removeprefix('attributes/'))
+  monkeypatch.setattr(distributed.clusters, '_metadata', ask)
+  assert find() == distributed.Processes('10.0.0.4:8482', 4, 3)
+  told['worker-network-endpoints'] = 'first,second'
+  told['tpu-env'] = ''
+  assert find() == distributed.Processes('first:8482', 2, 1)
+  del told['agent-worker-number']
+  assert find() is None
 
-  monkeypatch.setattr(
-    distributed.clusters.ClusterEnv,
-    'auto_detect_unset_distributed_params',
-    detect,
-  )
-  with pytest.raises(OSError, match='names no processes: no such host'):
+
+def test_a_cluster_that_does_not_answer_is_one_sentence(environment):
+  environment(SLURM | {'SLURM_NTASKS': 'many'})
+  with pytest.raises(OSError, match="names no processes: .*'many'"):
     find()
 
 
@@ -136,17 +145,14 @@ def test_a_barrier_of_one_is_passed():
 def test_a_barrier_names_itself_when_nobody_comes(monkeypatch):
   asked = []
 
-  class Client:
-    def wait_at_barrier(self, name, milliseconds):
-      asked.append((name, milliseconds))
-      if len(asked) == 3:
-        raise jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED:\n task 1')
+  def wait(*, key, timeout_ms):
+    asked.append((key, timeout_ms))
+    if len(asked) == 3:
+      raise jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED:\n task 1')
 
-  monkeypatch.setattr(
-    distributed.jax_distributed,
-    'global_state',
-    types.SimpleNamespace(client=Client(), process_id=0, num_processes=2),
-  )
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(multihost, 'get_barrier_sync_fn', lambda: wait)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
   for _ in range(2):
     distributed.barrier('save', timeout=0.5)
   with pytest.raises(
