@@ -6,6 +6,7 @@ import pytest
 from hiar_jax.codecs import linear, pixels
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
+from hiar_jax.evaluation import bouncing_frames
 
 CFG = bouncing.WorldConfig()
 COUNT = 16
@@ -95,7 +96,7 @@ def test_codec_round_trip_scores_as_well_as_the_codec_allows(videos, prompts):
 
 def test_measured_place_and_colours_are_the_scene_s(scenes, videos):
   for scene, video in zip(scenes, videos, strict=True):
-    frames = evaluation_bouncing.measure_frames(video)
+    frames = bouncing_frames.measure_frames(video)
     np.testing.assert_allclose(frames.centre_F2, scene.positions, atol=0.3)
     np.testing.assert_array_equal(frames.colour_F3, [scene.rgb] * 21)
     np.testing.assert_array_equal(
@@ -211,8 +212,8 @@ def test_a_ghost_is_not_an_object():
 def test_a_speck_elsewhere_does_not_move_the_object():
   video = make_video()
   video[:, 58:61, 3:6] = bouncing.PALETTE['red']
-  clean = evaluation_bouncing.measure_frames(make_video())
-  speckled = evaluation_bouncing.measure_frames(video)
+  clean = bouncing_frames.measure_frames(make_video())
+  speckled = bouncing_frames.measure_frames(video)
   np.testing.assert_allclose(speckled.centre_F2, clean.centre_F2, atol=1e-6)
 
 
