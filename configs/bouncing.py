@@ -55,6 +55,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   )
   c.world_seed = 1
   c.prompts = dict(source='bouncing')
+  c.measures = 'bouncing'  # Of sampled videos.
   c.text = dict(dim=64, length=16)
   c.negative_prompt = ''
   c.codec = dict(path=f'{_RUNS}/codec/weights.safetensors')

@@ -14,6 +14,7 @@ F frames, H height, W width.
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -117,6 +118,56 @@ def evaluate_prompts(
       result[f'{name}_q{quarter + 1}'] = _mean(quarters[:, quarter])
     result[f'{name}_drift'] = _mean(quarters[:, 3] - quarters[:, 0])
   return result
+
+
+def open_measures(config: Mapping[str, Any]) -> 'SampleMeasures':
+  """For `evaluation.measures`.
+
+  Args:
+    config: of a phase; has `world` and `world_seed`.
+
+  Raises:
+    ValueError: if it is of another world.
+  """
+  missing = {'world', 'world_seed'} - {*config}
+  if missing:
+    raise ValueError(
+      "measures='bouncing' needs the small world's "
+      f'{" and ".join(sorted(missing))} in the config'
+    )
+  return SampleMeasures(
+    bouncing.WorldConfig(**config['world']), config['world_seed']
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleMeasures:
+  """Scores of videos against captions of the world.
+
+  Attributes:
+    cfg: the world.
+    seed: of the training's scenes.
+  """
+
+  cfg: bouncing.WorldConfig
+  seed: int
+
+  def prompts(self, count: int) -> tuple[str, ...]:
+    """Captions of the next seed: as the training's, but none of its scenes."""
+    return tuple(
+      bouncing.sample_scene(self.cfg, self.seed + 1, index).caption
+      for index in range(count)
+    )
+
+  def measure(
+    self, videos_BFHWC: np.ndarray, prompts: Sequence[str]
+  ) -> dict[str, float]:
+    """Means of `_SAMPLED`; {} of short videos or of another size."""
+    size = (self.cfg.height, self.cfg.width)
+    if videos_BFHWC.shape[2:4] != size or videos_BFHWC.shape[1] < MIN_FRAMES:
+      return {}
+    measured = evaluate_prompts(list(videos_BFHWC), prompts, self.cfg)
+    return {name: measured[name] for name in _SAMPLED}
 
 
 def _says_everything(caption: str) -> bool:
@@ -267,6 +318,14 @@ _SCALARS = (
   'motion_correct',
   'steadiness',
   'ideal_db',
+)
+_SAMPLED = (
+  'motion',
+  'motion_drift',
+  'ideal_db',
+  'ideal_db_drift',
+  'shape_correct',
+  'colour_error',
 )
 _BY_QUARTER = ('ideal_db', 'motion', 'shape_correct')
 _COLUMNS = {

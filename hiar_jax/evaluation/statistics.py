@@ -31,6 +31,7 @@ F frames, P = F - 1 pairs, K segments.
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,12 @@ _DRIFTING = (*DRIFT_FLOORS, *DRIFT_SCALES)
 DRIFT_WEIGHTS = dict.fromkeys(_DRIFTING, 1 / len(_DRIFTING))
 # Of the video, at each end, as Helios compares them.
 END_SHARE = 0.15
+
+# Of the videos that training samples: drift with what it must be read beside.
+SAMPLED = (
+  *('motion', 'motion_drift', 'sharpness', 'contrast', 'saturation'),
+  *('similarity', 'jump', 'drift'),
+)
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 # Blocks are matched at this many px of the shorter side, or fewer.
@@ -226,6 +233,34 @@ def summarise(statistics: Statistics) -> Summary:
     if means['motion'] > 0
     else 0.0,
   )
+
+
+def open_measures(config: Any) -> 'SampleMeasures':
+  """For `evaluation.measures`; reads nothing of the config."""
+  del config
+  return SampleMeasures()
+
+
+class SampleMeasures:
+  """The row of numbers, of videos with no known prompts."""
+
+  def prompts(self, count: int) -> tuple[str, ...]:
+    """None are known."""
+    del count
+    return ()
+
+  def measure(
+    self, videos_BFHWC: np.ndarray, prompts: tuple[str, ...]
+  ) -> dict[str, float]:
+    """Means over the videos of `SAMPLED`; {} below MIN_FRAMES."""
+    del prompts
+    if videos_BFHWC.shape[1] < MIN_FRAMES:
+      return {}
+    rows = [summarise(measure(video)) for video in videos_BFHWC]
+    return {
+      name: float(np.mean([getattr(row, name) for row in rows]))
+      for name in SAMPLED
+    }
 
 
 def _weighted(changes, means):

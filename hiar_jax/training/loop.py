@@ -23,7 +23,9 @@ from hiar_jax.training.network_files import WEIGHTS
 from hiar_jax.weights import networks
 
 # What may differ between a run and its continuation.
-_FREE_KEYS = ('workdir', 'log_every', 'checkpoint_every', 'loop', 'mesh')
+_FREE_KEYS = (
+  *('workdir', 'log_every', 'checkpoint_every', 'loop', 'mesh', 'measures'),
+)
 
 
 def train(

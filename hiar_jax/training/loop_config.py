@@ -26,8 +26,8 @@ class LoopConfig:
     wandb: also writes to Weights & Biases, as WANDB_MODE says.
     sample_every: iterations between sampled videos; 0 for none.
     sample_blocks: length of those videos.
-    sample_prompts: of those videos; () takes captions of the small world that
-      training does not see.
+    sample_prompts: of those videos; () takes what the config's `measures` know
+      that training does not see, or else the first of the training's own.
   """
 
   keep_last: int = 3

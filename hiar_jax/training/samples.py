@@ -13,9 +13,8 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hiar_jax.data import bouncing
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.evaluation import bouncing as evaluation_bouncing
+from hiar_jax.evaluation import measures
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
 from hiar_jax.sampling import calls, video, video_pipeline
@@ -24,17 +23,7 @@ from hiar_jax.training.loop_config import LoopConfig
 
 ORDERS = ('step_first', 'block_first')
 _NUM_PROMPTS = 4
-# Scenes of the next seed: as the training's, but none of them.
-_UNSEEN = 1
 _MAX_WIDTH = 2048  # px, of the prompts side by side.
-_MEASURES = (
-  'motion',
-  'motion_drift',
-  'ideal_db',
-  'ideal_db_drift',
-  'shape_correct',
-  'colour_error',
-)
 
 
 class Sampler:
@@ -48,21 +37,18 @@ class Sampler:
       loop: says which prompts and how many blocks.
 
     Raises:
-      ValueError: if the phase has no student.
+      ValueError: if the phase has no student, or there are no such measures,
+        or no states of the prompts.
     """
     if 'rollout' not in config or 'generate' not in config:
       raise ValueError(
         f'loop.sample_every={loop.sample_every}: phase {config.phase!r} trains '
         'no network that videos could be sampled from block by block'
       )
-    self._world = bouncing.WorldConfig(**config.world)
+    self._measures = measures.open_measures(config)
     self._folder = pathlib.Path(config.workdir) / 'samples'
-    self._prompts = loop.sample_prompts or tuple(
-      bouncing.sample_scene(
-        self._world, config.world_seed + _UNSEEN, index
-      ).caption
-      for index in range(_NUM_PROMPTS)
-    )
+    encoder = inputs.open_text(config)
+    self._prompts = self._choose_prompts(config, loop, encoder)
     video_pipeline.check_prompts(self._prompts)
     self._request = calls.Request(
       num_blocks=loop.sample_blocks, seed=config.seed
@@ -72,7 +58,7 @@ class Sampler:
       name=config.name,
       denoiser=Denoiser(WanConfig(**config.model)),
       params={},
-      encoder=inputs.open_text(config),
+      encoder=encoder,
       codec=inputs.open_codec(config),
       rollout=phase_parts.rollout_config(config),
       **config.generate,
@@ -89,8 +75,8 @@ class Sampler:
       iteration: names the files.
 
     Returns:
-      What `evaluation` measures, such as 'step_first/motion' in px a frame,
-      unless the videos are too short for it; and the contact sheets by order.
+      What the config's measures say, such as 'step_first/motion', nothing if
+      the videos are too short for them; and the contact sheets by order.
     """
     if jax.process_count() > 1:
       params = multihost_utils.process_allgather(params, tiled=True)
@@ -120,17 +106,20 @@ class Sampler:
         captions=self._prompts,
         scale=min(scale, 2),
       )
-      values |= self._measure(order, frames)
+      measured = self._measures.measure(frames, self._prompts)
+      values |= {f'{order}/{name}': v for name, v in measured.items()}
     return values, sheets
 
-  def _measure(self, order, frames):
-    world = (self._world.height, self._world.width)
-    if (
-      frames.shape[2:4] != world
-      or frames.shape[1] < evaluation_bouncing.MIN_FRAMES
-    ):
-      return {}
-    measured = evaluation_bouncing.evaluate_prompts(
-      list(frames), self._prompts, self._world
-    )
-    return {f'{order}/{name}': measured[name] for name in _MEASURES}
+  def _choose_prompts(self, config, loop, encoder):
+    """What the videos show; found out before the training that it stops."""
+    prompts = loop.sample_prompts or self._measures.prompts(_NUM_PROMPTS)
+    if not prompts:
+      source = inputs.open_prompts(config)
+      prompts = tuple(source[i] for i in range(min(_NUM_PROMPTS, len(source))))
+    try:
+      encoder.encode(prompts)
+    except ValueError as error:
+      raise ValueError(
+        f'videos of loop.sample_prompts cannot be sampled: {error}'
+      ) from None
+    return tuple(prompts)

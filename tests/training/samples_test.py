@@ -1,14 +1,20 @@
 """Videos of the student are made while it trains, in both orders."""
 
 import json
+import pathlib
 
+import jax
 import numpy as np
 import pytest
 
+from hiar_jax.evaluation import statistics
+from hiar_jax.models import vae
 from hiar_jax.runtime import video_io
+from hiar_jax.training import codec as training_codec
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training import phases, samples
 from hiar_jax.training.loop_config import LoopConfig
+from hiar_jax.weights import networks
 from tests import tiny
 
 
@@ -74,3 +80,60 @@ def test_short_videos_are_not_measured(inputs, tmp_path):
   assert values == {}
   assert sheets['step_first'] == tmp_path / 'samples/0000007_step_first.png'
   assert all(path.exists() for path in sheets.values())
+
+
+@pytest.fixture
+def others(tmp_path):
+  """A config with a prompts file and the video VAE, of no known world."""
+  config = tiny.config('distill', tmp_path)
+  config.workdir = str(tmp_path / 'run')
+  del config.world, config.world_seed, config.measures
+  prompts = tmp_path / 'prompts.txt'
+  prompts.write_text('a cat\nzwei Hunde\n')
+  config.prompts = dict(source='file', path=str(prompts))
+  config.text.encoder = 'word_hash'
+  codec = tiny.config('codec', tmp_path)
+  config.codec = codec.codec
+  config.vae = codec.vae
+  path = pathlib.Path(config.codec.path)
+  path.parent.mkdir()
+  networks.save_weights(
+    path,
+    training_codec.init(vae.VAEConfig(**config.vae), jax.random.key(0)),
+  )
+  return config
+
+
+@pytest.mark.slow
+def test_videos_of_others_are_decoded_by_the_vae_and_measured(others):
+  loop = LoopConfig(sample_every=1, sample_blocks=2)
+  params = tiny.random_params(
+    samples.Denoiser(samples.WanConfig(**others.model)), 0
+  )
+  values, sheets = samples.Sampler(others, loop).sample(params, 1)
+  frames, _ = video_io.read_video(sheets['step_first'].with_suffix('.mp4'))
+  # Two prompts side by side; 6 latent frames, of four each but the first.
+  assert frames.shape[0] == 21
+  assert frames.shape[2] == 2 * frames.shape[1]
+  for order in samples.ORDERS:
+    assert {f'{order}/{name}' for name in statistics.SAMPLED} <= values.keys()
+  assert all(np.isfinite(list(values.values())))
+
+
+def test_prompts_are_ones_own_or_the_measures_or_the_first(others, inputs):
+  loop = LoopConfig(sample_every=1)
+  assert samples.Sampler(others, loop)._prompts == ('a cat', 'zwei Hunde')
+  chosen = LoopConfig(sample_every=1, sample_prompts=('a fox',))
+  assert samples.Sampler(others, chosen)._prompts == ('a fox',)
+  world = tiny.config('distill', inputs)
+  assert len(samples.Sampler(world, loop)._prompts) == 4
+
+
+def test_prompts_without_states_are_refused_at_the_start(others, monkeypatch):
+  class Stored:
+    def encode(self, captions):
+      raise ValueError(f'no states of {captions[0]!r}')
+
+  monkeypatch.setattr(samples.inputs, 'open_text', lambda config: Stored())
+  with pytest.raises(ValueError, match="sampled: no states of 'a cat'"):
+    samples.Sampler(others, LoopConfig(sample_every=1))
