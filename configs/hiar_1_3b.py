@@ -1,8 +1,23 @@
 """HiAR at full size: Wan2.1-T2V-1.3B, 480x832 pixels, four steps.
 
-hiar-jax plan --config=hiar_1_3b --topology v5e:2x2
-hiar-jax plan --config=hiar_1_3b --topology v5p:4x4x4 \\
-  --part=training
+From published weights and a file of prompts, one a line, to a student:
+
+  hiar-jax convert --weights Wan2.1-T2V-1.3B --out weights/wan2.1_1.3b
+  hiar-jax convert --weights Wan2.1-T2V-14B --out weights/wan2.1_14b
+  hiar-jax encode prompts --config=hiar_1_3b:prompts
+  hiar-jax trajectories --config=hiar_1_3b:trajectories
+  hiar-jax train --config=hiar_1_3b:student_start
+  hiar-jax train --config=hiar_1_3b:distill
+  hiar-jax export --config=hiar_1_3b:distill --out=hiar
+
+On several hosts every one of them is started as docs/multihost.md says. Does it
+fit, and how long at least:
+
+  hiar-jax plan --config=hiar_1_3b --topology v5e:2x2
+  hiar-jax plan --config=hiar_1_3b --topology v5p:4x4x4 --part=training
+
+Numbers are the paper's (arXiv:2603.08703); those of the student's start, which
+it does not give, are marked.
 """
 
 import dataclasses
@@ -10,12 +25,21 @@ import dataclasses
 import ml_collections
 
 from hiar_jax.models.config import WanConfig
+from hiar_jax.text import tokens
+from hiar_jax.training.loop_config import LoopConfig
+
+PHASES = ('prompts', 'trajectories', 'student_start', 'distill')
+_RUNS = 'runs/hiar_1_3b'
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """The published student's sizes and schedule (arXiv:2603.08703)."""
+def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
+  """The config of a phase; what several phases share is the same in all."""
+  if phase not in PHASES:
+    raise ValueError(f'phase {phase!r} is not one of {PHASES}')
   c = ml_collections.ConfigDict()
   c.name = 'hiar_1_3b'
+  c.phase = phase
+  c.workdir = f'{_RUNS}/{phase}'
   c.seed = 0
   # Scores of 4680 x 32,760 for 12 heads would fill an accelerator.
   c.model = dataclasses.asdict(WanConfig.wan_1_3b(attention='auto'))
@@ -24,24 +48,75 @@ def get_config() -> ml_collections.ConfigDict:
     frames_per_block=3, window=21, sink=0, stepping='sde', context='matched'
   )
   c.generate = dict(order='step_first', fps=16.0)
-  # One stage to a chip of four.
-  c.plan = dict(topology='v5e:2x2', batch_size=1, weights_dtype='bfloat16')
-  _distillation(c)
-  return c
 
-
-def _distillation(c):
-  """The paper's training of this student, with the larger teacher."""
-  c.phase = 'distill'
-  c.iterations = 20_000
-  c.batch_size = 64
-  c.rollout_blocks = (7, 7)
+  # Made by `hiar-jax convert`.
   c.teacher_weights = 'weights/wan2.1_14b'
   c.critic_weights = 'weights/wan2.1_1.3b'
+  c.trajectory_teacher_weights = 'weights/wan2.1_1.3b'
+  c.student_weights = 'weights/wan2.1_1.3b'
+  # Until the folder is there, for plans.
   c.teacher = dict(
     model=dataclasses.asdict(WanConfig.wan_14b(attention='auto')),
     dtype='bfloat16',
+    placement='divided',
   )
+  c.trajectory_teacher = dict(dtype='bfloat16', placement='divided')
+  c.codec = dict(folder='weights/wan2.1_1.3b')
+
+  # One a line, or JSON lines with `prompt`.
+  c.prompts = dict(source='file', path='prompts.txt')
+  c.text = dict(encoder='umt5', folder='weights/wan2.1_1.3b')
+  c.negative_prompt = tokens.WAN_NEGATIVE_PROMPT
+  c.states = dict(dir=f'{_RUNS}/states', num=0, shard_size=4096, batch_size=64)
+  # 8 at a time on every host.
+  c.trajectories = dict(
+    dir=f'{_RUNS}/trajectories',
+    num=20_000,
+    shard_size=64,
+    batch_size=8,
+    seed=1,
+    num_frames=21,
+    solver='euler',
+    num_steps=48,
+    shift=8.0,
+    guidance=6.0,
+    points='student',
+  )
+
+  # One sample to a chip of 64, parameters divided over all of them.
+  c.mesh = dict(data=1, fsdp=-1, tensor=1, context=1)
+  c.batch_size = 64
+  c.log_every = 10
+  c.checkpoint_every = 100
+  # What does not change the result: checkpoints kept, services, samples.
+  c.loop = dataclasses.asdict(LoopConfig())
+  # One stage to a chip of four.
+  c.plan = dict(topology='v5e:2x2', batch_size=1, weights_dtype='bfloat16')
+  if phase == 'student_start':
+    return _student_start(c)
+  return _distill(c)
+
+
+def _student_start(c):
+  c.start_context = 'random'
+  # Ours: the paper names neither.
+  c.iterations = 3000
+  c.optimiser = dict(
+    name='adamw',
+    learning_rate=2e-6,
+    b1=0.0,
+    b2=0.999,
+    weight_decay=0.01,
+    clip_norm=10.0,
+  )
+  c.ema_decay = 0.99
+  return c
+
+
+def _distill(c):
+  c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
+  c.iterations = 20_000
+  c.rollout_blocks = (7, 7)
   adamw = dict(name='adamw', b1=0.0, b2=0.999, weight_decay=0.01)
   adamw |= dict(clip_norm=10.0)
   c.optimiser = adamw | dict(learning_rate=2e-6)
@@ -59,8 +134,4 @@ def _distillation(c):
     ema_start=200,
     microbatches=1,
   )
-  c.trajectories = dict(
-    num_steps=48, shift=8.0, guidance=6.0, points='student', batch_size=64
-  )
-  # One sample to a chip of 64, parameters divided over all of them.
-  c.mesh = dict(data=1, fsdp=-1, tensor=1, context=1)
+  return c

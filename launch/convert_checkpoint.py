@@ -9,8 +9,10 @@
   # As orbax checkpoints, for pods whose hosts read their own shards:
   hiar-jax convert --weights Wan2.1-T2V-1.3B --out wan \
     --format orbax
-  # Back, for other programs:
+  # Back, for other programs; the last as Self-Forcing and HiAR keep the average
+  # of a training, under generator_ema:
   hiar-jax convert --weights hiar --to diffusers --out there
+  hiar-jax convert --weights hiar --to self_forcing --out there
 
 Arrays go from file to file one at a time. Torch is needed for pickles (.pt,
 .pth) alone.
@@ -22,7 +24,7 @@ from absl import flags
 
 from hiar_jax import rollout
 from hiar_jax.runtime import errors, metrics
-from hiar_jax.weights import conversion, identity, releases
+from hiar_jax.weights import conversion, releases
 
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, 'a folder, a file or owner/name of a hub', required=True
@@ -32,7 +34,7 @@ _BASE = flags.DEFINE_string(
   'base', None, 'weights that have the parts which --weights lacks'
 )
 _TO = flags.DEFINE_enum(
-  'to', 'hiar_jax', ['hiar_jax', *identity.NAMINGS], 'whose format to write'
+  'to', 'hiar_jax', ['hiar_jax', *conversion.TARGETS], 'whose format to write'
 )
 _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', conversion.FORMATS, 'of the files of --to hiar_jax'

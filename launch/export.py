@@ -2,8 +2,13 @@
 
   hiar-jax export --config=bouncing --out=pipeline
 
-Weights are stored in float16 and computed with in float32; with --with_teacher
-also the teacher's, so that a distillation can start from the folder.
+The student goes beside what it was trained with: a codec of the config's own,
+or the VAE and the text encoder of the converted folder that `codec.folder`
+names. Weights of the former kind are stored in float16 and computed with in
+float32; with --with_teacher also the teacher's, so that a distillation can
+start from the folder. Those of the latter are float32, as they were trained,
+unless --dtype says otherwise; `hiar-jax convert --to` writes such a folder as
+other programs want it.
 """
 
 import pathlib
@@ -17,12 +22,18 @@ from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import loading
 from hiar_jax.training import inputs, network_files
 from hiar_jax.training import loop as training_loop
-from hiar_jax.weights import layouts, networks
+from hiar_jax.weights import conversion, layouts, networks, student_export
 
 _CONFIG = config_flag.define(required=True)
 _OUT = flags.DEFINE_string('out', None, 'the folder to make', required=True)
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, "the student's; default: those of the config's workdir"
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  None,
+  conversion.DTYPES,
+  'of the stored weights; default: float16, or float32 beside a codec.folder',
 )
 _WITH_TEACHER = flags.DEFINE_bool('with_teacher', False, 'add the teacher')
 
@@ -30,13 +41,31 @@ _WITH_TEACHER = flags.DEFINE_bool('with_teacher', False, 'add the teacher')
 def main(argv):
   del argv
   config = _CONFIG.value
-  denoiser = Denoiser(WanConfig(**config.model))
   weights = (
     _WEIGHTS.value or pathlib.Path(config.workdir) / training_loop.WEIGHTS
   )
+  out = pathlib.Path(_OUT.value)
+  if 'folder' in config.get('codec', {}):
+    if _WITH_TEACHER.value:
+      raise ValueError('--with_teacher: teachers have folders of their own')
+    student_export.write(
+      out,
+      weights=weights,
+      config=config.to_dict(),
+      base=config.codec.folder,
+      dtype=_DTYPE.value,
+    )
+  else:
+    _with_own_codec(config, weights, out)
+  for path in sorted(out.iterdir()):
+    print(f'wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)')
+
+
+def _with_own_codec(config, weights, out):
+  denoiser = Denoiser(WanConfig(**config.model))
+  dtype = jnp.dtype(_DTYPE.value or 'float16')
   params = _load('student', weights, denoiser)
   codec = inputs.open_codec(config)
-  out = pathlib.Path(_OUT.value)
   teacher = None
   if _WITH_TEACHER.value:
     teacher = _load('teacher', config.teacher_weights, denoiser)
@@ -45,14 +74,10 @@ def main(argv):
     config=config.to_dict(),
     params=params,
     codec=codec,
-    dtype=jnp.float16,
+    dtype=dtype,
   )
   if teacher is not None:
-    networks.save_weights(
-      out / layouts.TEACHER_FILE, teacher, dtype=jnp.float16
-    )
-  for path in sorted(out.iterdir()):
-    print(f'wrote {path} ({path.stat().st_size / 2**20:.2f} MiB)')
+    networks.save_weights(out / layouts.TEACHER_FILE, teacher, dtype=dtype)
 
 
 def _load(name, path, denoiser):

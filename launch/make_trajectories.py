@@ -22,7 +22,7 @@ from absl import flags
 from hiar_jax import noise_schedule
 from hiar_jax.data import trajectories, trajectory_files
 from hiar_jax.models import sharding
-from hiar_jax.runtime import config_flag, distributed, errors, stopping
+from hiar_jax.runtime import config_flag, errors, shares, stopping
 from hiar_jax.sampling import trajectories as sampling_trajectories
 from hiar_jax.training import inputs, network_files, phase_parts
 
@@ -36,31 +36,8 @@ _OUT = flags.DEFINE_string(
 _NUM = flags.DEFINE_integer(
   'num', None, 'How many; default: trajectories.num. A set may grow later.'
 )
-_SHARD_INDEX = flags.DEFINE_integer(
-  'shard_index',
-  None,
-  "This process's share, from 0; default: by its place among the processes.",
-  lower_bound=0,
-)
-_NUM_SHARDS = flags.DEFINE_integer(
-  'num_shards', None, 'Number of shares; default: of processes.', lower_bound=1
-)
-distributed.define_flags()
+shares.define_flags()
 _VERIFY = flags.DEFINE_bool('verify', False, 'Re-read everything instead.')
-
-
-def _share() -> dict[str, int]:
-  """Which of the files are this process's."""
-  shard_index, num_shards = _SHARD_INDEX.value, _NUM_SHARDS.value
-  if shard_index is None and num_shards is None:
-    processes = distributed.find_by_flags()
-    if processes is not None:
-      distributed.show_own_devices(processes)
-      shard_index, num_shards = processes.process_id, processes.num_processes
-  return dict(
-    shard_index=0 if shard_index is None else shard_index,
-    num_shards=1 if num_shards is None else num_shards,
-  )
 
 
 def _open_mesh(settings: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
@@ -77,7 +54,7 @@ def _open_mesh(settings: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
 
 def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   settings = config.trajectories
-  mine = _share()
+  share = shares.by_flags()
   mesh = _open_mesh(settings)
   teacher = network_files.find(config, 'trajectory_teacher', 'teacher')
   if _WEIGHTS.value is not None:
@@ -105,13 +82,13 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     text=encoder.identity,
     teacher=teacher.digest(),
   )
-  missing = manifest.missing(out, **mine)
+  missing = manifest.missing(out, **share._asdict())
   manifest.settle(out)  # Refuses a folder that has others.
   total = sum(len(manifest.indices(shard)) for shard in missing)
   print(
     f'{out}: {total} of {manifest.num} trajectories to sample, '
-    f'{len(manifest.levels) - 1} steps each; share {mine["shard_index"]} of '
-    f'{mine["num_shards"]}, devices {1 if mesh is None else mesh.size}',
+    f'{len(manifest.levels) - 1} steps each; {share}, '
+    f'devices {1 if mesh is None else mesh.size}',
     flush=True,
   )
   with (
@@ -132,7 +109,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
       mesh=mesh,
       progress=bar.update,
       should_stop=lambda: stop.requested(bar.n),
-      **mine,
+      **share._asdict(),
     )
     if not done:
       stop.leave()

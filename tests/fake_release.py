@@ -43,6 +43,7 @@ CONFIGS = {
     num_layers=2,
   ),
 }
+PIECES = 290  # At most; 256 of them are bytes.
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -72,23 +73,59 @@ def write_release(
   *,
   dtypes: dict | None = None,
   shard_bytes: int = 10**9,
+  changes: dict | None = None,
+  write_tokenizer=None,
 ) -> dict[str, dict[str, np.ndarray]]:
-  """Writes all parts and a tokenizer; kind -> state dict."""
+  """Writes all parts and a tokenizer; kind -> state dict.
+
+  Args:
+    folder: of the release.
+    naming: whose layout.
+    dtypes: of a kind's weights; float32 unless given.
+    shard_bytes: of the largest file.
+    changes: of a kind's CONFIGS; None as a kind's: without it.
+    write_tokenizer: into a folder; None: words.
+  """
   states = {}
   for kind, config in CONFIGS.items():
+    changed = (changes or {}).get(kind, {})
+    if changed is None:
+      continue
+    config = dataclasses.replace(config, **changed)
     dtype = (dtypes or {}).get(kind, np.float32)
-    states[kind] = state_dict(kind, naming, dtype)
+    states[kind] = state_dict(kind, naming, dtype, **changed)
     path = folder / layouts.FILES[naming][kind]
     write(path, states[kind], shard_bytes)
     written = layouts.config_of(config, naming)
     if written:
       path.with_name('config.json').write_text(json.dumps(written))
   place = 'tokenizer' if naming == 'diffusers' else 'google/umt5-xxl'
-  write_tokenizer(folder / place)
+  (write_tokenizer or write_words)(folder / place)
   return states
 
 
-def write_tokenizer(folder: pathlib.Path) -> None:
+def write_pieces(folder: pathlib.Path) -> None:
+  """A sentencepiece model that falls back on bytes, as umT5's does."""
+  import sentencepiece
+
+  folder.mkdir(parents=True, exist_ok=True)
+  texts = ['a red disc over dark blue', 'a cat and a dog'] * 4
+  with (folder / 'spiece.model').open('wb') as file:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(texts),
+      model_writer=file,
+      vocab_size=PIECES,
+      byte_fallback=True,
+      hard_vocab_limit=False,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      minloglevel=2,
+    )
+
+
+def write_words(folder: pathlib.Path) -> None:
   """A word-level tokenizer.json that ends a text with </s>, as umT5's does."""
   words = ['<pad>', '</s>', '<unk>', 'a', 'red', 'disc', 'cat', '&', 'dog']
   special = {'single_word': False, 'lstrip': False, 'rstrip': False}

@@ -43,6 +43,8 @@ from hiar_jax.weights.releases import Release
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 FORMATS = ('safetensors', 'orbax')
+# Whose format `to_foreign` writes.
+TARGETS = (*identity.NAMINGS, 'self_forcing')
 
 # The section of config.json with a network's sizes, and their class.
 _SECTIONS = {
@@ -226,8 +228,9 @@ def to_foreign(
   Args:
     folder: has a config.json and at least one network.
     out: the folder, made if it does not exist.
-    naming: one of identity.NAMINGS. 'diffusers' gives a folder that its
-      classes load, 'wan' the file names of Wan2.1.
+    naming: one of TARGETS. 'diffusers' gives a folder that its classes load,
+      'wan' the file names of Wan2.1, 'self_forcing' the transformer alone as
+      a training of Self-Forcing or HiAR keeps its average.
     dtype: of the stored weights, one of DTYPES; None keeps each array's own.
     shard_bytes: largest size of a file.
     report: see Report.
@@ -236,10 +239,22 @@ def to_foreign(
     FileNotFoundError: if a file is missing.
     ValueError: naming what does not fit.
   """
-  if naming not in identity.NAMINGS:
-    raise ValueError(f'naming={naming!r} is not one of {identity.NAMINGS}')
+  if naming not in TARGETS:
+    raise ValueError(f'naming={naming!r} is not one of {TARGETS}')
   folder, out = pathlib.Path(folder), pathlib.Path(out)
   config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
+  if naming == 'self_forcing':
+    network_to_foreign(
+      folder / layouts.STUDENT_FILE,
+      WanConfig(**config['model']),
+      out / layouts.SELF_FORCING_FILE,
+      naming='wan',
+      prefix=f'{foreign.AVERAGE}.model.',
+      dtype=dtype,
+      shard_bytes=shard_bytes,
+      report=report,
+    )
+    return
   written = []
   for kind, (section, config_class) in _SECTIONS.items():
     if section not in config:
@@ -273,6 +288,7 @@ def network_to_foreign(
   path: str | os.PathLike,
   *,
   naming: str,
+  prefix: str = '',
   dtype: str | None = None,
   shard_bytes: int = safetensors_io.SHARD_BYTES,
   report: Report | None = None,
@@ -285,6 +301,7 @@ def network_to_foreign(
     config: of the network.
     path: the .safetensors file to write.
     naming: one of identity.NAMINGS.
+    prefix: of every name.
     dtype: see `to_foreign`.
     shard_bytes: likewise.
     report: see Report.
@@ -294,11 +311,15 @@ def network_to_foreign(
     ValueError: naming every array that does not fit.
   """
   path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
   reader = open_ours(weights, config)
   foreign_config = layouts.config_of(config, naming)
   slots = identity.expected_slots(config, naming)
   arrays = {
-    name: (slot.shape, np.dtype(dtype or reader.entries[slot.path].dtype))
+    f'{prefix}{name}': (
+      slot.shape,
+      np.dtype(dtype or reader.entries[slot.path].dtype),
+    )
     for name, slot in slots.items()
   }
   _check_space(path.parent, [arrays])
@@ -312,6 +333,7 @@ def network_to_foreign(
         array = reader.read(slot.path)
       else:
         array = reader.read(slot.path, slice(slot.index, slot.index + 1))[0]
+      name = f'{prefix}{name}'
       writer.write(name, slot.to_foreign(array).astype(arrays[name][1]))
   if foreign_config:
     _write_json(path.with_name(layouts.CONFIG_FILE), foreign_config)

@@ -28,7 +28,8 @@ TOKENIZER_ARRAY = 'spiece_model'
 PICKLES = ('.pt', '.pth', '.bin', '.ckpt')
 # What a training run of Self-Forcing, CausVid or HiAR keeps its network under,
 # best first: the average is what is sampled from.
-MEMBERS = ('generator_ema', 'generator', 'model', 'state_dict', 'module')
+AVERAGE = 'generator_ema'
+MEMBERS = (AVERAGE, 'generator', 'model', 'state_dict', 'module')
 
 _WRAPPERS = re.compile(
   r'(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.'
@@ -36,8 +37,8 @@ _WRAPPERS = re.compile(
 # PEFT wraps what it adapts as base_model.model, and each layer as base_layer.
 _LAYER_WRAPPER = re.compile(r'\.base_layer(?=\.(?:weight|bias)$)')
 _PREFIXES = re.compile(
-  r'^(?:(?:model|module|generator|diffusion_model|base_model|net|pipe|dit|'
-  r'transformer)\.)+'
+  r'^(?:(?:model|module|generator|generator_ema|critic|diffusion_model|'
+  r'base_model|net|pipe|dit|transformer)\.)+'
 )
 # Tables that a network computes and some programs save with it.
 _BUFFERS = re.compile(
@@ -63,8 +64,9 @@ class StateDict:
 
     Args:
       path: a safetensors file, one of its shards, its index, or a pickle.
-      member: which network of a pickle that holds several, such as
-        'generator'; None: the first of MEMBERS that is there.
+      member: which network of a file that holds several, such as
+        'generator'; None: the first of MEMBERS that is there. In safetensors
+        they are told by the first part of a name.
 
     Raises:
       FileNotFoundError: if a file or a shard is missing.
@@ -89,7 +91,10 @@ class StateDict:
       dtypes = {name: e.dtype for name, e in reader.entries.items()}
     self.names = frozenset(shapes)
     shapes = {k: v for k, v in shapes.items() if not _BUFFERS.search(k)}
-    self._original = _clean_names(shapes, self.path)
+    names = list(shapes)
+    if not _is_pickle(self.path):
+      names = _names_of_member(self.path, names, member)
+    self._original = _clean_names(names, self.path)
     pick = lambda values: {k: values[v] for k, v in self._original.items()}
     self.shapes: dict[str, Shape] = pick(shapes)
     self.dtypes: dict[str, np.dtype] = pick(dtypes)
@@ -126,6 +131,21 @@ class StateDict:
       short = {k.partition('.')[2]: v for k, v in values.items()}
       setattr(self, attribute, short)
     return True
+
+
+def _names_of_member(path, names: list[str], member: str | None) -> list[str]:
+  """The names in a safetensors file that are of one network of several."""
+  if member is None:
+    # Under any other first name there is one network, as far as is known.
+    averaged = any(name.startswith(f'{AVERAGE}.') for name in names)
+    member = AVERAGE if averaged else None
+  if member is None:
+    return names
+  chosen = [name for name in names if name.startswith(f'{member}.')]
+  if not chosen:
+    heads = sorted({name.partition('.')[0] for name in names})
+    raise ValueError(f'{path} has no {member!r}; it has {heads[:10]}')
+  return chosen
 
 
 def clean_name(name: str) -> str:

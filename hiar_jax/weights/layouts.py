@@ -40,6 +40,8 @@ FILES = {
     'text_encoder': 'text_encoder/model.safetensors',
   },
 }
+# The transformer alone, as a training of Self-Forcing or HiAR keeps it.
+SELF_FORCING_FILE = 'model.safetensors'
 # That these configs are of.
 _DIFFUSERS_VERSION = '0.33.0'
 

@@ -107,7 +107,7 @@ def test_identities_differ_where_states_do(folder, tmp_path):
   for path in folder.iterdir():
     if path.name != layouts.TOKENIZER:
       (other / path.name).symlink_to(path)
-  fake_release.write_tokenizer(other / layouts.TOKENIZER)
+  fake_release.write_words(other / layouts.TOKENIZER)
   assert open_encoder(other).identity == first
   tokenizer = other / layouts.TOKENIZER / 'tokenizer.json'
   tokenizer.write_text(tokenizer.read_text().replace('"cat"', '"cow"'))

@@ -379,7 +379,7 @@ def _ask_hub(folder):
 
 
 def _read_tokenizer(folder):
-  fake_release.write_tokenizer(folder)
+  fake_release.write_words(folder)
   text_tokens.load_tokenizer(folder)
 
 

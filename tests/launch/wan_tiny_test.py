@@ -1,0 +1,276 @@
+"""From a downloaded release and a text file to a student, by commands alone.
+
+A Wan2.1 release of tiny width with random weights, and a teacher of another
+size; every command is a process, as people start it.
+"""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from hiar_jax.weights import safetensors_io
+from tests import fake_release
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_RUNS = 'runs/hiar_tiny'
+# English, Chinese, emoji, more than 512 tokens.
+_PROMPTS = [
+  'a red disc over dark blue',
+  '一只猫在雪地里奔跑',
+  '🎈 a dog 🎈',
+  'red cat ' * 400,
+  *(f'a cat and {i} dogs' for i in range(8)),
+]
+# Of the largest parameter, after 6 updates of the student's start and 2 of its
+# distillation; a step of the optimiser is 1e-3.
+_TOLERANCE = 1e-3
+
+
+def write_downloads(folder):
+  """What a person has before the first command."""
+  small = {
+    'transformer': {'text_len': 512},
+    'text_encoder': {'vocab_size': 320},
+  }
+  large = dict(dim=48, ffn_dim=32, num_heads=4, num_layers=3, text_len=512)
+  for name, naming, changes in (
+    ('Wan-small', 'wan', small),
+    (
+      'Wan-large',
+      'diffusers',
+      {'transformer': large, 'vae': None, 'text_encoder': None},
+    ),
+  ):
+    fake_release.write_release(
+      folder / name,
+      naming,
+      changes=changes,
+      write_tokenizer=fake_release.write_pieces,
+    )
+  (folder / 'prompts.txt').write_text('\r\n'.join([*_PROMPTS, '']))
+
+
+class Shell:
+  """Runs `hiar-jax` in a folder, on some devices of some processes."""
+
+  def __init__(self, folder, devices=1, processes=1):
+    self.folder, self._processes = folder, processes
+    self._environment = os.environ | {
+      'PYTHONPATH': str(_ROOT),
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_NUM_CPU_DEVICES': str(devices // processes),
+      'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'HIAR_JAX_CACHE': str(folder / 'cache'),
+    }
+    self._count = 0
+
+  def start(self, *arguments, process=0, address=''):
+    self._count += 1
+    environment = dict(self._environment)
+    if address:
+      environment |= {
+        'JAX_COORDINATOR_ADDRESS': address,
+        'JAX_NUM_PROCESSES': str(self._processes),
+        'JAX_PROCESS_ID': str(process),
+      }
+    log = self.folder / f'{self._count}.log'
+    with log.open('w') as file:
+      running = subprocess.Popen(
+        [sys.executable, '-m', 'hiar_jax', *arguments],
+        cwd=self.folder,
+        env=environment,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+      )
+    return running, log
+
+  def run(self, *arguments, everywhere=False, status=0):
+    """One command, on all processes if asked; what the first one wrote."""
+    count = self._processes if everywhere else 1
+    address = ''
+    if count > 1:
+      with socket.create_server(('127.0.0.1', 0)) as server:
+        address = f'127.0.0.1:{server.getsockname()[1]}'
+    started = [
+      self.start(*arguments, process=i, address=address) for i in range(count)
+    ]
+    try:
+      for running, log in started:
+        running.wait(600)
+        assert running.returncode == status, log.read_text()[-3000:]
+    finally:
+      for running, _ in started:
+        running.kill()
+        running.wait()
+    return started[0][1].read_text()
+
+  def kill(self, *arguments, when):
+    """SIGKILL as soon as when() is true."""
+    running, log = self.start(*arguments)
+    while not when():
+      assert running.poll() is None, log.read_text()[-3000:]
+      time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+
+
+def train_student(shell, config='wan_tiny'):
+  """The documented commands, in their order; the student's weights."""
+  size = ('--height=32', '--width=32', '--compute_dtype=float32')
+  for name, out, form in (
+    ('Wan-small', 'wan2.1_1.3b', 'safetensors'),
+    ('Wan-large', 'wan2.1_14b', 'orbax'),
+  ):
+    shell.run(
+      *('convert', f'--weights={name}', f'--out=weights/{out}', *size),
+      f'--format={form}',
+    )
+  said = shell.run(
+    'encode', 'prompts', f'--config={config}:prompts,.', everywhere=True
+  )
+  assert '1 of these prompts have more than 512 tokens' in said
+
+  folder = shell.folder / _RUNS / 'trajectories'
+  making = ('trajectories', f'--config={config}:trajectories,.')
+  made = lambda: len(list(folder.glob('*.array_record')))
+  shell.kill(*making, when=lambda: made() >= 1)
+  left = made()
+  assert 1 <= left < 4
+  shell.run(*making, everywhere=True)
+  said = shell.run(*making, '--verify')
+  assert '8 trajectories, whole' in said
+
+  for phase in ('student_start', 'distill'):
+    shell.run('train', f'--config={config}:{phase},.', everywhere=True)
+  path = shell.folder / _RUNS / 'distill' / 'weights.safetensors'
+  return safetensors.numpy.load_file(path)
+
+
+@pytest.fixture(scope='module')
+def one_device(tmp_path_factory):
+  """A folder in which all was done on one device, and its shell."""
+  folder = tmp_path_factory.mktemp('one')
+  write_downloads(folder)
+  shell = Shell(folder)
+  train_student(shell)
+  return shell
+
+
+def assert_close(actual, folder):
+  expected = safetensors.numpy.load_file(
+    folder / _RUNS / 'distill' / 'weights.safetensors'
+  )
+  start = safetensors.numpy.load_file(
+    folder / 'weights/wan2.1_1.3b/student.safetensors'
+  )
+  errors = {
+    name: np.abs(actual[name] - array).max() / np.abs(array).max()
+    for name, array in expected.items()
+  }
+  worst = max(errors, key=errors.get)
+  print(f'largest error {errors[worst]:.1e}, in {worst}')
+  assert errors[worst] <= _TOLERANCE, worst
+  # Training went somewhere: further than the tolerance.
+  moved = max(
+    np.abs(start[name] - array).max() / np.abs(array).max()
+    for name, array in expected.items()
+  )
+  assert moved > 2 * _TOLERANCE
+
+
+def test_a_download_becomes_a_student_that_makes_videos(one_device):
+  shell = one_device
+  said = shell.run('export', '--config=wan_tiny:distill,.', '--out=hiar')
+  assert 'wrote hiar/student.safetensors' in said
+  shell.run(
+    *('generate', '--pipeline=hiar', '--prompt=一只猫', '--num_blocks=2'),
+    '--out=cat.mp4',
+  )
+  assert (shell.folder / 'cat.mp4').stat().st_size > 500
+
+  # Out in the words of others and in again: the same bits.
+  trained = shell.folder / _RUNS / 'distill' / 'weights.safetensors'
+  size = ('--height=32', '--width=32')
+  for target in ('self_forcing', 'diffusers', 'wan'):
+    there, back = f'to_{target}', f'from_{target}'
+    shell.run('convert', '--weights=hiar', f'--to={target}', f'--out={there}')
+    shell.run('convert', f'--weights={there}', f'--out={back}', *size)
+    student = shell.folder / back / 'student.safetensors'
+    arrays = safetensors.numpy.load_file(trained)
+    found = safetensors.numpy.load_file(student)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+      np.testing.assert_array_equal(
+        fake_release.bits(found[name]), fake_release.bits(array), name
+      )
+  names = safetensors_io.Reader(
+    shell.folder / 'to_self_forcing' / 'model.safetensors'
+  ).entries
+  assert 'generator_ema.model.blocks.0.self_attn.q.weight' in names
+  assert all(name.startswith('generator_ema.model.') for name in names)
+
+
+@pytest.mark.parametrize(
+  ('phase', 'flags', 'message'),
+  [
+    (
+      'student_start',
+      ['--config.negative_prompt=blurry'],
+      'are of another negative prompt than training has: ',
+    ),
+    (
+      'student_start',
+      ['--config.trajectory_teacher_weights=weights/wan2.1_14b'],
+      'are of another teacher than training has: ',
+    ),
+    (
+      'distill',
+      ['--config.trajectories.shift=3.0'],
+      'shift: 8.0 -> 3.0',
+    ),
+    (
+      'distill',
+      ['--config.teacher_weights=weights/none'],
+      'no weights at weights/none; `hiar-jax convert` makes such folders',
+    ),
+    (
+      'distill',
+      ['--config.model.latent_width=8'],
+      'has latents of 4x4x16 and model of 4x8x16 ',
+    ),
+    (
+      'distill',
+      ['--config.student_weights=runs/x/student_start/weights.safetensors'],
+      'the phase student_start of the config ends with them',
+    ),
+    ('prompts', [], "phase 'prompts' is not one of"),
+  ],
+)
+def test_what_does_not_go_together_is_one_line(
+  phase, flags, message, one_device
+):
+  workdir = '--config.workdir=refused'
+  said = one_device.run(
+    *('train', f'--config=wan_tiny:{phase},.', workdir, *flags), status=2
+  )
+  (line,) = [line for line in said.splitlines() if line.startswith('error:')]
+  assert message in line, line
+  assert 'Traceback' not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_eight_devices_end_where_one_does(processes, one_device, tmp_path):
+  write_downloads(tmp_path)
+  shell = Shell(tmp_path, devices=8, processes=processes)
+  config = f'{_ROOT / "tests" / "wan_tiny_pod.py"}'
+  assert_close(train_student(shell, config), one_device.folder)
