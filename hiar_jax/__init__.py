@@ -10,6 +10,7 @@ imported when they are first used, so that `import hiar_jax` costs nothing.
 """
 
 import importlib
+from typing import Any
 
 __version__ = '0.1.0'
 
@@ -35,7 +36,7 @@ _ROOMS = (
 __all__ = [*_NAMES, *_METHOD, *_ROOMS]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
   if name in _NAMES:
     return getattr(importlib.import_module(_NAMES[name]), name)
   if name in _METHOD or name in _ROOMS:

@@ -4,6 +4,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,14 @@ class Denoiser:
       layers if isinstance(layers, tuple) else None,
     )
 
-  def x0(self, params, x_BFhwC, sigma, text, **kwargs) -> jax.Array:
+  def x0(
+    self,
+    params: dict,
+    x_BFhwC: jax.Array,
+    sigma: jax.Array,
+    text: TextKV,
+    **kwargs: Any,
+  ) -> jax.Array:
     """Predicted clean latents; arguments as in `flow`."""
     flow, _ = self.flow(params, x_BFhwC, sigma, text, **kwargs)
     return noise_schedule.flow_to_x0(x_BFhwC, flow, sigma)
@@ -152,7 +160,13 @@ class Denoiser:
     return uncond + scale * (cond - uncond)
 
   def guided_x0(
-    self, params, x_BFhwC, sigma, text, null_text, scale
+    self,
+    params: dict,
+    x_BFhwC: jax.Array,
+    sigma: jax.Array,
+    text: TextKV,
+    null_text: TextKV,
+    scale: float,
   ) -> jax.Array:
     """Clean latents under guidance; see `guided_flow`."""
     flow = self.guided_flow(params, x_BFhwC, sigma, text, null_text, scale)

@@ -10,21 +10,26 @@ beside x_BFHWC; `expand` adds the missing trailing axes.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 TIMESTEPS = 1000.0
 
+# What comes in comes out: NumPy's are float64, and are for tables.
+Levels = TypeVar('Levels', jax.Array, np.ndarray)
 
-def expand(sigma: jax.Array, x: jax.Array) -> jax.Array:
+
+def expand(sigma: ArrayLike, x: jax.Array) -> jax.Array:
   """Returns `sigma` in float32 with trailing axes of size 1 up to x.ndim."""
   sigma = jnp.asarray(sigma, jnp.float32)
   return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
-def shift_sigmas(sigmas: jax.Array, shift: float) -> jax.Array:
+def shift_sigmas(sigmas: Levels, shift: float) -> Levels:
   """Moves sampling effort toward high noise: s*shift / (1 + (shift-1)*s).
 
   Args:
@@ -89,30 +94,32 @@ def warp_timestep(u: jax.Array, shift: float) -> jax.Array:
   return shift_sigmas(u, shift)
 
 
-def add_noise(x0: jax.Array, eps: jax.Array, sigma: jax.Array) -> jax.Array:
+def add_noise(x0: jax.Array, eps: jax.Array, sigma: ArrayLike) -> jax.Array:
   """(1 - sigma) x0 + sigma eps; exactly x0 at sigma = 0."""
   sigma = expand(sigma, x0)
   return (1 - sigma) * x0 + sigma * eps
 
 
-def flow_to_x0(x: jax.Array, flow: jax.Array, sigma: jax.Array) -> jax.Array:
+def flow_to_x0(x: jax.Array, flow: jax.Array, sigma: ArrayLike) -> jax.Array:
   """Clean estimate of a sample at level sigma: x - sigma v."""
   return x - expand(sigma, x) * flow
 
 
-def x0_to_flow(x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
+def x0_to_flow(x: jax.Array, x0: jax.Array, sigma: ArrayLike) -> jax.Array:
   """Flow that leads from x0 to x at level sigma > 0: (x - x0) / sigma."""
   return (x - x0) / expand(sigma, x)
 
 
 def euler_step(
-  x: jax.Array, flow: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+  x: jax.Array, flow: jax.Array, sigma: ArrayLike, sigma_next: ArrayLike
 ) -> jax.Array:
   """One step of the probability-flow ODE from sigma to sigma_next."""
   return x + (expand(sigma_next, x) - expand(sigma, x)) * flow
 
 
-def bell_weight(sigma: jax.Array, shift: float, num_train: int = 1000):
+def bell_weight(
+  sigma: jax.Array, shift: float, num_train: int = 1000
+) -> jax.Array:
   """Flow-matching loss weight that favours the middle of the schedule.
 
   A Gaussian of the timestep around 500, lowered to 0 at its smallest and

@@ -119,7 +119,8 @@ def verify(directory: str | os.PathLike) -> list[str]:
   """
   directory = pathlib.Path(directory)
   manifest = Manifest.read(directory)
-  problems, seen = [], {}
+  problems: list[str] = []
+  seen: dict[Any, Any] = {}
   for shard in range(manifest.num_files):
     path = manifest.path(directory, shard)
     expected = manifest.indices(shard)

@@ -90,7 +90,7 @@ def find(folder: str | os.PathLike) -> list[pathlib.Path]:
   )
   if not paths:
     raise ValueError(f'{folder} has no file that ends in {", ".join(SUFFIXES)}')
-  seen = {}
+  seen: dict[Any, Any] = {}
   for path in paths:
     if path.stem in seen:
       raise ValueError(

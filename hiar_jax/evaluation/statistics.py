@@ -165,7 +165,7 @@ def measure(frames: Iterable[np.ndarray]) -> Statistics:
     ValueError: if there are fewer than MIN_FRAMES frames, or a frame is of
       another type or size, or smaller than 16x16.
   """
-  numbers = {name: [] for name in SERIES}
+  numbers: dict[str, list[float]] = {name: [] for name in SERIES}
   before, shape = None, None
   for index, frame in enumerate(frames):
     frame = np.asarray(frame)

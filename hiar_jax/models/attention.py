@@ -340,7 +340,9 @@ def _pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
   return jnp.pad(x, widths) if pad else x
 
 
-def block_ends(num_frames: int, frames_per_block: int, first: int = 0):
+def block_ends(
+  num_frames: int, frames_per_block: int, first: int = 0
+) -> np.ndarray:
   """Index after the last frame of each frame's block, int [F].
 
   Args:

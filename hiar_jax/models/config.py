@@ -1,6 +1,7 @@
 """Sizes of the video DiT; every other size is derived from these."""
 
 import dataclasses
+from typing import Any
 
 REMAT_POLICIES = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
@@ -111,9 +112,9 @@ class WanConfig:
     return self.patch[0] * self.patch[1] * self.channels
 
   @classmethod
-  def wan_1_3b(cls, **overrides) -> 'WanConfig':
+  def wan_1_3b(cls, **overrides: Any) -> 'WanConfig':
     """Wan2.1-T2V-1.3B at 480x832 pixels."""
-    sizes = {
+    sizes: dict[str, Any] = {
       'dim': 1536,
       'ffn_dim': 8960,
       'num_heads': 12,
@@ -126,7 +127,7 @@ class WanConfig:
     return cls(**(sizes | overrides))
 
   @classmethod
-  def wan_14b(cls, **overrides) -> 'WanConfig':
+  def wan_14b(cls, **overrides: Any) -> 'WanConfig':
     """Wan2.1-T2V-14B at 480x832 pixels."""
     sizes = {'dim': 5120, 'ffn_dim': 13824, 'num_heads': 40, 'num_layers': 40}
     return cls.wan_1_3b(**(sizes | overrides))

@@ -44,7 +44,8 @@ PEAKS = {
 def peak(devices: Sequence[jax.Device]) -> float | None:
   """FLOP/s of devices together, in bfloat16; None if one is not known."""
   peaks = [PEAKS.get(device.device_kind) for device in devices]
-  return None if None in peaks else sum(peaks)
+  known = [peak for peak in peaks if peak is not None]
+  return sum(known) if len(known) == len(peaks) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ once, by the rollout; the network only reads.
 
 # N layers, B batch, S past tokens, T new tokens, H heads, K head width
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -97,11 +99,13 @@ class KVCache:
     assert not rest, 'K/V of a part of a frame'
     return num_frames
 
-  def _grown(self, k, v, new, live) -> 'KVCache':
+  def _grown(
+    self, k: jax.Array, v: jax.Array, new: Any, live: Any
+  ) -> 'KVCache':
     frames = self.frames + jnp.where(live, self._num_frames(new), 0)
     return self.replace(k=k, v=v, frames=frames)
 
-  def _slot(self, index) -> tuple[jax.Array, jax.Array | bool]:
+  def _slot(self, index: Any) -> tuple[jax.Array, jax.Array | bool]:
     """Slot of a frame, and whether there is one."""
     ring = self.slots - self.sink
     if ring:

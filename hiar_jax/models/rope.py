@@ -12,6 +12,8 @@ composed, as a rotation, from three tables that are exact in float64. Frame
 
 # F frames, T tokens, H heads, K head width, P pairs
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,9 @@ def frequencies(num_pairs: int) -> np.ndarray:
   return _THETA ** (-np.arange(num_pairs) / num_pairs)
 
 
-def _frame_rotation(positions_F: jax.Array, num_pairs: int):
+def _frame_rotation(
+  positions_F: jax.Array, num_pairs: int
+) -> tuple[jax.Array, jax.Array]:
   """cos and sin of position * frequency, float32 [F, P] each."""
   freqs = frequencies(num_pairs)
   rest = positions_F.astype(jnp.int32)
@@ -84,7 +88,7 @@ def rotations(
   return assemble(cos_f, np.cos), assemble(sin_f, np.sin)
 
 
-def rotate(x_BTHK: jax.Array, rotation) -> jax.Array:
+def rotate(x_BTHK: jax.Array, rotation: Any) -> jax.Array:
   """Rotates adjacent pairs in float32; result in the dtype of x."""
   cos, sin = (r[None, :, None] for r in rotation)
   x = x_BTHK.astype(jnp.float32)

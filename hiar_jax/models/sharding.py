@@ -183,7 +183,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   """
 
   def place(path, leaf):
-    names = []
+    names: list[str] = []
     for entry in reversed(path):
       if not isinstance(entry, jax.tree_util.DictKey):
         break
@@ -315,7 +315,9 @@ def put_batch(batch: Any, mesh: Mesh | None) -> Any:
 # --- Inside of a program.
 
 
-def jit_step(step: Callable, state: Any, mesh: Mesh | None, **kwargs: Any):
+def jit_step(
+  step: Callable, state: Any, mesh: Mesh | None, **kwargs: Any
+) -> Callable:
   """A training step, compiled: its state is donated and stays in its places.
 
   Args:
@@ -422,7 +424,9 @@ def _mesh():
   return mesh if mesh.axis_names == AXES else None
 
 
-def _dividing(shape, spec, mesh) -> PartitionSpec:
+def _dividing(
+  shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> PartitionSpec:
   """The spec without what does not divide its dimension."""
 
   def kept(size, axes):

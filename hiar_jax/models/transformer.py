@@ -18,6 +18,7 @@ and a mesh divides the tokens of every frame.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -83,7 +84,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def _dense(config: WanConfig, features: int, name: str, init=_DENSE_INIT):
+def _dense(
+  config: WanConfig, features: int, name: str, init: Any = _DENSE_INIT
+) -> nn.Dense:
   return nn.Dense(
     features, dtype=jnp.dtype(config.dtype), kernel_init=init, name=name
   )
@@ -193,7 +196,7 @@ class CrossAttention(nn.Module):
   config: WanConfig
 
   @nn.compact
-  def __call__(self, x_BFPD, text: TextKV):
+  def __call__(self, x_BFPD: jax.Array, text: TextKV) -> jax.Array:
     cfg = self.config
     norm_q = self.param('norm_q', nn.initializers.ones, (cfg.dim,))
     q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BFPD), norm_q, cfg.eps)

@@ -28,7 +28,8 @@ def define(*, required: bool = False) -> flags.FlagHolder:
     help_string='NAME, of a config that comes with the package '
     f'({", ".join(packaged())}), or the path of a file; :PHASE may follow',
   )
-  parser = flags.FLAGS['config'].parser
+  # Any: a parser's method is replaced, for this one flag.
+  parser: Any = flags.FLAGS['config'].parser
   load = parser.parse
   parser.parse = lambda value: load(find(value))
   if required:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import Self
+from typing import IO, Self
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class FrameReader:
     self.path = pathlib.Path(path)
     self.num_read = 0
     self._process: subprocess.Popen | None = None
-    self._messages = None
+    self._messages: IO[bytes] | None = None
     if not self.path.is_file():
       raise FileNotFoundError(f'no video at {self.path}')
     if not self.path.stat().st_size:
@@ -85,16 +85,18 @@ class FrameReader:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: object) -> None:
     self.close()
 
   def close(self) -> None:
     """Stops decoding."""
     if self._process is not None:
       self._process.kill()
-      self._process.stdout.close()
+      if self._process.stdout is not None:
+        self._process.stdout.close()
       self._process.wait()
-      self._messages.close()
+      if self._messages is not None:
+        self._messages.close()
       self._process = None
 
   def __iter__(self) -> Iterator[np.ndarray]:
@@ -118,15 +120,18 @@ class FrameReader:
       stdout=subprocess.PIPE,
       stderr=self._messages,
     )
+    frames = self._process.stdout
+    assert frames is not None  # It is a pipe.
     try:
-      while (frame := _read_ppm(self._process.stdout)) is not None:
+      while (frame := _read_ppm(frames)) is not None:
         self.num_read += 1
         yield frame
       self._check_end()
     finally:
       self.close()
 
-  def _check_end(self):
+  def _check_end(self) -> None:
+    assert self._process is not None and self._messages is not None
     failed = self._process.wait()
     self._messages.seek(0)
     said = self._messages.read().decode(errors='replace').strip()
@@ -158,7 +163,7 @@ def _ffmpeg() -> str:
   return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def _read_ppm(pipe) -> np.ndarray | None:
+def _read_ppm(pipe: IO[bytes]) -> np.ndarray | None:
   if not pipe.readline():  # b'P6'
     return None
   width, height = map(int, pipe.readline().split())

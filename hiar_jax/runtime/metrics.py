@@ -5,7 +5,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import jax
@@ -50,7 +50,7 @@ class MetricsFile:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: object) -> None:
     self.close()
 
 
@@ -101,7 +101,7 @@ def means_by(
     names: of which there are means.
     suffix: between the name and the number.
   """
-  groups = {}
+  groups: dict[int, Any] = {}
   for values in records:
     if key in values:
       kept = {name: values[name] for name in names if name in values}
@@ -129,7 +129,7 @@ class Progress:
     unit: str = 'it',
     seconds_between_lines: float = 30.0,
     stream: TextIO | None = None,
-    clock=time.monotonic,
+    clock: Callable[[], float] = time.monotonic,
   ):
     """Starts the clock.
 
@@ -196,7 +196,7 @@ class Progress:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: object) -> None:
     self.close()
 
   def _print(self) -> None:

@@ -4,6 +4,7 @@ import pathlib
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -40,7 +41,7 @@ class TraceWindow:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: object) -> None:
     self._stop()
 
   def before(self, iteration: int, state: Any) -> None:
@@ -71,7 +72,7 @@ class Speed:
     start: int,
     flops: float | None = None,
     peak: float | None = None,
-    clock=time.monotonic,
+    clock: Callable[[], float] = time.monotonic,
   ):
     """Starts the clock.
 

@@ -98,7 +98,7 @@ def config_differences(
 def _flatten_config(config: Any, prefix: str = '') -> dict[str, Any]:
   if not isinstance(config, Mapping) or (prefix and not config):
     return {prefix: config}
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in config.items():
     flat |= _flatten_config(value, f'{prefix}.{key}' if prefix else key)
   return flat
@@ -108,7 +108,7 @@ def jsonable(config: Any) -> Any:
   """What JSON makes of it: tuples become lists, keys become text."""
 
   def other(value):
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
       return dataclasses.asdict(value)
     if isinstance(value, np.generic):
       return value.item()

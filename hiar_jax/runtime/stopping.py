@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,7 +35,7 @@ class StopSignals:
         the same iteration.
     """
     self._received = None
-    self._before = {}
+    self._before: dict[int, Any] = {}
     self._together = together and jax.process_count() > 1
 
   def __enter__(self) -> Self:
@@ -45,7 +45,7 @@ class StopSignals:
         self._before[number] = signal.signal(number, self._note)
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: object) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
     self._before = {}

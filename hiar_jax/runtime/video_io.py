@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import IO, Any, NoReturn, Self
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
@@ -86,13 +86,15 @@ class VideoWriter:
     self._crf = crf
     self._size: tuple[int, int] | None = None
     self._partial = self.path.with_name(f'.{self.path.name}.{os.getpid()}.part')
-    self._process: subprocess.Popen | None = None
-    self._messages = None
+    self._process: subprocess.Popen[bytes] | None = None
+    self._messages: IO[bytes] | None = None
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, error_type, error, traceback) -> None:
+  def __exit__(
+    self, error_type: object, error: object, traceback: object
+  ) -> None:
     if error_type is None:
       self.close()
     else:
@@ -123,7 +125,7 @@ class VideoWriter:
         f'frames are {frames.shape[1:3]}, the video is {self._size}'
       )
     try:
-      self._process.stdin.write(np.ascontiguousarray(frames).data)
+      _stdin(self._process).write(np.ascontiguousarray(frames).data)
     except BrokenPipeError:
       self._fail()
     self.num_frames += len(frames)
@@ -139,10 +141,10 @@ class VideoWriter:
       raise ValueError(f'no frames were written to {self.path}')
     # A dead ffmpeg is reported below, with its own words.
     with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.close()
+      _stdin(self._process).close()
     if self._process.wait():
       self._fail()
-    self._messages.close()
+    self._close_messages()
     self._partial.replace(self.path)
 
   def discard(self) -> None:
@@ -150,9 +152,9 @@ class VideoWriter:
     if self._process is not None:
       self._process.kill()
       with contextlib.suppress(BrokenPipeError):
-        self._process.stdin.close()
+        _stdin(self._process).close()
       self._process.wait()
-      self._messages.close()
+      self._close_messages()
     self._partial.unlink(missing_ok=True)
 
   def _start(self, height: int, width: int) -> None:
@@ -186,12 +188,23 @@ class VideoWriter:
       start_new_session=True,
     )
 
-  def _fail(self) -> None:
+  def _close_messages(self) -> None:
+    if self._messages is not None:
+      self._messages.close()
+
+  def _fail(self) -> NoReturn:
+    assert self._process is not None and self._messages is not None
     self._process.wait()
     self._messages.seek(0)
     message = self._messages.read().decode(errors='replace').strip()
     self.discard()
     raise OSError(f'ffmpeg could not write {self.path}: {message}')
+
+
+def _stdin(process: subprocess.Popen[bytes] | None) -> IO[bytes]:
+  """That of a process which was started with a pipe."""
+  assert process is not None and process.stdin is not None
+  return process.stdin
 
 
 def write_video(
@@ -254,7 +267,9 @@ def read_frames(
     return frames
   return np.stack(
     [
-      np.asarray(Image.fromarray(f).resize((width, height), Image.LANCZOS))
+      np.asarray(
+        Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS)
+      )
       for f in frames
     ]
   )
@@ -269,7 +284,8 @@ def _read(
   path = pathlib.Path(path)
   if not path.exists():
     raise FileNotFoundError(f'no video at {path}')
-  described, frames = None, ()
+  described: dict[str, Any] | None = None
+  frames: Sequence[bytes] = ()
   with _without_fork(), warnings.catch_warnings():
     # It leaves the process's pipes to the garbage collector.
     warnings.simplefilter('ignore', ResourceWarning)

@@ -53,24 +53,28 @@ class Watchdog:
     self._end = _dump_and_exit if end is None else end
     self._done, self._since = start, time.monotonic()
     self._paused = False
-    self._started = queue.SimpleQueue()
+    self._started: queue.SimpleQueue[tuple[int, Any] | None] = (
+      queue.SimpleQueue()
+    )
     self._over = threading.Event()
     self._threads = []
     if seconds is not None:
       self._threads = [
         threading.Thread(target=self._follow, name='follower', daemon=True),
-        threading.Thread(target=self._look, name='watchdog', daemon=True),
+        threading.Thread(
+          target=self._look, args=(seconds,), name='watchdog', daemon=True
+        ),
       ]
 
   def __enter__(self) -> Self:
     self._since = time.monotonic()
-    if self._threads:
-      self._set_timer()
+    if self._seconds is not None:
+      self._set_timer(self._seconds)
     for thread in self._threads:
       thread.start()
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: object) -> None:
     if not self._threads:
       return
     self._over.set()
@@ -106,19 +110,19 @@ class Watchdog:
         return
       self._done, self._since = iteration, time.monotonic()
 
-  def _look(self):
-    while not self._over.wait(min(self._seconds / 4, 10.0)):
-      self._set_timer()
-      if not self._paused and time.monotonic() - self._since > self._seconds:
+  def _look(self, seconds: float) -> None:
+    while not self._over.wait(min(seconds / 4, 10.0)):
+      self._set_timer(seconds)
+      if not self._paused and time.monotonic() - self._since > seconds:
         self._end(
           f'iteration {self._done + 1} has not finished within '
-          f'{self._seconds:g} s; what each thread was doing:'
+          f'{seconds:g} s; what each thread was doing:'
         )
         return
 
-  def _set_timer(self):
+  def _set_timer(self, seconds: float) -> None:
     """Puts off the end that comes if no thread gets to put it off again."""
-    faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
+    faulthandler.dump_traceback_later(2 * seconds, exit=True)
 
 
 def _dump_and_exit(message: str) -> None:

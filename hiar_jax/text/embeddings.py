@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class EmbeddedPrompts:
       raise FileNotFoundError(f'no text embeddings at {path}')
     self._path = path
     self._files: dict[str, pathlib.Path] = {}
-    kinds = set()
+    kinds: set[Any] = set()
     for file in files:
       reader = _open(file)
       fields = reader.metadata

@@ -239,7 +239,7 @@ def load_encoder(
   )
 
 
-def _load_params(path: str | os.PathLike, config: umt5.UMT5Config):
+def _load_params(path: str | os.PathLike, config: umt5.UMT5Config) -> Any:
   """Weights in the dtype that they are computed in, on the device."""
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = jax.tree.map(

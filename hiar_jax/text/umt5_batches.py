@@ -135,7 +135,7 @@ class BatchEncoder:
       array.shape, place, lambda index: array[index]
     )
 
-  def _states(self, ids_BL, mask_BL) -> jax.Array:
+  def _states(self, ids_BL: Any, mask_BL: Any) -> jax.Array:
     return self._run(self._params, ids_BL, mask_BL)
 
   @functools.cached_property

@@ -135,7 +135,7 @@ class TensorBoard:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: object) -> None:
     self._writer.close()
 
 

@@ -194,7 +194,7 @@ def open_networks(release: Release, options: Options) -> dict[str, Network]:
     )
     if network.kind != kind:
       raise ValueError(f'{path} is a {network.kind}, not a {kind}')
-    changes = {'dtype': options.compute_dtype}
+    changes: dict[str, Any] = {'dtype': options.compute_dtype}
     if kind == 'transformer':
       changes['attention'] = options.attention
     opened[kind] = dataclasses.replace(
@@ -428,7 +428,9 @@ def _write_ours(
 ) -> None:
   state, slots = network.state, network.slots
   # In the order of the file, which is then read from its beginning to end.
-  names, kind = list(state.shapes), safetensors_io.Writer
+  names = list(state.shapes)
+  kind: type[safetensors_io.Writer | orbax_weights.Writer]
+  kind = safetensors_io.Writer
   if options.format == 'orbax':
     # Its arrays are held until all of their layers are there.
     names.sort(key=lambda name: slots[name].path)

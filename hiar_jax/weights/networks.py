@@ -4,6 +4,7 @@ Weights are shipped as safetensors, one file of nested names such as
 'layers/q/kernel'; orbax folders and sharded files are read as well.
 """
 
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def save_weights(
     partial.chmod(mode)
 
 
-def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
+def load_weights(path: str | os.PathLike, abstract_params: Any) -> Any:
   """Reads stored weights into the structure of `abstract_params`.
 
   One array at a time: beside the result, memory is needed for the largest.
@@ -81,7 +82,7 @@ def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
     raise FileNotFoundError(message) from None
   except ValueError as error:
     raise ValueError(f'weights {path} are damaged ({error})') from error
-  check_structure(path, shapes(reader.entries), shapes(wanted))
+  check_structure(pathlib.Path(path), shapes(reader.entries), shapes(wanted))
   if isinstance(reader, orbax_weights.Reader):
     loaded = reader.load(wanted)
     counts = {k: (finite.count(a), a.size) for k, a in loaded.items()}
@@ -96,7 +97,7 @@ def load_weights(path: str | pathlib.Path, abstract_params: Any) -> Any:
 
 
 def open_weights(
-  path: str | pathlib.Path,
+  path: str | os.PathLike,
 ) -> safetensors_io.Reader | orbax_weights.Reader:
   """Opens weights of either format.
 
@@ -163,13 +164,13 @@ def check_structure(
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """Shapes by path; a struct's field and a dict's key are the same here."""
 
-  def entry_name(entry) -> str:
+  def entry_name(entry: Any) -> str:
     for attribute in ('key', 'idx', 'name'):
       if hasattr(entry, attribute):
         return str(getattr(entry, attribute))
     raise TypeError(f'unknown pytree entry {entry!r}')
 
-  def stored_shape(leaf) -> tuple[int, ...]:
+  def stored_shape(leaf: Any) -> tuple[int, ...]:
     if not hasattr(leaf, 'shape'):  # A Python number.
       return ()
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -183,7 +184,7 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _flatten_params(tree: Mapping[str, Any], prefix: str = '') -> dict:
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in tree.items():
     if '/' in key:
       raise ValueError(f"parameter name {key!r} has a '/' in it")
@@ -195,7 +196,7 @@ def _flatten_params(tree: Mapping[str, Any], prefix: str = '') -> dict:
 
 
 def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree = {}
+  tree: dict[str, Any] = {}
   for name, value in flat.items():
     *parents, last = name.split('/')
     node = tree

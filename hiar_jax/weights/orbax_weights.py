@@ -97,7 +97,7 @@ class Writer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind, error, trace) -> None:
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
     if kind is not None:
       for path in self._path.parent.glob(f'{self._path.name}*'):
         shutil.rmtree(path, ignore_errors=True)

@@ -20,7 +20,7 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import ml_dtypes
@@ -94,10 +94,10 @@ class Reader:
       ValueError: if a file is damaged, or the index is of other files.
     """
     path = pathlib.Path(path)
-    index = path.with_name(path.name + INDEX_SUFFIX)
+    index: pathlib.Path | None = path.with_name(path.name + INDEX_SUFFIX)
     if path.name.endswith(INDEX_SUFFIX):
       index = path
-    elif path.exists() or not index.exists():
+    elif path.exists() or not (index and index.exists()):
       index = None
     files = indexed(index) if index else _siblings(path)
     self.entries: dict[str, Entry] = {}
@@ -201,7 +201,9 @@ class Writer:
         offset += entry.num_bytes
     self._total = sum(e.num_bytes for e in self._entries.values())
 
-  def write(self, name: str, array: np.ndarray, index: int | None = None):
+  def write(
+    self, name: str, array: np.ndarray, index: int | None = None
+  ) -> None:
     """Writes an array, or one entry of its first axis."""
     entry = self._entries[name]
     shape = entry.shape if index is None else entry.shape[1:]
@@ -215,7 +217,7 @@ class Writer:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind, error, trace) -> None:
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
     for file, handle in self._handles.items():
       handle.close()
       partial = pathlib.Path(handle.name)
@@ -314,7 +316,13 @@ def _read_header(
   return entries, metadata
 
 
-def _entry(path, start: int, dtype: str, shape, data_offsets) -> Entry:
+def _entry(
+  path: pathlib.Path,
+  start: int,
+  dtype: str,
+  shape: Sequence[int],
+  data_offsets: Sequence[int],
+) -> Entry:
   begin, end = data_offsets
   if dtype not in _DTYPES:
     raise ValueError(f'dtype {dtype} is not one of {sorted(_DTYPES)}')

@@ -38,8 +38,9 @@ def find(
     path = pathlib.Path(weights)
     if path.is_dir():
       path /= layouts.STUDENT_FILE
-  if codec is None:
-    codec = path.with_name(layouts.codec_file(config))
-    if not codec.exists() and 'codec' in config:
-      codec = config['codec']['path']
-  return path, pathlib.Path(codec)
+  if codec is not None:
+    return path, pathlib.Path(codec)
+  beside = path.with_name(layouts.codec_file(config))
+  if not beside.exists() and 'codec' in config:
+    return path, pathlib.Path(config['codec']['path'])
+  return path, beside

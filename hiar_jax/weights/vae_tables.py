@@ -135,7 +135,9 @@ def infer_sizes(shapes: Mapping[str, Shape]) -> dict:
     ValueError: if the layers are not those of a VAE.
   """
   base_dim = shapes['encoder/conv_in/bias'][0]
-  widths, temporal, blocks = [], [], 0
+  widths: list[int] = []
+  temporal: list[bool] = []
+  blocks = 0
   layer = 0
   while True:
     ours = f'encoder/down_{layer}'

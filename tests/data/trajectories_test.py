@@ -360,7 +360,7 @@ def test_processes_with_the_same_share_do_no_harm(whole, tmp_path, monkeypatch):
     sync(file)
     with monkeypatch.context() as patch:
       patch.setattr(shard_files.os, 'fsync', sync)
-      patch.setattr(shard_files.socket, 'gethostname', lambda: 'other')
+      patch.setattr('socket.gethostname', lambda: 'other')
       trajectory_files.write_shard(path, record)
 
   monkeypatch.setattr(shard_files.os, 'fsync', other_is_first)
