@@ -78,8 +78,9 @@ class Denoiser:
     *,
     positions_F: jax.Array | None = None,
     past: KV | KVCache | None = None,
+    past_frames: jax.Array | None = None,
     frame_mask: np.ndarray | jax.Array | None = None,
-    straight_through: bool = False,
+    same_frames: tuple[int, int] | None = None,
   ) -> tuple[jax.Array, KV]:
     """Predicted flow v = eps - x0 and the K/V of the frames.
 
@@ -91,8 +92,9 @@ class Denoiser:
       positions_F: absolute frame indices; default: those that follow `past`,
         or 0..F-1.
       past: see WanTransformer.
+      past_frames: see WanTransformer.
       frame_mask: see WanTransformer.
-      straight_through: see WanTransformer.
+      same_frames: see WanTransformer.
     """
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
@@ -107,8 +109,9 @@ class Denoiser:
       text,
       positions_F,
       past,
+      past_frames,
       frame_mask,
-      straight_through,
+      same_frames,
       layers if isinstance(layers, tuple) else None,
     )
 

@@ -36,6 +36,7 @@ QUERIES_BFPHK = (BATCH, None, 'context', 'tensor', None)
 # Whole sequences: every device's queries see all keys. So a cache is written
 # at any slot without asking who has it.
 KEYS_BFPHK = (BATCH, None, None, 'tensor', None)
+KEYS_BSHK = (BATCH, None, 'tensor', None)
 KEYS_NBSHK = (None, BATCH, None, 'tensor', None)
 
 # Path of a parameter -> its spec. Exactly one rule fits each.
@@ -416,6 +417,38 @@ def split_queries(
     # Pallas kernels do not say over which axes their results vary.
     check_vma=False,
   )(*arguments)
+
+
+def map_keys(
+  function: Callable[[jax.Array], jax.Array], x_BSHK: jax.Array
+) -> jax.Array:
+  """function(x), shaped like x, of every device's own samples and heads.
+
+  For what XLA cannot divide: it would gather the keys of all samples on every
+  device first.
+  """
+  mesh = _mesh()
+  if mesh is None:
+    return function(x_BSHK)
+  spec = _dividing(x_BSHK.shape, KEYS_BSHK, mesh)
+  return jax.shard_map(
+    function, in_specs=(spec,), out_specs=spec, check_vma=False
+  )(x_BSHK)
+
+
+def whole_everywhere(tree: Any, mesh: Mesh | None) -> Any:
+  """Host arrays, the same in every process, whole on every device of a mesh."""
+  if mesh is None:
+    return tree
+  everywhere = NamedSharding(mesh, PartitionSpec())
+
+  def place(array):
+    array = np.asarray(array)
+    return jax.make_array_from_callback(
+      array.shape, everywhere, lambda index: array[index]
+    )
+
+  return jax.tree.map(place, tree)
 
 
 def _mesh():

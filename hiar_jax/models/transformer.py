@@ -141,7 +141,7 @@ class SelfAttention(nn.Module):
     length,
     mask_FPS,
     visible: attention.Visible | None,
-    straight_through: bool,
+    same_frames: tuple[int, int] | None,
   ):
     cfg = self.config
     batch, num_frames, tokens, _ = x_BFPD.shape
@@ -158,13 +158,14 @@ class SelfAttention(nn.Module):
     v = sharding.constrain(v.reshape(heads), sharding.KEYS_BFPHK)
     k = rope.rotate(k.reshape(sequence), rotation)
     v = v.reshape(sequence)
-    k, v = (attention.kernel_layout(x, cfg.attention) for x in (k, v))
+    lay_out = functools.partial(attention.kernel_layout, backend=cfg.attention)
+    k, v = (sharding.map_keys(lay_out, x) for x in (k, v))
     keys, values = k, v
     if past is not None:
       past_k, past_v = past.k, past.v
-      if straight_through:
-        past_k = _carry_gradient(past_k, k)
-        past_v = _carry_gradient(past_v, v)
+      if same_frames is not None:
+        past_k = _carry_gradient(past_k, k, same_frames, tokens)
+        past_v = _carry_gradient(past_v, v, same_frames, tokens)
       # Own tokens first: the valid keys are then a prefix.
       keys = jnp.concatenate([k, past_k.astype(k.dtype)], 1)
       values = jnp.concatenate([v, past_v.astype(v.dtype)], 1)
@@ -184,10 +185,12 @@ class SelfAttention(nn.Module):
     return out, KV(k=k, v=v)
 
 
-def _carry_gradient(past, own):
-  """Values of `past`; gradient of its last tokens goes to `own` (spec 9)."""
-  tail = past[:, -own.shape[1] :] + (own - jax.lax.stop_gradient(own))
-  return jnp.concatenate([past[:, : -own.shape[1]], tail], 1)
+def _carry_gradient(past, own, same_frames, tokens):
+  """Values of `past`; gradient of some of its frames goes to `own` (spec 9)."""
+  start, end = (frame * tokens for frame in same_frames)
+  own = own[:, : end - start]
+  same = past[:, start:end] + (own - jax.lax.stop_gradient(own))
+  return jnp.concatenate([past[:, :start], same, past[:, end:]], 1)
 
 
 class CrossAttention(nn.Module):
@@ -215,7 +218,7 @@ class Layer(nn.Module):
 
   config: WanConfig
   visible: attention.Visible | None
-  straight_through: bool
+  same_frames: tuple[int, int] | None
 
   @nn.compact
   def __call__(self, x_BFPD, scanned, rotation, modulation_BF6D, length, mask):
@@ -244,7 +247,7 @@ class Layer(nn.Module):
       length,
       mask,
       self.visible,
-      self.straight_through,
+      self.same_frames,
     )
     x_BFPD = x_BFPD + gated(y, gate1)
     y = nn.LayerNorm(epsilon=cfg.eps, dtype=jnp.float32, name='cross_norm')(
@@ -290,8 +293,9 @@ class WanTransformer(nn.Module):
     text: TextKV,
     positions_F: jax.Array,
     past: KV | KVCache | None = None,
+    past_frames: jax.Array | None = None,
     frame_mask: np.ndarray | jax.Array | None = None,
-    straight_through: bool = False,
+    same_frames: tuple[int, int] | None = None,
     layers: Sequence[dict] | None = None,
   ) -> tuple[jax.Array, KV]:
     """Predicts the flow of some frames.
@@ -303,12 +307,15 @@ class WanTransformer(nn.Module):
       positions_F: absolute frame indices, int32.
       past: a KVCache, whose valid prefix is seen by all frames, or a KV of
         whole frames in any order, which needs a `frame_mask`.
+      past_frames: int32 scalar, of such a KV only the first so many frames are
+        there, whatever the mask says; None: all.
       frame_mask: bool [F, F + past frames], True where the row's frame sees
         the column's; own frames first. As a numpy array it costs nothing, see
         `attention.visible_keys`; a traced one is a mask over all tokens, which
         no flash kernel takes.
-      straight_through: the past's last tokens are these tokens at another
-        level: let its gradient reach them (spec 9). Changes no value.
+      same_frames: (first, after) of frames of the past that are the first of
+        these frames at another level: lets the gradient of the past reach them
+        (spec 9). Changes no value.
       layers: the layers' parameters one by one, in place of the stacked ones;
         see `Denoiser.unstack_layers`.
 
@@ -333,14 +340,17 @@ class WanTransformer(nn.Module):
     x = sharding.constrain(x, sharding.TOKENS_BFPD)
 
     time = sinusoid(timestep_BF, cfg.freq_dim)
-    float32 = {'dtype': jnp.float32, 'kernel_init': _EMBED_INIT}
-    time = nn.silu(nn.Dense(cfg.dim, name='time_in', **float32)(time))
-    time = nn.Dense(cfg.dim, name='time_out', **float32)(time)
-    modulation = nn.Dense(
-      6 * cfg.dim,
-      name='time_projection',
-      dtype=jnp.float32,
-      kernel_init=_DENSE_INIT,
+    # HIGHEST: by default a TPU multiplies float32 in bfloat16, and a GPU in
+    # TF32, and passes over one level and over several would differ.
+    dense = functools.partial(
+      nn.Dense, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
+    )
+    time = dense(cfg.dim, name='time_in', kernel_init=_EMBED_INIT)(time)
+    time = dense(cfg.dim, name='time_out', kernel_init=_EMBED_INIT)(
+      nn.silu(time)
+    )
+    modulation = dense(
+      6 * cfg.dim, name='time_projection', kernel_init=_DENSE_INIT
     )(nn.silu(time))
     modulation = modulation.reshape(*time.shape[:2], 6, cfg.dim)
 
@@ -349,6 +359,8 @@ class WanTransformer(nn.Module):
       length, past_kv = past.length, KV(past.k, past.v)
     elif past is not None:
       past_kv = past
+      if past_frames is not None:
+        length = past_frames * cfg.tokens_per_frame
     if past_kv is not None:
       past_kv = jax.tree.map(
         lambda a: sharding.constrain(a, sharding.KEYS_NBSHK), past_kv
@@ -361,7 +373,13 @@ class WanTransformer(nn.Module):
       mask = mask.reshape(num_frames, cfg.tokens_per_frame, -1)
     layer = Layer
     if cfg.remat != 'none':
-      layer = nn.remat(Layer, policy=_REMAT[cfg.remat], prevent_cse=False)
+      # What is computed again must not be merged with what it repeats. Inside
+      # of a scan it cannot be, and is faster without the barriers.
+      layer = nn.remat(
+        Layer,
+        policy=_REMAT[cfg.remat],
+        prevent_cse=cfg.is_unrolled or layers is not None,
+      )
     rotation = rope.rotations(positions_F, cfg.grid, cfg.head_dim)
     inputs = (rotation, modulation, length, mask)
     if layers is None:
@@ -373,10 +391,10 @@ class WanTransformer(nn.Module):
         length=cfg.num_layers,
         unroll=cfg.unroll,
       )
-      scanned = scan(cfg, visible, straight_through, name='layers')
+      scanned = scan(cfg, visible, same_frames, name='layers')
       x, new_kv = scanned(x, (past_kv, text), *inputs)
     else:
-      kvs, each = [], layer(cfg, visible, straight_through, parent=None)
+      kvs, each = [], layer(cfg, visible, same_frames, parent=None)
       for i, params in enumerate(layers):
         own = jax.tree.map(lambda a, i=i: a[i], (past_kv, text))
         x, kv = each.apply({'params': params}, x, own, *inputs)
