@@ -42,28 +42,49 @@ def reverse_kl(
     x0: the student's output.
     fake_x0: the critic's clean estimate of the re-noised output.
     real_x0: the teacher's (guided) clean estimate of the same.
-    mask: bool [B or 1, F]; only True frames carry loss. The normaliser is
-      over all frames.
+    mask: see `reverse_kl_along`.
 
   Returns:
     Loss, and the mean absolute gradient direction (a health metric).
+  """
+  direction = reverse_kl_direction(x0, fake_x0, real_x0)
+  loss = reverse_kl_along(x0, direction, mask)
+  return loss, jnp.mean(jnp.abs(direction))
+
+
+def reverse_kl_direction(
+  x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array
+) -> jax.Array:
+  """(fake - real) / mean |x0 - real|, a constant; arguments as above.
 
   Source: eqs. 7-8 of DMD (arXiv:2311.18828), with the normaliser of its
-  public code; a normaliser of 0 gives gradient 0.
+  public code, over all frames; a normaliser of 0 gives 0.
   """
   x0, fake_x0, real_x0 = (x.astype(jnp.float32) for x in (x0, fake_x0, real_x0))
   axes = tuple(range(1, x0.ndim))
   scale = jnp.mean(jnp.abs(x0 - real_x0), axis=axes, keepdims=True)
-  direction = (fake_x0 - real_x0) / scale
-  direction = jnp.nan_to_num(direction, posinf=0.0, neginf=0.0)
-  target = jax.lax.stop_gradient(x0 - direction)
-  error = jnp.square(x0 - target)
+  direction = jnp.nan_to_num(
+    (fake_x0 - real_x0) / scale, posinf=0.0, neginf=0.0
+  )
+  return jax.lax.stop_gradient(direction)
+
+
+def reverse_kl_along(
+  x0: jax.Array, direction: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+  """A loss whose gradient in x0 is `direction` / n, and its size that of DMD.
+
+  Args:
+    x0: the student's output.
+    direction: of `reverse_kl_direction`.
+    mask: bool [B or 1, F]; only True frames carry loss.
+  """
+  x0 = x0.astype(jnp.float32)
+  error = jnp.square(x0 - jax.lax.stop_gradient(x0 - direction))
   if mask is None:
-    loss = 0.5 * jnp.mean(error)
-  else:
-    mask = jnp.broadcast_to(noise_schedule.expand(mask, error), error.shape)
-    loss = 0.5 * jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-  return loss, jax.lax.stop_gradient(jnp.mean(jnp.abs(direction)))
+    return 0.5 * jnp.mean(error)
+  mask = jnp.broadcast_to(noise_schedule.expand(mask, error), error.shape)
+  return 0.5 * jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def forward_kl_pair(

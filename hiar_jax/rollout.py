@@ -186,39 +186,40 @@ class Sampler:
       x_next = noise_schedule.add_noise(x0, eps, sigma_next)
     return x_next, x0
 
-  def commit_kv(self, x: jax.Array, past: KVCache, level) -> KV:
-    """C: K/V of a block that the network is told to be at `level`."""
+  def commit_kv(self, x: jax.Array, past: KVCache, level, wanted=True) -> KV:
+    """C: K/V of a block that the network is told to be at `level`.
+
+    With a traced bool `wanted` that is False: zeros, and no work.
+    """
+    if wanted is not True:
+      shape = list(past.k.shape)
+      shape[-3] = x.shape[1] * past.tokens_per_frame
+      return jax.lax.cond(
+        wanted,
+        lambda: jax.tree.map(jnp.asarray, self.commit_kv(x, past, level)),
+        lambda: KV(*(jnp.zeros(shape, a.dtype) for a in (past.k, past.v))),
+      )
     # Level 0 is replaced by the level that clean context is told to have.
     level = jnp.where(level == 0, self.config.context_level, level)
     _, kv = self.denoiser.flow(self.params, x, level, self.text, past=past)
     return kv
 
-  def commit(self, x: jax.Array, past: KVCache, level) -> KVCache:
-    """C: the past with the block's K/V written."""
-    return past.write(self.commit_kv(x, past, level))
-
-  def anchor(
-    self, past: KVCache, frames: jax.Array
-  ) -> tuple[KVCache, list[KV]]:
-    """Commits given clean latents, block by block.
+  def anchor(self, past: KVCache, frames: jax.Array) -> KVCache:
+    """The past after given clean latents, committed block by block.
 
     Args:
       past: what came before.
       frames: [B, F, h, w, C]; a first block shorter than the others (a single
         image) comes first.
-
-    Returns:
-      The past after them, and each block's K/V.
     """
     size = self.config.frames_per_block
     num_frames = frames.shape[1]
     starts = range(num_frames % size, num_frames, size)
     bounds = [*([0] if num_frames % size else []), *starts, num_frames]
-    kvs = []
     for start, end in zip(bounds, bounds[1:], strict=False):
-      kvs.append(self.commit_kv(frames[:, start:end], past, jnp.zeros(())))
-      past = past.write(kvs[-1])
-    return past, kvs
+      kv = self.commit_kv(frames[:, start:end], past, jnp.zeros(()))
+      past = past.write(kv)
+    return past
 
 
 def initial_blocks(noise: Noise, blocks: jax.Array) -> jax.Array:
@@ -241,6 +242,7 @@ def sweep(
   *,
   first_step,
   num_steps: int,
+  commit_last: bool = True,
 ) -> tuple[jax.Array, KVCache]:
   """Runs `num_steps` steps of every block in causal order, one commit each.
 
@@ -252,9 +254,12 @@ def sweep(
     past: committed K/V of what came before.
     first_step: may be traced.
     num_steps: static.
+    commit_last: whether the last block is committed as well; none of these
+      blocks reads it.
 
   Returns:
-    Blocks at level t_{first_step + num_steps}, and the past after them.
+    Blocks at level t_{first_step + num_steps}, and the past after those that
+    were committed.
   """
 
   def one_block(past, xs):
@@ -266,10 +271,11 @@ def sweep(
 
     steps = first_step + jnp.arange(num_steps)
     x_next, x0s = jax.lax.scan(one_step, x, steps)
-    context, level = context_of(
-      sampler, x_next, x0s[-1], first_step + num_steps
-    )
-    return sampler.commit(context, past, level), x_next
+    after = first_step + num_steps
+    context, level = context_of(sampler, x_next, x0s[-1], after)
+    wanted = True if commit_last else block != blocks[-1]
+    kv = sampler.commit_kv(context, past, level, wanted)
+    return past.write(kv, wanted), x_next
 
   past, x_bBfhwC = jax.lax.scan(one_block, past, (x_bBfhwC, blocks))
   return x_bBfhwC, past
@@ -292,7 +298,7 @@ def block_first(
 ) -> jax.Array:
   """Each block through all steps, context clean: Self-Forcing's order.
 
-  S + 1 passes a block. Source: Self-Forcing (arXiv:2506.08009).
+  S + 1 passes a block, S for the last. Self-Forcing (arXiv:2506.08009).
 
   Args:
     sampler: the verbs.
@@ -304,20 +310,16 @@ def block_first(
     [B, F, h, w, C], given frames included.
   """
   past = _anchored(sampler, initial)
-  x, _ = _block_first_from(sampler, noise, jnp.arange(num_blocks), past)
+  blocks = jnp.arange(num_blocks)
+  x, _ = _block_first_from(sampler, noise, blocks, past, commit_last=False)
   return _with_initial(initial, join_blocks(x))
 
 
-def _block_first_from(sampler, noise, blocks, past):
-  """All steps of each block; the finished blocks, and the past after them."""
+def _block_first_from(sampler, noise, blocks, past, *, commit_last):
+  x, steps = initial_blocks(noise, blocks), sampler.config.num_steps
   return sweep(
-    sampler,
-    noise,
-    initial_blocks(noise, blocks),
-    blocks,
-    past,
-    first_step=0,
-    num_steps=sampler.config.num_steps,
+    *(sampler, noise, x, blocks, past),
+    **dict(first_step=0, num_steps=steps, commit_last=commit_last),
   )
 
 
@@ -329,8 +331,8 @@ def step_first(
 ) -> jax.Array:
   """All blocks through each step: hierarchical denoising (HiAR, section 2).
 
-  2S passes a block, one cache that is reset for every step. Arguments and
-  result as in `block_first`.
+  2S passes a block (S for the last), one cache that is reset for every step.
+  Arguments and result as in `block_first`.
   """
   if sampler.config.context == 'shared':
     return shared_context(sampler, noise, num_blocks, initial)
@@ -351,7 +353,8 @@ def _step_first_from(sampler, noise, x, blocks, anchored, first_step):
 
   def one_step(x, step):
     x, _ = sweep(
-      sampler, noise, x, blocks, anchored, first_step=step, num_steps=1
+      *(sampler, noise, x, blocks, anchored),
+      **dict(first_step=step, num_steps=1, commit_last=False),
     )
     return x, None
 
@@ -391,10 +394,8 @@ def hybrid(
     )
   if not 0 <= anchor_blocks <= num_blocks:
     raise ValueError(f'anchor_blocks={anchor_blocks} not in 0..{num_blocks}')
-  if not 0 <= block_first_steps <= num_steps:
-    raise ValueError(
-      f'block_first_steps={block_first_steps} not in 0..{num_steps}'
-    )
+  if not 0 <= (steps := block_first_steps) <= num_steps:
+    raise ValueError(f'block_first_steps={steps} not in 0..{num_steps}')
   if sampler.config.context == 'shared':
     raise ValueError("the hybrid order has no context 'shared'")
   past = _anchored(sampler, initial)
@@ -403,21 +404,16 @@ def hybrid(
   if anchor_blocks:
     # Their commits are those of anchors: x0 at level 0.
     anchors, past = _block_first_from(
-      sampler, noise, jnp.arange(anchor_blocks), past
+      sampler, noise, jnp.arange(anchor_blocks), past, commit_last=True
     )
     x = _step_first_from(sampler, noise, x, blocks, past, 0)
     x = jnp.concatenate([anchors, x])
   else:
     x, _ = sweep(
-      sampler,
-      noise,
-      x,
-      blocks,
-      past,
-      first_step=0,
-      num_steps=block_first_steps,
+      *(sampler, noise, x, blocks, past),
+      **dict(first_step=0, num_steps=steps, commit_last=False),
     )
-    x = _step_first_from(sampler, noise, x, blocks, past, block_first_steps)
+    x = _step_first_from(sampler, noise, x, blocks, past, steps)
   return _with_initial(initial, join_blocks(x))
 
 
@@ -438,7 +434,9 @@ def shared_context(
   blocks = jnp.arange(num_blocks)
 
   def one_block(pasts, block):
-    x, pasts, _ = shared_block(sampler, noise, pasts, block)
+    x, pasts, _ = shared_block(
+      sampler, noise, pasts, block, commit=block < num_blocks - 1
+    )
     return pasts, x
 
   _, x = jax.lax.scan(one_block, pasts, blocks)
@@ -455,9 +453,13 @@ def stacked_pasts(sampler: Sampler, initial: jax.Array | None) -> KVCache:
 
 
 def shared_block(
-  sampler: Sampler, noise: Noise, pasts: KVCache, block
+  sampler: Sampler,
+  noise: Noise,
+  pasts: KVCache,
+  block,
+  commit=True,
 ) -> tuple[jax.Array, KVCache, tuple[jax.Array, jax.Array, KV]]:
-  """One block of `shared_context`.
+  """One block of `shared_context`; without `commit` it leaves no context.
 
   Returns:
     The finished block; the pasts with its context; and, stacked over steps:
@@ -476,19 +478,22 @@ def shared_block(
     one_step, noise(0, block), jnp.arange(sampler.config.num_steps)
   )
   last = jax.tree.map(lambda a: a[-1], pasts)
-  clean = sampler.commit_kv(x, last, jnp.zeros(()))
+  clean = sampler.commit_kv(x, last, jnp.zeros(()), commit)
   context = jax.tree.map(
     lambda kv, c: jnp.concatenate([kv[1:], c[None]]), kvs, clean
   )
   # Every pass has read before the first write, or the pasts would be copied.
   pasts, context = jax.lax.optimization_barrier((pasts, context))
-  pasts = pasts.write_each(context)
+  live = None
+  if commit is not True:
+    live = jnp.broadcast_to(commit, pasts.frames.shape)
+  pasts = pasts.write_each(context, live)
   return x, pasts, (inputs, x0s, context)
 
 
 def _anchored(sampler: Sampler, initial: jax.Array | None) -> KVCache:
   past = sampler.empty_past()
-  return past if initial is None else sampler.anchor(past, initial)[0]
+  return past if initial is None else sampler.anchor(past, initial)
 
 
 def _with_initial(initial, x):

@@ -58,7 +58,11 @@ def steps(optimiser: str = 'adamw', microbatches: int = 1):
       window=4,
     ),
     config=training_steps.DistillConfig(
-      loss_blocks=2, ema_start=0, ema_decay=0.9, microbatches=microbatches
+      loss_blocks=2,
+      cut_start='as_made',
+      ema_start=0,
+      ema_decay=0.9,
+      microbatches=microbatches,
     ),
   )
 
@@ -112,17 +116,20 @@ def update(mesh=None, **kwargs):
   mine = jax.tree.map(lambda x: x[share * rows :][:rows], batch())
   data = sharding.put_batch(mine, mesh)
   generator, critic = (
-    sharding.jit_step(step, state, mesh, static_argnames='num_blocks')
+    sharding.jit_step(
+      step, state, mesh, static_argnames=('num_blocks', 'most_before')
+    )
     for step in (distillation.generator_step, distillation.critic_step)
   )
   frozen = training_steps.Frozen(
     teacher=sharding.put(params(TEACHER, 3), mesh),
     negative_text=sharding.put(np.ones((1, 3, 8), np.float32), mesh),
   )
+  lengths = distillation.lengths(BLOCKS, BLOCKS)
   keys = jax.random.split(jax.random.key(5))
-  state, metrics = generator(state, frozen, data, keys[0], num_blocks=BLOCKS)
+  state, metrics = generator(state, frozen, data, keys[0], **lengths)
   state, more = critic(
-    state, frozen, {'text': data['text']}, keys[1], num_blocks=BLOCKS
+    state, frozen, {'text': data['text']}, keys[1], **lengths
   )
   return state, metrics | more
 

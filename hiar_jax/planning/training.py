@@ -298,6 +298,7 @@ def _program(training: Training, part: str, mesh: Mesh):
       negative, jnp.float32, sharding=everywhere
     ),
   )
+  lengths = steps.lengths(training.num_blocks, training.num_blocks)
   size, model = training.batch_size, steps.student.config
   text = array(size, model.text_len, model.text_dim)
   state = sharding.abstract(jax.eval_shape(lambda: _first_state(steps)), mesh)
@@ -311,7 +312,7 @@ def _program(training: Training, part: str, mesh: Mesh):
   places = (sharding.shardings(state, mesh), everywhere)
   jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
   if part == 'critic':
-    run = functools.partial(steps.critic_step, num_blocks=training.num_blocks)
+    run = functools.partial(steps.critic_step, **lengths)
     # What the step does not use stays on the chip as well.
     return (
       jit(run, keep_unused=True),
@@ -328,7 +329,7 @@ def _program(training: Training, part: str, mesh: Mesh):
       *_latent(model),
       dtype='float16',
     )
-  run = functools.partial(steps.generator_step, num_blocks=training.num_blocks)
+  run = functools.partial(steps.generator_step, **lengths)
   return (
     jit(run),
     (state, frozen, batch, key),

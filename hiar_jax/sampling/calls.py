@@ -260,7 +260,7 @@ def _begin(params, states_BLD, initial, *, denoiser, config):
   past = sampler.empty_past()
   if initial is not None:
     initial = jnp.repeat(initial, len(states_BLD), 0)
-    past, _ = sampler.anchor(past, initial)
+    past = sampler.anchor(past, initial)
   return text, past
 
 

@@ -122,7 +122,7 @@ class SharedPipeline(pipeline.Stages):
     sampler = Sampler(self.denoiser, params, text, self.config, origin)
     past = sampler.empty_past()
     if initial is not None:
-      past, _ = sampler.anchor(past, initial)
+      past = sampler.anchor(past, initial)
     shape = self.config.block_shape(self.denoiser.config)
     return SharedState(
       turn=jnp.zeros((), jnp.int32),

@@ -60,6 +60,13 @@ def _critic(config: Config) -> network_files.NetworkFile:
   return network_files.find(config, 'critic', 'teacher').trained()
 
 
+def _codec(config, steps, longest, mesh):
+  """What recodes the start of a long rollout's cut, where that is asked for."""
+  if not steps.needs_codec(longest):
+    return None
+  return sharding.whole_everywhere(inputs.open_codec(config), mesh)
+
+
 def build(config: Config) -> Phase:
   """HiAR distillation, or Self-Forcing with order 'block_first'."""
   steps = distillation(config)
@@ -88,6 +95,7 @@ def build(config: Config) -> Phase:
   frozen = training_steps.Frozen(
     teacher=network_files.find(config, 'teacher').load(mesh),
     negative_text=sharding.put(jnp.asarray(negative), mesh),
+    codec=_codec(config, steps, high, mesh),
   )
   params = network_files.find_student(config, 'student').load(mesh)
   critic_params = _critic(config).load(mesh)
@@ -101,17 +109,20 @@ def build(config: Config) -> Phase:
     steps.generator_step,
     state,
     mesh,
-    static_argnames=('num_blocks', 'forward_kl_step'),
+    static_argnames=('num_blocks', 'most_before', 'forward_kl_step'),
   )
   critic = sharding.jit_step(
-    steps.critic_step, state, mesh, static_argnames=('num_blocks',)
+    steps.critic_step,
+    state,
+    mesh,
+    static_argnames=('num_blocks', 'most_before'),
   )
   key = jax.random.key(config.seed)
 
   def step(state, batch, iteration):
     # Host numbers that choose a compiled program; by name, like all noise.
     draw = np.random.default_rng((config.seed, iteration))
-    num_blocks = int(draw.integers(low, high + 1))
+    lengths = steps.lengths(int(draw.integers(low, high + 1)), high)
     keys = jax.random.split(jax.random.fold_in(key, iteration))
     batch = states.finish(sharding.put_batch(batch, mesh))
     metrics = {}
@@ -121,11 +132,11 @@ def build(config: Config) -> Phase:
         frozen,
         batch,
         keys[0],
-        num_blocks=num_blocks,
+        **lengths,
         forward_kl_step=int(draw.integers(numbers.forward_kl_steps)),
       )
     state, critic_metrics = critic(
-      state, frozen, {'text': batch['text']}, keys[1], num_blocks=num_blocks
+      state, frozen, {'text': batch['text']}, keys[1], **lengths
     )
     return state, metrics | critic_metrics
 

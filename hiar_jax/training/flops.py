@@ -18,12 +18,11 @@ def distillation_flops(
   """Of one step of a network, by what they are for, all devices together.
 
   generator   rollout + exit pass + fake score + real score + forward KL
-  critic      rollout + exit pass + critic
+  critic      rollout + critic
 
-  The rollout is counted with its mean exit step: 2 (S - 1) / 2 passes a block
-  before the recorded sweep's 2, at the full window, because the cache's empty
-  slots are computed too. Of the passes over all blocks only what their masks
-  let them see.
+  The rollout is counted with its mean exit step, at the full window, because
+  the cache's empty slots are computed too; the last block is not committed. Of
+  the passes over all blocks only what their masks let them see.
 
   Args:
     steps: networks and numbers.
@@ -45,13 +44,13 @@ def distillation_flops(
     ),
   )
   score = flops.forward_flops(steps.critic.config, frames, frames)
-  parts = {'rollout': (config.num_steps + 1) * num_blocks * block}
+  guided = 1 if steps.config.critic_guidance == 1.0 else 2
+  parts = {'rollout': _rollout_passes(steps, num_blocks) * block}
   if part == 'critic':
-    parts['exit pass'] = leave
     parts['critic'] = flops.trained(steps.critic.config, recompute) * score
   else:
     parts['exit pass'] = flops.trained(student, recompute) * leave
-    parts['fake score'] = score
+    parts['fake score'] = guided * score
     parts['real score'] = 2 * flops.forward_flops(teacher, frames, frames)
     if steps.config.forward_kl_weight:
       parts['forward KL'] = _forward_kl(steps, num_blocks, recompute)
@@ -80,6 +79,17 @@ def student_start_flops(
   return flops.trained(model) * one
 
 
+def _rollout_passes(steps, num_blocks):
+  """Passes of a block, of a rollout to its mean exit step."""
+  num_steps = steps.rollout.num_steps
+  sweeps = (num_steps + 1) / 2
+  if steps.config.order == 'block_first':
+    return sweeps * num_blocks + num_blocks - 1
+  if steps.rollout.context == 'shared':  # Always to its end.
+    return num_steps * num_blocks + num_blocks - 1
+  return sweeps * (2 * num_blocks - 1)
+
+
 def _forward_kl(steps, num_blocks, recompute):
   student, config = steps.student.config, steps.rollout
   num_frames = round(num_blocks * config.frames_per_block)
@@ -93,7 +103,7 @@ def _forward_kl(steps, num_blocks, recompute):
     return trained * _masked(student, mask)
   mask = attention.own_then_past_mask(num_frames, **blocks)
   block = flops.forward_flops(student, config.frames_per_block, config.window)
-  return 2 * num_blocks * block + trained * _masked(student, mask)
+  return (2 * num_blocks - 1) * block + trained * _masked(student, mask)
 
 
 def _blocks(config: rollout.RolloutConfig) -> dict[str, int]:

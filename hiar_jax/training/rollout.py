@@ -1,49 +1,174 @@
 """Self-rollouts for training: made without gradient, left at one exit step.
 
-The gradient-free pass runs every block up to the exit step and records, per
-block, the input of its D pass there and the K/V committed for later blocks.
-Given those, the exit step's D passes no longer depend on each other: they are
-one parallel forward over all blocks, and only that one carries gradient. Its
-values are those of the serial loop.
+`record_rollout` runs every block up to the exit step, without gradient, and
+records of the last blocks the input of their D pass there, its x0, and the K/V
+that they see. Given those, the exit step's D passes no longer depend on each
+other: `exit_pass` makes them as one parallel forward over all these blocks, and
+only that one carries gradient. Its values are those of the record.
+
+A rollout may be longer than what is recorded, by a number of blocks that is not
+known when it is compiled: one program serves all lengths.
 
 Sources: Self-Forcing (arXiv:2506.08009) for the block-first order, HiAR
 (arXiv:2603.08703, section 3.2) for the step-first order.
 """
 
-# B batch, b blocks, f frames per block, F frames, N layers, S steps,
-# h w latent rows and columns, C channels
+# B batch, b blocks, R recorded blocks, f frames per block, F frames, N layers,
+# S steps, h w latent rows and columns, C channels
 
-import functools
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.models import attention
-from hiar_jax.models.kv_cache import KV
-from hiar_jax.rollout import Noise, Sampler
+from hiar_jax.models import attention, kv_cache
+from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.rollout import Noise, RolloutConfig, Sampler
 
 PAST_GRADIENTS = ('detached', 'straight_through')
 TRAINING_ORDERS = ('step_first', 'block_first')
 BLOCK_FIRST_CONTEXTS = ('clean', 'matched')
 
 
-@flax.struct.dataclass
-class Record:
-  """What the gradient-free pass leaves, per block.
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+  """How the keys of an exit pass lie, and which of its blocks sees which.
+
+  They are the ring itself, in the order of frames, as long as nothing in it
+  had to be overwritten. Else they are the context of the R - 1 blocks that a
+  later one sees, then what the ring held when the first of the R came: its
+  sink, and the others newest first, so that each block sees a prefix of them.
 
   Attributes:
-    inputs: of the exit step's D pass, [b, B, f, h, w, C].
-    levels: of those inputs, [b].
-    x0: estimates of that pass, [b, B, f, h, w, C].
-    context: committed K/V, [b, N, B, f * P, H, K].
+    config: of the rollout.
+    blocks: R.
+    before: frames before these blocks; None: not known, at least one block.
+  """
+
+  config: RolloutConfig
+  blocks: int
+  before: int | None
+
+  def __post_init__(self):
+    if self.before is None and self.config.sink > self.config.frames_per_block:
+      raise ValueError(
+        f'sink={self.config.sink} is more than a block of '
+        f'{self.config.frames_per_block} frames: rollouts of several lengths '
+        'in one program need it to be full after their first block'
+      )
+
+  @property
+  def kept(self) -> int:
+    """Frames of the blocks themselves that a later one sees."""
+    return (self.blocks - 1) * self.config.frames_per_block
+
+  @property
+  def in_ring(self) -> bool:
+    known = self.before is not None
+    return known and self.before + self.kept <= self.config.past_frames
+
+  @property
+  def same_frames(self) -> tuple[int, int]:
+    """Where the context of the blocks themselves lies."""
+    start = self.before if self.in_ring else 0
+    return start, start + self.kept
+
+  def mask(self) -> np.ndarray:
+    """bool [R f, R f + frames of the keys]: who sees whom."""
+    config, size = self.config, self.config.frames_per_block
+    own, before = self.blocks * size, self.before
+    if before is None:  # As if the ring were full.
+      before = -(-(config.past_frames + config.sink) // size + 1) * size
+    mask = attention.own_then_past_mask(
+      before + own,
+      size,
+      window=config.window,
+      sink=config.sink,
+      first=before % size,
+      rows=own,
+    )
+    if self.in_ring:
+      return mask[:, : own + before + self.kept]
+    sink = min(config.sink, before)
+    others = min(config.past_frames, before) - sink
+    order = [
+      *range(before, before + self.kept),
+      *range(sink),
+      *range(before - 1, before - 1 - others, -1),
+    ]
+    return np.concatenate([mask[:, :own], mask[:, own:][:, order]], 1)
+
+  def keys(self, ring: KVCache, own: KVCache, older: KVCache) -> KV:
+    """The keys.
+
+    Args:
+      ring: after these blocks.
+      own: their context, one after the other.
+      older: the ring when the first of them came.
+    """
+    if self.in_ring:
+      return KV(ring.k, ring.v)
+    others = older.slots - older.sink
+    newest = older.frames - 1 - jnp.arange(others) - older.sink
+    slots = jnp.concatenate(
+      [jnp.arange(older.sink), older.sink + newest % max(others, 1)]
+    )
+
+    def join(own, ring):
+      by_frame = (*ring.shape[:2], -1, older.tokens_per_frame, *ring.shape[3:])
+      ordered = jnp.take(ring.reshape(by_frame), slots, axis=2)
+      return jnp.concatenate([own, ordered.reshape(ring.shape)], 2)
+
+    return KV(join(own.k, older.k), join(own.v, older.v))
+
+
+@flax.struct.dataclass
+class Record:
+  """What the gradient-free pass leaves of a rollout's last R blocks.
+
+  Attributes:
+    inputs: of the exit step's D passes, [R, B, f, h, w, C].
+    levels: of those inputs, [R].
+    x0: estimates of those passes, [R, B, f, h, w, C].
+    x0_before: of the blocks before them, [b, B, f, h, w, C]; if their number
+      was not known, unused ones come after them.
+    num_before: how many of those there are.
+    keys: K/V that the blocks see.
+    num_keys: of those, frames that are there; None: all.
+    position: of the first frame of the R blocks.
+    seen: how the keys lie.
   """
 
   inputs: jax.Array
   levels: jax.Array
   x0: jax.Array
-  context: KV
+  x0_before: jax.Array
+  num_before: jax.Array
+  keys: KV
+  num_keys: jax.Array | None
+  position: jax.Array
+  seen: _Seen = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+  """One order's way to its exit step, block by block.
+
+  Attributes:
+    carry: before the first block.
+    block: (carry, block) -> (carry, (input, level, x0, K/V of the context));
+      the last block of a rollout leaves no context.
+    ring: what a block would see, from a carry.
+  """
+
+  carry: Any
+  block: Callable[[Any, jax.Array], tuple[Any, tuple]]
+  ring: Callable[[Any], KVCache] = lambda carry: carry
 
 
 def training_rollout(
@@ -65,18 +190,12 @@ def training_rollout(
       projection) and config.
     noise: by name.
     num_blocks: blocks to make.
-    exit_step: int in 0..S-1, may be traced: one program serves all. For
-      'block_first' also one step per block, [b].
-    order: 'step_first' or 'block_first'.
-    past_gradient: 'detached': the past carries no gradient (the papers).
-      'straight_through': the past has the committed values and the gradient of
-      the exit step's own K/V (what the public code does, spec 9).
+    exit_step: see `record_rollout`.
+    order: see there.
+    past_gradient: see `exit_pass`.
     grad_blocks: only these last blocks carry gradient; None = all.
     initial: clean latents that come first.
-    block_first_context: what a block leaves to later ones in that order.
-      'clean': its x0 at level 0 (Self-Forcing). 'matched': its next level after
-      the exit, which is x0 at level 0 after the last step (HiAR's block-first
-      ablation).
+    block_first_context: see `record_rollout`.
 
   Returns:
     [B, b * f, h, w, C], given frames excluded.
@@ -84,49 +203,172 @@ def training_rollout(
   Raises:
     ValueError: naming the argument that does not fit.
   """
+  grad_blocks = num_blocks if grad_blocks is None else grad_blocks
+  if not 0 < grad_blocks <= num_blocks:
+    raise ValueError(f'grad_blocks={grad_blocks} is not in 1..{num_blocks}')
+  record = record_rollout(
+    sampler,
+    noise,
+    grad_blocks,
+    exit_step,
+    order=order,
+    block_first_context=block_first_context,
+    initial=initial,
+    before=num_blocks - grad_blocks,
+  )
+  x0 = exit_pass(sampler, record, past_gradient=past_gradient)
+  return jnp.concatenate([rollout.join_blocks(record.x0_before), x0], 1)
+
+
+def record_rollout(
+  sampler: Sampler,
+  noise: Noise,
+  num_blocks: int,
+  exit_step: jax.Array,
+  *,
+  order: str,
+  block_first_context: str = 'clean',
+  initial: jax.Array | None = None,
+  before: jax.Array | int = 0,
+  most_before: int | None = None,
+) -> Record:
+  """A rollout to its exit step, without gradient.
+
+  Args:
+    sampler: network, parameters and config.
+    noise: by name.
+    num_blocks: R, the last blocks, which are recorded.
+    exit_step: int in 0..S-1, may be traced: one program serves all. For
+      'block_first' also one step per block, [b].
+    order: 'step_first' or 'block_first'.
+    block_first_context: what a block leaves to later ones in that order.
+      'clean': its x0 at level 0 (Self-Forcing). 'matched': its next level after
+      the exit, which is x0 at level 0 after the last step (HiAR's block-first
+      ablation).
+    initial: clean latents that come first.
+    before: blocks that are made before the recorded ones. It may be traced,
+      with the largest one it can be, and is at least 1 then.
+    most_before: that largest one; None: `before` is an int.
+
+  Raises:
+    ValueError: naming the argument that does not fit.
+  """
   if order not in TRAINING_ORDERS:
     raise ValueError(f'order {order!r} is not one of {TRAINING_ORDERS}')
-  if past_gradient not in PAST_GRADIENTS:
-    raise ValueError(
-      f'past_gradient {past_gradient!r} is not one of {PAST_GRADIENTS}'
-    )
   if block_first_context not in BLOCK_FIRST_CONTEXTS:
     raise ValueError(
       f'block_first_context {block_first_context!r} is not one of '
       f'{BLOCK_FIRST_CONTEXTS}'
     )
-  grad_blocks = num_blocks if grad_blocks is None else grad_blocks
-  if not 0 < grad_blocks <= num_blocks:
-    raise ValueError(f'grad_blocks={grad_blocks} is not in 1..{num_blocks}')
-  frozen = _without_gradient(sampler)
-  past, anchors = frozen.empty_past(), []
+  sampler = _without_gradient(sampler)
+  past, given = sampler.empty_past(), 0
   if initial is not None:
-    past, anchors = frozen.anchor(past, initial)
+    past, given = sampler.anchor(past, initial), initial.shape[1]
+  most = before if most_before is None else most_before
+  arguments = (sampler, noise, exit_step, past, before + num_blocks)
   if order == 'block_first':
-    make_record = functools.partial(
-      _record_block_first, clean=block_first_context == 'clean'
-    )
+    loop = _block_first(*arguments, most + num_blocks, block_first_context)
   elif sampler.config.context == 'shared':
-    make_record = _record_shared
+    loop = _shared(*arguments)
   else:
-    make_record = _record_step_first
-  record = make_record(frozen, noise, num_blocks, exit_step, past)
-  record = jax.lax.stop_gradient(record)
-  flow = _exit_pass(
-    sampler,
-    record,
-    anchors,
-    grad_blocks,
-    straight_through=past_gradient == 'straight_through',
+    loop = _step_first(*arguments, most + num_blocks)
+  return _record(
+    sampler, loop, num_blocks, given, before, most, known=most_before is None
   )
-  first = num_blocks - grad_blocks
-  levels = _per_frame(record.levels[first:], sampler)
-  x0 = noise_schedule.flow_to_x0(
-    rollout.join_blocks(record.inputs[first:]), flow, levels
+
+
+def _record(sampler, loop, num_blocks, given, before, most, *, known):
+  """Runs a loop: `before` blocks of at most `most`, then those recorded."""
+  size = sampler.config.frames_per_block
+  frames_before = given + size * before
+  seen = _Seen(sampler.config, num_blocks, frames_before if known else None)
+  model = sampler.denoiser.config
+  shape = (most, sampler.batch, *sampler.config.block_shape(model))
+
+  def one_before(block, state):
+    carry, x0s = state
+    carry, (_, _, x0, _) = loop.block(carry, block)
+    return carry, jax.lax.dynamic_update_index_in_dim(x0s, x0, block, 0)
+
+  carry, x0_before = loop.carry, jnp.zeros(shape)
+  if most:
+    carry, x0_before = jax.lax.fori_loop(
+      0, before, one_before, (carry, x0_before)
+    )
+  older = loop.ring(carry)
+  slots = 0 if seen.in_ring else seen.kept
+  own = kv_cache.init_cache(model, sampler.batch, slots)
+
+  def one_block(state, i):
+    carry, own = state
+    carry, (*parts, kv) = loop.block(carry, before + i)
+    return (carry, own.write(kv, live=i < num_blocks - 1)), parts
+
+  (carry, own), (inputs, levels, x0) = jax.lax.scan(
+    one_block, (carry, own), jnp.arange(num_blocks)
   )
-  if first:
-    x0 = jnp.concatenate([rollout.join_blocks(record.x0[:first]), x0], 1)
-  return x0
+  num_keys = None
+  if not known:
+    num_keys = seen.kept + jnp.minimum(older.frames, older.slots)
+  record = Record(
+    inputs=inputs,
+    levels=levels,
+    x0=x0,
+    x0_before=x0_before,
+    num_before=jnp.asarray(before, jnp.int32),
+    keys=seen.keys(loop.ring(carry), own, older),
+    num_keys=num_keys,
+    position=sampler.origin + jnp.asarray(frames_before, jnp.int32),
+    seen=seen,
+  )
+  return jax.lax.stop_gradient(record)
+
+
+def exit_pass(
+  sampler: Sampler, record: Record, *, past_gradient: str
+) -> jax.Array:
+  """The exit step's D passes of the recorded blocks, as one forward.
+
+  Args:
+    sampler: of the rollout; the gradient flows to its parameters and text.
+    record: of `record_rollout`.
+    past_gradient: 'detached': the past carries no gradient (the papers).
+      'straight_through': the past has the committed values and the gradient of
+      the exit step's own K/V (what the public code does, spec 9).
+
+  Returns:
+    x0, [B, R * f, h, w, C].
+
+  Raises:
+    ValueError: for an unknown past_gradient.
+  """
+  flow = _exit_flow(sampler, record, past_gradient)
+  levels = _per_frame(record.levels, sampler)
+  x = rollout.join_blocks(record.inputs)
+  return noise_schedule.flow_to_x0(x, flow, levels)
+
+
+def _exit_flow(sampler, record, past_gradient):
+  if past_gradient not in PAST_GRADIENTS:
+    raise ValueError(
+      f'past_gradient {past_gradient!r} is not one of {PAST_GRADIENTS}'
+    )
+  x = rollout.join_blocks(record.inputs)
+  seen, same = record.seen, None
+  if past_gradient == 'straight_through':
+    same = seen.same_frames
+  flow, _ = sampler.denoiser.flow(
+    sampler.params,
+    x,
+    _per_frame(record.levels, sampler),
+    sampler.text,
+    positions_F=record.position + jnp.arange(x.shape[1], dtype=jnp.int32),
+    past=record.keys,
+    past_frames=record.num_keys,
+    frame_mask=seen.mask(),
+    same_frames=same,
+  )
+  return flow
 
 
 def cached_flow(
@@ -141,30 +383,25 @@ def cached_flow(
     sampler: as above.
     x_BFhwC: all frames at level t_step; a multiple of a block.
     step: static.
-    past_gradient: as in `training_rollout`.
+    past_gradient: as in `exit_pass`.
   """
   frozen = _without_gradient(sampler)
   size = sampler.config.frames_per_block
   batch, num_frames = x_BFhwC.shape[:2]
-  x = x_BFhwC.reshape(batch, num_frames // size, size, *x_BFhwC.shape[2:])
+  num_blocks = num_frames // size
+  x = x_BFhwC.reshape(batch, num_blocks, size, *x_BFhwC.shape[2:])
+  x = jnp.moveaxis(x, 1, 0).astype(jnp.float32)
+  level = frozen.levels[step]
 
-  def one_block(past, x):
-    flow, _ = frozen.denoise(x, past, step)
-    x0 = noise_schedule.flow_to_x0(x, flow, frozen.levels[step])
-    kv = frozen.commit_kv(x0, past, jnp.zeros(()))
-    return past.write(kv), Record(x, frozen.levels[step], x0, kv)
+  def block(past, b):
+    flow, _ = frozen.denoise(x[b], past, step)
+    x0 = noise_schedule.flow_to_x0(x[b], flow, level)
+    past, kv = _commit(frozen, past, x0, jnp.zeros(()), b < num_blocks - 1)
+    return past, (x[b], level, x0, kv)
 
-  _, record = jax.lax.scan(
-    one_block, frozen.empty_past(), jnp.moveaxis(x, 1, 0)
-  )
-  record = jax.lax.stop_gradient(record)
-  return _exit_pass(
-    sampler,
-    record,
-    [],
-    x.shape[1],
-    straight_through=past_gradient == 'straight_through',
-  )
+  loop = _Loop(frozen.empty_past(), block)
+  record = _record(frozen, loop, num_blocks, 0, 0, 0, known=True)
+  return _exit_flow(sampler, record, past_gradient)
 
 
 def _without_gradient(sampler: Sampler) -> Sampler:
@@ -173,113 +410,89 @@ def _without_gradient(sampler: Sampler) -> Sampler:
     jax.lax.stop_gradient(sampler.params),
     jax.lax.stop_gradient(sampler.text),
     sampler.config,
+    sampler.origin,
   )
 
 
-def _record_step_first(sampler, noise, num_blocks, exit_step, past):
-  """Sweeps up to the exit step, then one recorded sweep."""
-  blocks = jnp.arange(num_blocks)
+def _commit(sampler, past, context, level, wanted):
+  """The past after a block, and the block's K/V, if it is wanted."""
+  kv = sampler.commit_kv(context, past, level, wanted)
+  return past.write(kv, live=wanted), kv
+
+
+# --- The orders. `total` blocks may be traced, and are at most `most`.
+
+
+def _step_first(sampler, noise, exit_step, past, total, most) -> _Loop:
+  """Sweeps up to the exit step; then that step, block by block."""
+
+  def one_block(x, past, step, b):
+    flow, _ = sampler.denoise(x, past, step)
+    x_next, x0 = sampler.advance(x, flow, noise, step, b)
+    context, level = rollout.context_of(sampler, x_next, x0, step + 1)
+    past, kv = _commit(sampler, past, context, level, b < total - 1)
+    return past, x_next, x0, kv
 
   def one_step(step, x):
-    x, _ = rollout.sweep(
-      sampler, noise, x, blocks, past, first_step=step, num_steps=1
-    )
-    return x
+    def sweep(b, state):
+      x, past = state
+      past, x_next, _, _ = one_block(x[b], past, step, b)
+      return jax.lax.dynamic_update_index_in_dim(x, x_next, b, 0), past
 
-  x = rollout.initial_blocks(noise, blocks)
+    return jax.lax.fori_loop(0, total, sweep, (x, past))[0]
+
+  x = rollout.initial_blocks(noise, jnp.arange(most))
   x = jax.lax.fori_loop(0, exit_step, one_step, x)
 
-  def one_block(past, xs):
-    x, block = xs
-    flow, _ = sampler.denoise(x, past, exit_step)
-    x_next, x0 = sampler.advance(x, flow, noise, exit_step, block)
-    context, level = rollout.context_of(sampler, x_next, x0, exit_step + 1)
-    kv = sampler.commit_kv(context, past, level)
-    return past.write(kv), Record(x, sampler.levels[exit_step], x0, kv)
+  def block(past, b):
+    past, _, x0, kv = one_block(x[b], past, exit_step, b)
+    return past, (x[b], sampler.levels[exit_step], x0, kv)
 
-  return jax.lax.scan(one_block, past, (x, blocks))[1]
+  return _Loop(past, block)
 
 
-def _record_block_first(sampler, noise, num_blocks, exit_step, past, *, clean):
+def _block_first(
+  sampler, noise, exit_step, past, total, most, context
+) -> _Loop:
   """Every block to its exit step; what it is there is its context."""
-  blocks = jnp.arange(num_blocks)
-  exits = jnp.broadcast_to(jnp.asarray(exit_step), (num_blocks,))
+  exits = jnp.broadcast_to(jnp.asarray(exit_step), (most,))
 
-  def one_block(past, xs):
-    block, exit_step = xs
-
+  def block(past, b):
     def one_step(step, x):
       flow, _ = sampler.denoise(x, past, step)
-      return sampler.advance(x, flow, noise, step, block)[0]
+      return sampler.advance(x, flow, noise, step, b)[0]
 
-    x = jax.lax.fori_loop(0, exit_step, one_step, noise(0, block))
-    flow, _ = sampler.denoise(x, past, exit_step)
-    x_next, x0 = sampler.advance(x, flow, noise, exit_step, block)
-    context, level = x0, jnp.zeros(())
-    if not clean:
-      context, level = x_next, sampler.levels[exit_step + 1]
-    kv = sampler.commit_kv(context, past, level)
-    return past.write(kv), Record(x, sampler.levels[exit_step], x0, kv)
+    step = exits[b]
+    x = jax.lax.fori_loop(0, step, one_step, noise(0, b))
+    flow, _ = sampler.denoise(x, past, step)
+    x_next, x0 = sampler.advance(x, flow, noise, step, b)
+    left, level = x0, jnp.zeros(())
+    if context == 'matched':
+      left, level = x_next, sampler.levels[step + 1]
+    past, kv = _commit(sampler, past, left, level, b < total - 1)
+    return past, (x, sampler.levels[step], x0, kv)
 
-  return jax.lax.scan(one_block, past, (blocks, exits))[1]
+  return _Loop(past, block)
 
 
-def _record_shared(sampler, noise, num_blocks, exit_step, past):
+def _shared(sampler, noise, exit_step, past, total) -> _Loop:
   """Whole shared-context rollout: its context of a step is the next step's."""
   size = sampler.config.num_steps
   pasts = jax.tree.map(lambda a: jnp.stack([a] * size), past)
 
-  def one_block(pasts, block):
-    _, pasts, parts = rollout.shared_block(sampler, noise, pasts, block)
-    x, x0, kv = jax.tree.map(lambda a: a[exit_step], parts)
-    return pasts, Record(x, sampler.levels[exit_step], x0, kv)
+  def of_exit(tree):
+    return jax.tree.map(lambda a: a[exit_step], tree)
 
-  return jax.lax.scan(one_block, pasts, jnp.arange(num_blocks))[1]
+  def block(pasts, b):
+    _, pasts, parts = rollout.shared_block(
+      sampler, noise, pasts, b, commit=b < total - 1
+    )
+    x, x0, kv = of_exit(parts)
+    return pasts, (x, sampler.levels[exit_step], x0, kv)
+
+  return _Loop(pasts, block, of_exit)
 
 
 def _per_frame(levels_b, sampler):
   """Levels of blocks to levels of frames, [1, F]."""
   return jnp.repeat(levels_b, sampler.config.frames_per_block)[None]
-
-
-def _exit_pass(sampler, record, anchors, grad_blocks, *, straight_through):
-  """The D passes of the last `grad_blocks` blocks as one forward: their flow.
-
-  Queries are the blocks' noisy tokens; keys their own tokens and the recorded
-  context of earlier blocks, which is constant (but see straight_through).
-  """
-  config = sampler.config
-  num_blocks = record.levels.shape[0]
-  size = config.frames_per_block
-  num_grad = grad_blocks * size
-  tokens = sampler.denoiser.config.tokens_per_frame
-  num_anchors = sum(kv.k.shape[2] for kv in anchors) // tokens
-  total = num_anchors + num_blocks * size
-
-  def sequence(context_bNBTHK, *parts):
-    # [b, N, B, T, ...] to [N, B, b * T, ...], given frames before.
-    x = jnp.moveaxis(context_bNBTHK, 0, 2)
-    x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
-    return jnp.concatenate([*parts, x], 2)
-
-  past = jax.tree.map(sequence, record.context, *anchors)
-  mask = attention.own_then_past_mask(
-    total,
-    size,
-    window=config.window,
-    sink=config.sink,
-    first=num_anchors % size,
-    rows=num_grad,
-  )
-  first = num_blocks - grad_blocks
-  flow, _ = sampler.denoiser.flow(
-    sampler.params,
-    rollout.join_blocks(record.inputs[first:]),
-    _per_frame(record.levels[first:], sampler),
-    sampler.text,
-    positions_F=total - num_grad + jnp.arange(num_grad),
-    past=past,
-    frame_mask=mask,
-    straight_through=straight_through,
-  )
-  return flow

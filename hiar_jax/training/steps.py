@@ -23,11 +23,13 @@ from hiar_jax import losses, noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, sharding
 from hiar_jax.models.transformer import TextKV
+from hiar_jax.training import recoding
 from hiar_jax.training import rollout as training_rollout
 from hiar_jax.training import state as training_state
 
 Metrics = dict[str, jax.Array]
 
+CUT_STARTS = ('reencoded', 'as_made')
 FORWARD_KL_ATTENTION = ('bidirectional', 'block_causal', 'cached')
 
 
@@ -43,6 +45,10 @@ class DistillConfig:
     block_first_context: see `training_rollout`; of no meaning to 'step_first'.
     loss_blocks: the losses see the last blocks of a rollout, and if it is
       longer their first block carries none.
+    cut_start: the first latent of that cut. 'reencoded': all before it is
+      decoded, and the last of those pixel frames is encoded as the first of a
+      video, which is how critic and teacher know videos to begin (the public
+      code); needs a codec. 'as_made': as it is.
     guidance: of the teacher, usual convention (4 = "cond + 3 (cond - uncond)").
     critic_guidance: of the critic in the reverse KL, same convention; 1 is none
       (the public code's fake_guidance_scale is one less).
@@ -65,6 +71,7 @@ class DistillConfig:
   past_gradient: str = 'detached'
   block_first_context: str = 'clean'
   loss_blocks: int = 7
+  cut_start: str = 'reencoded'
   guidance: float = 4.0
   critic_guidance: float = 1.0
   timestep_shift: float = 5.0
@@ -84,6 +91,7 @@ class DistillConfig:
       ('order', training_rollout.TRAINING_ORDERS),
       ('past_gradient', training_rollout.PAST_GRADIENTS),
       ('block_first_context', training_rollout.BLOCK_FIRST_CONTEXTS),
+      ('cut_start', CUT_STARTS),
       ('forward_kl_target', losses.FORWARD_KL_TARGETS),
       ('forward_kl_attention', FORWARD_KL_ATTENTION),
     ):
@@ -115,10 +123,13 @@ class Frozen:
     negative_text: states [1, L, text_dim] of what guidance leads away from:
       for Wan its encoded negative prompt, for a teacher that was trained
       without captions now and then, the empty one.
+    codec: see `codecs`; None where no rollout is longer than the losses see, or
+      its cut begins 'as_made'.
   """
 
   teacher: Any
   negative_text: jax.Array
+  codec: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +169,8 @@ class Distillation:
     key: jax.Array,
     *,
     num_blocks: int,
+    before: jax.Array | None = None,
+    most_before: int | None = None,
     forward_kl_step: int = 0,
   ) -> tuple[training_state.DistillState, Metrics]:
     """One update of the student: reverse KL + weight * forward KL.
@@ -168,16 +181,39 @@ class Distillation:
       batch: `text` [B, L, text_dim]; with a forward KL also `trajectory`
         [b, S + 1, F, h, w, C] and `trajectory_text` [b, L, text_dim].
       key: of this iteration.
-      num_blocks: of the rollout, static.
+      num_blocks: of the rollout that the losses see, static.
+      before: blocks of the rollout before these, at least 1; None: none.
+      most_before: the most that those can be, static.
       forward_kl_step: which of the first K steps, static.
     """
+    blocks = dict(num_blocks=num_blocks, before=before, most_before=most_before)
+    self._check(frozen, **blocks)
     exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
     def loss_fn(params, part):
       batch, draws = part
-      x0 = self._rollout(params, batch['text'], draws, num_blocks, exit_step)
-      loss, size = self._reverse_kl(state, frozen, batch, x0, draws)
-      metrics = {'reverse_kl': loss, 'dmd_gradient': size}
+      sampler = self._sampler(
+        params, self.student.project_text(params, batch['text'])
+      )
+      record = self._rollout(sampler, draws, exit_step, **blocks)
+      direction = self._direction(
+        state, frozen, batch, self._cut(frozen, record), draws
+      )
+      # Scores first: critic and teacher judge the record, which is what the
+      # exit pass gives, before that pass's residuals take room.
+      record, direction = jax.lax.optimization_barrier((record, direction))
+      x0 = training_rollout.exit_pass(
+        sampler, record, past_gradient=self.config.past_gradient
+      )
+      mask = None
+      if before is not None:
+        # The first frames of a cut have no past to be judged with.
+        mask = np.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
+      loss = losses.reverse_kl_along(x0, direction, mask)
+      metrics = {
+        'reverse_kl': loss,
+        'dmd_gradient': jnp.mean(jnp.abs(direction)),
+      }
       if self.config.forward_kl_weight:
         forward = self._forward_kl(params, batch, forward_kl_step)
         metrics['forward_kl'] = forward
@@ -213,20 +249,25 @@ class Distillation:
     key: jax.Array,
     *,
     num_blocks: int,
+    before: jax.Array | None = None,
+    most_before: int | None = None,
   ) -> tuple[training_state.DistillState, Metrics]:
     """One update of the critic: flow matching on a fresh rollout.
 
     Arguments as of `generator_step`, whose trajectories it does not read.
     """
-    del frozen
+    blocks = dict(num_blocks=num_blocks, before=before, most_before=most_before)
+    self._check(frozen, **blocks)
     exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
     def loss_fn(params, part):
       batch, draws = part
-      x0 = self._rollout(
-        state.student.params, batch['text'], draws, num_blocks, exit_step
+      student = state.student.params
+      sampler = self._sampler(
+        student, self.student.project_text(student, batch['text'])
       )
-      x0 = jax.lax.stop_gradient(self._last_blocks(x0))
+      record = self._rollout(sampler, draws, exit_step, **blocks)
+      x0 = self._cut(frozen, record)
       x = noise_schedule.add_noise(x0, draws['eps'], draws['sigma'])
       text = self.critic.project_text(params, batch['text'])
       flow, _ = self.critic.flow(params, x, draws['sigma'], text)
@@ -262,7 +303,7 @@ class Distillation:
     exit_key, noise_key = jax.random.split(rollout_key)
     exit_step = jax.random.randint(exit_key, (), 0, self.rollout.num_steps)
     frames, *frame = self.rollout.block_shape(self.student.config)
-    frames *= min(num_blocks, self.config.loss_blocks)
+    frames *= num_blocks
     draws = {
       'noise_keys': jax.random.split(noise_key, batch),
       'sigma': self._level(level_key, batch),
@@ -293,24 +334,77 @@ class Distillation:
     grads, metrics = jax.lax.scan(one_part, zeros, _parts(whole, num_parts))
     return grads, jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
 
-  def _rollout(self, params, states, draws, num_blocks, exit_step):
+  def lengths(self, num_blocks: int, longest: int) -> dict[str, Any]:
+    """Arguments of both steps for a rollout of so many blocks.
+
+    Those beyond what the losses see are no static number: one program serves
+    all of these lengths.
+
+    Args:
+      num_blocks: of a rollout.
+      longest: the most blocks that a rollout of the run has.
+    """
+    shown = self.config.loss_blocks
+    if num_blocks <= shown:
+      return {'num_blocks': num_blocks}
+    return {
+      'num_blocks': shown,
+      'before': np.int32(num_blocks - shown),
+      'most_before': longest - shown,
+    }
+
+  def needs_codec(self, longest: int) -> bool:
+    """Whether a run with rollouts of up to so many blocks needs a codec."""
+    longer = longest > self.config.loss_blocks
+    return longer and self.config.cut_start == 'reencoded'
+
+  def _check(self, frozen, num_blocks, before, most_before):
+    """Raises a ValueError if a step's arguments do not fit."""
+    shown = self.config.loss_blocks
+    if not 1 <= num_blocks <= shown or (before is None) != (
+      most_before is None
+    ):
+      raise ValueError(
+        f'num_blocks={num_blocks} are not within 1..{shown}, the loss_blocks; '
+        f'of more, say how many come before, and the most_before'
+      )
+    if before is None:
+      return
+    if num_blocks < shown:
+      raise ValueError(f'of a longer rollout {num_blocks} blocks, not {shown}')
+    if self.config.cut_start == 'reencoded' and frozen.codec is None:
+      raise ValueError(
+        f'rollouts of more than loss_blocks={shown} blocks whose '
+        "cut_start='reencoded' need a codec"
+      )
+
+  def _rollout(
+    self, sampler, draws, exit_step, num_blocks, before, most_before
+  ):
     """Self-rollout to one exit step, the same for all samples and blocks."""
     noise = rollout.named_noise(
       draws['noise_keys'], self.rollout.block_shape(self.student.config)
     )
-    return training_rollout.training_rollout(
-      self._sampler(params, self.student.project_text(params, states)),
+    return training_rollout.record_rollout(
+      sampler,
       noise,
       num_blocks,
       exit_step,
       order=self.config.order,
-      past_gradient=self.config.past_gradient,
-      grad_blocks=min(num_blocks, self.config.loss_blocks),
       block_first_context=self.config.block_first_context,
+      before=0 if before is None else before,
+      most_before=most_before,
     )
 
-  def _last_blocks(self, x0):
-    return x0[:, -self.config.loss_blocks * self.rollout.frames_per_block :]
+  def _cut(self, frozen, record):
+    """The latents that the losses see; of a longer rollout they start anew."""
+    x0 = rollout.join_blocks(record.x0)
+    if self.config.cut_start == 'as_made' or not len(record.x0_before):
+      return x0
+    first = recoding.first_latent(
+      frozen.codec, record.x0_before, record.num_before, x0[:, :1]
+    )
+    return jnp.concatenate([jax.lax.stop_gradient(first), x0[:, 1:]], 1)
 
   def _level(self, key, batch):
     """Uniform u, warped, clamped; one level per sample."""
@@ -319,14 +413,10 @@ class Distillation:
     )
     return jnp.clip(sigma, self.config.min_level, self.config.max_level)
 
-  def _reverse_kl(self, state, frozen, batch, x0, draws):
-    longer = x0.shape[1] > self.config.loss_blocks * (
-      self.rollout.frames_per_block
-    )
-    x0 = self._last_blocks(x0)
+  def _direction(self, state, frozen, batch, x0, draws):
+    """Where the reverse KL pushes x0, by critic and teacher."""
     sigma = draws['sigma']
-    fixed = jax.lax.stop_gradient(x0)
-    x = noise_schedule.add_noise(fixed, draws['eps'], sigma)
+    x = noise_schedule.add_noise(x0, draws['eps'], sigma)
     fake_x0 = self._score(
       *(self.critic, state.critic.params, self.config.critic_guidance),
       *(x, sigma, batch['text'], frozen.negative_text),
@@ -335,11 +425,7 @@ class Distillation:
       *(self.teacher, frozen.teacher, self.config.guidance),
       *(x, sigma, batch['text'], frozen.negative_text),
     )
-    mask = None
-    if longer:
-      # The first frames of a cut have no past to be judged with.
-      mask = np.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
-    return losses.reverse_kl(x0, fake_x0, real_x0, mask)
+    return losses.reverse_kl_direction(x0, fake_x0, real_x0)
 
   def _score(self, network, params, guidance, x, sigma, states, negative):
     """A network's clean estimate, led away from the negative states."""

@@ -99,8 +99,11 @@ def test_full_size_flops_are_the_papers():
   training = full_size()
   generator = planning_training.part_flops(training, 'generator')
   critic = planning_training.part_flops(training, 'critic')
-  # 5 passes of 7 blocks of 40.4 TFLOP, see planning_test.
-  assert generator['rollout'] == pytest.approx(64 * 35 * 40.4e12, rel=0.002)
+  # 2.5 sweeps of 13 passes (7 blocks, all but the last committed), of 40.4
+  # TFLOP each, see stream_test.
+  assert generator['rollout'] == pytest.approx(
+    64 * 2.5 * 13 * 40.4e12, rel=0.002
+  )
   assert critic['rollout'] == generator['rollout']
   # Two passes over 32,760 tokens of 40 layers: 28.9 T linear and cross, and
   # 4 * 40 * 32760^2 * 5120 / 1e12 of attention each.

@@ -133,11 +133,21 @@ def test_codec_is_fitted_once(tmp_path):
 
 def test_host_draws_follow_from_seed_and_iteration(inputs, monkeypatch):
   def generator_step(
-    steps, state, frozen, batch, key, *, num_blocks, forward_kl_step
+    steps,
+    state,
+    frozen,
+    batch,
+    key,
+    *,
+    num_blocks,
+    most_before=None,
+    forward_kl_step,
   ):
     return state, {'generator': num_blocks, 'forward_kl_step': forward_kl_step}
 
-  def critic_step(steps, state, frozen, batch, key, *, num_blocks):
+  def critic_step(
+    steps, state, frozen, batch, key, *, num_blocks, most_before=None
+  ):
     return state, {'critic': num_blocks}
 
   monkeypatch.setattr(

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.training.rollout import cached_flow, training_rollout
+from hiar_jax.training.rollout import (
+  cached_flow,
+  exit_pass,
+  record_rollout,
+  training_rollout,
+)
 from tests import tiny
 
 DENOISER = tiny.DENOISER
@@ -283,6 +288,45 @@ def test_the_cached_mode_keeps_to_the_gradient_of_the_past():
     error = np.abs(name(grads) - name(expected)).max()
     error /= np.abs(name(expected)).max()
     assert (error < 1e-4) == close, error
+
+
+@pytest.mark.parametrize('order', ['step_first', 'block_first'])
+def test_one_program_makes_rollouts_of_several_lengths(order):
+  """Their last blocks are those of a program of that length."""
+  grad_blocks, arguments = 2, dict(order=order, initial=IMAGE)
+
+  @jax.jit
+  def of_any_length(params, before):
+    def loss(params):
+      sampler = sampler_of(params, 'matched')
+      record = record_rollout(
+        *(sampler, NOISE, grad_blocks, 1),
+        **(arguments | dict(before=before, most_before=3)),
+      )
+      x0 = exit_pass(sampler, record, past_gradient='straight_through')
+      return jnp.sum(jnp.sin(x0)), (x0, record.x0_before)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  for before in (1, 3):
+
+    @jax.jit
+    def of_one_length(params, before=before):
+      def loss(params):
+        x0 = training_rollout(
+          *(sampler_of(params, 'matched'), NOISE, before + grad_blocks, 1),
+          **(arguments | dict(grad_blocks=grad_blocks)),
+          past_gradient='straight_through',
+        )
+        return jnp.sum(jnp.sin(x0[:, before * SIZE :])), x0
+
+      return jax.grad(loss, has_aux=True)(params)
+
+    grads, (x0, x0_before) = of_any_length(params(), before)
+    expected, expected_x0 = of_one_length(params())
+    x0 = jnp.concatenate([rollout.join_blocks(x0_before[:before]), x0], 1)
+    assert_close(x0, expected_x0, 1e-5)
+    assert_close(grads, expected, 1e-5)
 
 
 CASES = [(*key, step) for key in SERIAL for step in range(STEPS)]
