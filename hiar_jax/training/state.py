@@ -20,7 +20,7 @@ class OptimiserConfig:
       to the RMS of AdamW's, so that one learning rate serves both).
     learning_rate: peak.
     adam_learning_rate: peak for what Muon leaves to AdamW; None: the same.
-    b1: of AdamW; 0.0 in DMD training.
+    b1: of AdamW; 0.0 in DMD training, which then has no first moment.
     b2: of AdamW.
     weight_decay: decoupled.
     clip_norm: global gradient norm bound.
@@ -103,6 +103,14 @@ def make_optimiser(
       adam_weight_decay=config.weight_decay,
       muon_weight_dimension_numbers=_muon_dimensions,
       consistent_rms=0.2,
+    )
+  elif config.b1 == 0:
+    # AdamW without a first moment, which would be the last gradient, bit for
+    # bit, in memory and in every checkpoint.
+    update = optax.chain(
+      optax.scale_by_rms(config.b2, eps_in_sqrt=False, bias_correction=True),
+      optax.add_decayed_weights(config.weight_decay),
+      optax.scale_by_learning_rate(rate),
     )
   else:
     update = optax.adamw(

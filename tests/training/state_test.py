@@ -196,3 +196,32 @@ def test_a_net_remembers_its_optimiser_state():
 def test_optimiser_names_a_value_that_does_not_fit(kwargs, message):
   with pytest.raises(ValueError, match=message):
     training_state.OptimiserConfig(**kwargs)
+
+
+def test_without_b1_adamw_is_the_same_and_keeps_one_moment():
+  params = {'w': jnp.linspace(-1.0, 1.0, 6), 'b': jnp.ones(3)}
+  config = settings(b1=0.0, warmup=2, clip_norm=1.0)
+  ours = training_state.make_optimiser(config, 10)
+  rate = optax.warmup_cosine_decay_schedule(
+    0.0, config.learning_rate, 2, 10, config.learning_rate
+  )
+  plain = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(rate, b1=0.0, b2=config.b2, weight_decay=config.weight_decay),
+  )
+  ends = []
+  for optimiser in (ours, plain):
+    net = training_state.init_net(params, optimiser)
+    for i in range(4):
+      grads = jax.tree.map(lambda p, i=i: jnp.sin(3 * p + i), net.params)
+      net = net.update(grads, optimiser)
+    ends.append(net)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+    *(end.params for end in ends),
+  )
+  held, before = (
+    sum(a.size for a in jax.tree.leaves(end.opt_state) if a.ndim)
+    for end in ends
+  )
+  assert (held, before) == (9, 18)
