@@ -15,7 +15,7 @@ import optax
 
 from hiar_jax import losses, noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import attention
+from hiar_jax.models import attention, sharding
 
 Step = Callable[[Any, dict, jax.Array], tuple[Any, dict[str, jax.Array]]]
 
@@ -23,6 +23,7 @@ Step = Callable[[Any, dict, jax.Array], tuple[Any, dict[str, jax.Array]]]
 def _regress(state, loss_fn, optimiser, ema_decay):
   """One update of a RegressionState by the gradient of `loss_fn`."""
   loss, grads = jax.value_and_grad(loss_fn)(state.net.params)
+  grads = sharding.constrain_params(grads)
   # A young average follows closely, or it would remember the initial weights.
   age = state.iteration.astype(jnp.float32)
   decay = jnp.minimum(ema_decay, (1 + age) / (10 + age))

@@ -274,3 +274,39 @@ def test_eight_devices_end_where_one_does(processes, one_device, tmp_path):
   shell = Shell(tmp_path, devices=8, processes=processes)
   config = f'{_ROOT / "tests" / "wan_tiny_pod.py"}'
   assert_close(train_student(shell, config), one_device.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('phase', ['student_start', 'distill', 'self_forcing'])
+def test_a_killed_phase_ends_bit_equal(phase, one_device):
+  shell = one_device
+  train = ('train', f'--config=wan_tiny:{phase},.')
+  ends = []
+  for name in ('whole', 'cut'):
+    workdir = shell.folder / f'{name}_{phase}'
+    command = (*train, f'--config.workdir={workdir}')
+    if name == 'cut':
+      checkpoints = workdir / 'checkpoints'
+      shell.kill(*command, when=(checkpoints / '2').is_dir)
+      said = shell.run(*command)
+      assert 'goes on after iteration' in said
+    else:
+      shell.run(*command)
+    ends.append((workdir / 'weights.safetensors').read_bytes())
+  assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+def test_killed_trajectories_are_the_bytes_of_whole_ones(one_device):
+  shell = one_device
+  shell.run(
+    *('trajectories', '--config=wan_tiny:trajectories,.', '--out=whole_set')
+  )
+  files = [
+    {path.name: path.read_bytes() for path in folder.iterdir()}
+    for folder in (
+      shell.folder / 'whole_set',
+      shell.folder / _RUNS / 'trajectories',
+    )
+  ]
+  assert files[0] == files[1]

@@ -1,5 +1,6 @@
 """A mesh changes where things lie and nothing else."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -19,11 +20,12 @@ from hiar_jax.models import kv_cache, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.training import checkpoint, phases
 from hiar_jax.training import state as training_state
-from hiar_jax.weights import identity
+from hiar_jax.weights import identity, networks
 from tests import fake_release, sharded_update, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 MeshConfig = sharding.MeshConfig
+_ALL_AXES = MeshConfig(1, 2, 2, 2)
 
 
 def abstract_params(denoiser=sharded_update.STUDENT):
@@ -275,10 +277,12 @@ def test_a_config_with_a_mesh_is_placed_on_it(config):
 
 
 @pytest.mark.slow
-def test_a_config_with_a_mesh_trains_as_one_without(config):
-  config.batch_size = 2
+@pytest.mark.parametrize('name', ['teacher', 'student_start', 'distill'])
+def test_a_config_with_a_mesh_trains_as_one_without(name, config, tmp_path):
+  root = pathlib.Path(config.workdir).parent
+  config = tiny.config(name, root)
   ends = []
-  for mesh in (None, dict(data=2, fsdp=1, tensor=2, context=2)):
+  for mesh in (None, dataclasses.asdict(_ALL_AXES)):
     c = config.copy_and_resolve_references()
     with c.unlocked():
       if 'mesh' in c:
@@ -287,7 +291,24 @@ def test_a_config_with_a_mesh_trains_as_one_without(config):
         c.mesh = mesh
     phase = phases.build(c)
     ends.append(phase.step(phase.state, next(phase.batches), 0))
-  check(sharded_update.errors(ends[1], ends[0]))
+  errors = sharded_update.array_errors(ends[1], ends[0])
+  assert_placed(
+    ends[1][0], sharding.shardings(ends[1][0], sharding.make_mesh(_ALL_AXES))
+  )
+  check({name: max(jax.tree.leaves(errors))})
+  # And goes on where there is another mesh, or none.
+  manager = checkpoint.make_manager(tmp_path)
+  data = iter(grain.MapDataset.range(8).to_iter_dataset())
+  checkpoint.save(manager, 1, ends[1][0], data, {})
+  manager.wait_until_finished()
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+  for like in (
+    sharding.abstract(ends[1][0], mesh),
+    networks.abstract(ends[0][0]),
+  ):
+    restored, _, _ = checkpoint.restore(manager, 1, like, data)
+    jax.tree.map(np.testing.assert_array_equal, restored, ends[1][0])
+  manager.close()
 
 
 # --- Over processes.
