@@ -173,6 +173,23 @@ def parse(text: str) -> Program:
   )
 
 
+def trips(program: Program, loop: Instruction) -> int | None:
+  """How often a loop runs, as far as the program tells.
+
+  A GPU's says it. A TPU's does not; jax counts its loops of known length from 0
+  up to a constant of the condition.
+  """
+  if loop.trips is not None:
+    return loop.trips
+  condition = program.computations[loop.condition]
+  if condition.root.opcode != 'compare' or 'direction=LT' not in (
+    condition.root.rest
+  ):
+    return None
+  limit = condition.named[condition.root.operands[1]]
+  return int(limit.inputs) if limit.opcode == 'constant' else None
+
+
 def arrays(text: str) -> tuple[Array, ...]:
   """All arrays that a shape names, as the compiler writes it."""
   return tuple(

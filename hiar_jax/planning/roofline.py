@@ -135,7 +135,7 @@ def roofline(text: str, chip: Chip, *, unknown_trips: float = 1) -> Roofline:
     computation = program.computations[name]
     for one in computation.instructions:
       if one.opcode == 'while':
-        trips = _trips(program, one)
+        trips = hlo.trips(program, one)
         add(inside(one.body), unknown_trips if trips is None else trips)
       elif one.opcode == 'conditional':
         add(max(map(inside, one.branches), key=_seconds))
@@ -151,23 +151,6 @@ def roofline(text: str, chip: Chip, *, unknown_trips: float = 1) -> Roofline:
 
 def _seconds(works: dict[str, Work]) -> float:
   return sum(work.seconds for work in works.values())
-
-
-def _trips(program: hlo.Program, one: hlo.Instruction) -> int | None:
-  """How often a loop runs, as far as the program tells.
-
-  A GPU's says it. A TPU's does not; jax counts its loops of known length from 0
-  up to a constant of the condition.
-  """
-  if one.trips is not None:
-    return one.trips
-  condition = program.computations[one.condition]
-  if condition.root.opcode != 'compare' or 'direction=LT' not in (
-    condition.root.rest
-  ):
-    return None
-  limit = condition.named[condition.root.operands[1]]
-  return int(limit.inputs) if limit.opcode == 'constant' else None
 
 
 def _work(

@@ -51,23 +51,30 @@ _CALLED = re.compile(
   r'(body|condition|calls|to_apply|branch_computations|true_computation|'
   r'false_computation)=(\{[^}]*\}|%?[\w.\-]+)'
 )
-_TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')
 _GROUPS = re.compile(r'replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})')
 # Axes of a mesh by name: mesh['a'=2,'b'=4] {'b'}, or a part of one, 'b':(1)2.
 _NAMED_GROUPS = re.compile(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}')
 
 
-def traffic(hlo: str, *, unknown_trips: float) -> list[Traffic]:
+def traffic(text: str, *, unknown_trips: float) -> list[Traffic]:
   """What a compiled program sends, with every loop counted as often as it runs.
 
   Args:
-    hlo: optimised program.
-    unknown_trips: of loops whose count the compiler does not know; both
-      branches of a condition count.
+    text: optimised HLO program.
+    unknown_trips: of loops whose count is not in the program, see hlo.py;
+      both branches of a condition count.
   """
+  program = planning_hlo.parse(text)
+  trips = {
+    name: planning_hlo.trips(program, one)
+    for computation in program.computations.values()
+    for one in computation.instructions
+    if one.opcode == 'while'
+    for name in (one.body, one.condition)
+  }
   bodies: dict[str, list[str]] = {}
   entry, lines = '', []
-  for line in hlo.splitlines():
+  for line in text.splitlines():
     if head := _COMPUTATION.match(line):
       lines = bodies.setdefault(head[2], [])
       entry = head[2] if head[1] else entry
@@ -88,8 +95,8 @@ def traffic(hlo: str, *, unknown_trips: float) -> list[Traffic]:
       for role, called in _CALLED.findall(line):
         times = 1.0
         if role in ('body', 'condition'):
-          trips = _TRIPS.search(line)
-          times = float(trips[1]) if trips else unknown_trips
+          known = trips.get(called.lstrip('%'))
+          times = unknown_trips if known is None else float(known)
         for other in re.findall(r'[\w.\-]+', called):
           for kind, (count, num_bytes) in inside(other).items():
             add(kind, times * count, times * num_bytes)

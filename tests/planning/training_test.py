@@ -74,6 +74,39 @@ def test_collectives_in_loops_count_as_often_as_they_run():
   assert gathers.num_bytes == 15 * 7 / 8 * 64 * 4
 
 
+@needs_compiler
+def test_loops_of_a_tpu_count_as_often_as_they_run():
+  """Its programs say none: 3 x 5 layers, and 5 in a loop of unknown length."""
+  devices = chips.describe('v5e:2x2').devices
+  mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4), devices)
+  split = NamedSharding(mesh, PartitionSpec('fsdp'))
+  rows = NamedSharding(mesh, PartitionSpec(None, 'fsdp'))
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def layers(x, w):
+    def layer(x, w):
+      w = jax.lax.with_sharding_constraint(w, whole)
+      return jnp.tanh(x @ w), None
+
+    return jax.lax.scan(layer, x, w)[0]
+
+  def run(x, w, n):
+    x = jax.lax.scan(lambda x, _: (layers(x, w), None), x, None, length=3)[0]
+    return jax.lax.fori_loop(0, n, lambda _, x: layers(x, w), x)
+
+  program = jax.jit(run).lower(
+    jax.ShapeDtypeStruct((512, 256), jnp.float32, sharding=split),
+    jax.ShapeDtypeStruct((5, 256, 256), jnp.bfloat16, sharding=rows),
+    jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+  )
+  text = program.compile().as_text()
+  assert 'known_trip_count' not in text
+  (gathers,) = traffic.traffic(text, unknown_trips=2.0)
+  assert (gathers.kind, gathers.count) == ('all-gather', 3 * 5 + 2 * 5)
+  # 3 of 4 parts of 256 x 256 in bfloat16, each time.
+  assert gathers.num_bytes == 25 * 3 / 4 * 256 * 256 * 2
+
+
 @pytest.mark.parametrize(
   ('line', 'num_bytes'),
   [
