@@ -121,7 +121,8 @@ def _plan_training(config, topology):
     iterations=config.iterations,
     teacher_dtype=config.teacher.dtype,
     trajectory=phase_parts.trajectory_config(config),
-    trajectory_batch=config.trajectories.batch_size,
+    # All hosts together, at least one to a chip.
+    trajectory_batch=config.batch_size,
   )
   parts = (_PART.value,)
   if _PART.value == 'training':

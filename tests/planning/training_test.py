@@ -43,7 +43,7 @@ def full_size(**mesh) -> planning_training.Training:
     num_blocks=c.rollout_blocks[1],
     iterations=c.iterations,
     trajectory=phase_parts.trajectory_config(c),
-    trajectory_batch=c.trajectories.batch_size,
+    trajectory_batch=c.batch_size,
   )
 
 
