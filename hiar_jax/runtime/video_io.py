@@ -173,7 +173,8 @@ class VideoWriter:
       *(imageio_ffmpeg.get_ffmpeg_exe(), '-nostdin', '-v', 'error', '-y'),
       *('-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{width}x{height}'),
       *('-r', f'{self._fps:g}', '-i', 'pipe:0', '-vf', filters, '-an'),
-      *('-c:v', 'libx264', '-preset', 'medium', '-crf', str(self._crf)),
+      # At this quality half the processor time of 'medium' for the same size.
+      *('-c:v', 'libx264', '-preset', 'veryfast', '-crf', str(self._crf)),
       *('-pix_fmt', 'yuv420p', '-movflags', '+faststart', '-f', 'mp4'),
       str(self._partial.absolute()),
     ]
