@@ -19,7 +19,8 @@ are encoded (--text_encoder=keep holds it). --text_cache=FOLDER keeps what came
 of them, and --text_encoder=FOLDER makes do with that.
 
 --continue_from FILE goes on from an image, or from a video's last
---continue_frames, of the aspect ratio that the weights have.
+--continue_frames, read at the rate and the size of the weights' videos; what
+does not fit is cut off at the edges, and a line says so.
 """
 # ruff: noqa: E402
 
@@ -40,7 +41,7 @@ import numpy as np
 from absl import flags, logging
 
 from hiar_jax import rollout
-from hiar_jax.data import bouncing
+from hiar_jax.data import bouncing, given_frames
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import calls, loading, streaming, video, video_pipeline
 from hiar_jax.weights import layouts, student_files
@@ -235,9 +236,14 @@ def _initial_frames(
       raise ValueError('--continue_frames goes with --continue_from')
     return None
   height, width, _ = pipeline.frame_shape
-  return video_io.read_frames(
-    _CONTINUE.value, height, width, _CONTINUE_FRAMES.value
+  frames, notes = given_frames.read(
+    *(_CONTINUE.value, height, width),
+    fps=pipeline.fps,
+    last=_CONTINUE_FRAMES.value,
   )
+  for note in notes:
+    print(f'note: {note}', file=sys.stderr)
+  return frames
 
 
 def _stream(prompts: list[str], watch: _Stopwatch) -> None:
@@ -387,7 +393,7 @@ def _prompts() -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
       raise ValueError(f'prompts file {path} has no prompt in it')
-  video_pipeline.check_prompts(prompts)
+  streaming.check_prompts(prompts)
   _note_unknown(prompts)
   return prompts
 

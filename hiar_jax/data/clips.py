@@ -49,7 +49,7 @@ def read(
   if not path.is_file():
     raise FileNotFoundError(f'no video at {path}')
   try:
-    with av.open(str(path)) as container:
+    with av.open(address(path)) as container:
       if not container.streams.video:
         raise ValueError(f'{path} has no video in it')
       stream = container.streams.video[0]
@@ -60,7 +60,7 @@ def read(
       for frame, end in _nearest(container, stream, fps, num_frames):
         # The same one again, where a file has fewer of them.
         if frame is not last:
-          last, pixels = frame, _fit(*_upright(frame, aspect), height, width)
+          last, pixels = frame, fit(*upright(frame, aspect), height, width)
         chosen.append(pixels)
         seconds = end
   except av.FFmpegError as error:
@@ -73,13 +73,18 @@ def read(
   return np.stack(chosen)
 
 
+def address(path: pathlib.Path) -> str:
+  """The file for FFmpeg, which would take '10:30.mp4' for a protocol."""
+  return f'file:{path}'
+
+
 def _nearest(
   container: Any, stream: Any, fps: float, num_frames: int
 ) -> Iterator[tuple[Any, float]]:
   """Up to num_frames frames, each with the seconds of the file until then."""
   start, before = None, None
   count, end = 0, 0.0
-  for time, length, frame in _timed(container, stream):
+  for time, length, frame in timed(container, stream):
     start = time if start is None else start
     now, end = time - start, time - start + length
     while count < num_frames and count / fps <= now:
@@ -96,7 +101,7 @@ def _nearest(
     count += 1
 
 
-def _timed(container: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:
+def timed(container: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:
   """Start and length in seconds of every frame, in the order they are shown."""
   rate = float(stream.average_rate or stream.guessed_rate or 25)
   time = 0.0
@@ -110,14 +115,14 @@ def _timed(container: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:
     time += length
 
 
-def _upright(frame: Any, aspect: float) -> tuple[np.ndarray, float]:
+def upright(frame: Any, aspect: float) -> tuple[np.ndarray, float]:
   """Pixels of a frame, turned as its file says, and the shape of one."""
   pixels = frame.to_ndarray(format='rgb24')
   turns = round(frame.rotation / 90) % 4
   return np.rot90(pixels, turns), 1 / aspect if turns % 2 else aspect
 
 
-def _fit(
+def fit(
   frame: np.ndarray, aspect: float, height: int, width: int
 ) -> np.ndarray:
   """Scaled to cover height x width, the middle kept.

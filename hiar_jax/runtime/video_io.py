@@ -13,7 +13,6 @@ the length of a video costs no memory.
 """
 
 import base64
-import collections
 import contextlib
 import os
 import pathlib
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, NoReturn, Self
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
 from hiar_jax.runtime import files
 
@@ -76,7 +75,7 @@ class VideoWriter:
         f'resampling={resampling!r} is not one of {sorted(_FILTERS)}'
       )
     self.path = pathlib.Path(path)
-    if self.path.suffix != '.mp4':
+    if self.path.suffix.lower() != '.mp4':
       raise ValueError(f'video file {self.path} does not end in .mp4')
     check_writable(self.path)
     self.num_frames = 0
@@ -226,60 +225,6 @@ def read_video(path: str | pathlib.Path) -> tuple[np.ndarray, float]:
     FileNotFoundError: if there is no such file.
     ValueError: if ffmpeg finds no video in it.
   """
-  return _read(path, None)
-
-
-def read_frames(
-  path: str | pathlib.Path, height: int, width: int, last: int | None = None
-) -> np.ndarray:
-  """Reads an image, or a video's end, at a given size.
-
-  Args:
-    path: of an image or a video.
-    height: of the frames returned, in px.
-    width: likewise; the file's aspect ratio must be theirs within 1 %.
-    last: how many frames of a video to keep, the last ones; None: all.
-
-  Returns:
-    uint8 [F, height, width, 3]; an image is one frame.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is neither, its aspect ratio is another one, or `last` is
-      not positive.
-  """
-  if last is not None and last < 1:
-    raise ValueError(f'the last {last} frames of {path}: at least 1 is needed')
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f'no image or video at {path}')
-  try:
-    with Image.open(path) as image:
-      frames = np.asarray(image.convert('RGB'))[None]
-  except UnidentifiedImageError:
-    frames, _ = _read(path, last)
-  seen_height, seen_width = frames.shape[1:3]
-  if abs(seen_width * height / (seen_height * width) - 1) > 0.01:
-    raise ValueError(
-      f'{path} is {seen_width}x{seen_height}, whose aspect ratio is not that '
-      f'of {width}x{height}; crop it first'
-    )
-  if (seen_height, seen_width) == (height, width):
-    return frames
-  return np.stack(
-    [
-      np.asarray(
-        Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS)
-      )
-      for f in frames
-    ]
-  )
-
-
-def _read(
-  path: str | pathlib.Path, last: int | None
-) -> tuple[np.ndarray, float]:
-  """As `read_video`, the last frames alone; None: all of them."""
   import imageio_ffmpeg
 
   path = pathlib.Path(path)
@@ -295,7 +240,7 @@ def _read(
     # RuntimeError in the middle of a frame.
     with contextlib.suppress(IndexError, OSError, RuntimeError):
       described = next(source)
-      frames = collections.deque(source, maxlen=last)
+      frames = list(source)
     del source
   if described is None:
     raise ValueError(f'{path} has no video that ffmpeg can read')

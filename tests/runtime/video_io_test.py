@@ -166,51 +166,6 @@ def test_a_cut_video_is_named(tmp_path):
     video_io.read_video(path)
 
 
-def _gradient(height, width):
-  """A picture whose left half is dark and right half bright."""
-  frame = np.full((height, width, 3), 40, np.uint8)
-  frame[:, width // 2 :] = 200
-  return frame
-
-
-def test_an_image_becomes_one_frame_of_the_size_asked_for(tmp_path):
-  path = tmp_path / 'image.png'
-  Image.fromarray(_gradient(128, 256)).convert('RGBA').save(path)
-  frames = video_io.read_frames(path, 64, 128)
-  assert frames.shape == (1, 64, 128, 3) and frames.dtype == np.uint8
-  assert frames[0, 30, 20, 0] == 40 and frames[0, 30, 100, 0] == 200
-  exact = video_io.read_frames(path, 128, 256)
-  np.testing.assert_array_equal(exact[0], _gradient(128, 256))
-
-
-def test_the_last_frames_of_a_video_are_kept(tmp_path):
-  path = tmp_path / 'video.mp4'
-  levels = np.array([20, 90, 160, 230], np.uint8)
-  video = np.broadcast_to(levels[:, None, None, None], (4, 32, 32, 3))
-  video_io.write_video(path, video, fps=5)
-  frames = video_io.read_frames(path, 32, 32, last=2)
-  assert np.abs(frames.mean((1, 2, 3)) - [160, 230]).max() < 4
-
-
-@pytest.mark.parametrize(
-  'arguments, error, words',
-  [
-    (('image.png', 64, 64), ValueError, '256x128, whose aspect ratio'),
-    (('image.png', 64, 128, 0), ValueError, 'the last 0 frames'),
-    (('none.png', 64, 128), FileNotFoundError, 'no image or video at'),
-    (('text.png', 64, 128), ValueError, 'no video that ffmpeg can read'),
-  ],
-)
-def test_frames_that_cannot_be_used_are_named(
-  tmp_path, arguments, error, words
-):
-  Image.fromarray(_gradient(128, 256)).save(tmp_path / 'image.png')
-  (tmp_path / 'text.png').write_text('a cat')
-  name, *rest = arguments
-  with pytest.raises(error, match=words):
-    video_io.read_frames(tmp_path / name, *rest)
-
-
 def test_contact_sheet_holds_every_video_in_rows(tmp_path):
   path = tmp_path / 'sheet.png'
   videos = [_frames(12), _frames(3)]
