@@ -24,7 +24,14 @@ import numpy as np
 from absl import flags, logging
 
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
-from hiar_jax.sampling import calls, loading, solvers, video, video_pipeline
+from hiar_jax.sampling import (
+  calls,
+  loading,
+  solvers,
+  streaming,
+  video,
+  video_pipeline,
+)
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.training import phase_parts
 from hiar_jax.weights import teacher_files
@@ -76,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('give either --config or --pipeline')
   if config is None and _WEIGHTS.value:
     raise ValueError('--weights goes with --config')
-  video_pipeline.check_prompts([_PROMPT.value])
+  streaming.check_prompts([_PROMPT.value])
   defaults, num_frames = sampling_teacher.SamplingConfig(), 21
   if config is not None:
     defaults, num_frames = _defaults(config), phase_parts.latent_frames(config)

@@ -17,7 +17,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -221,8 +221,8 @@ def choose_mode(
 class Stream:
   """An endless video as an iterator of blocks.
 
-  Each item is uint8 [B, F, H, W, 3], the frames of one block. Stop by dropping
-  it.
+  Each item is uint8 [B, F, H, W, 3], the frames of one block. `close` it, leave
+  its `with` block, or drop it, to free what it holds.
 
   Attributes:
     given: uint8 [B, F, H, W, 3], the frames that the video goes on from, as
@@ -258,6 +258,7 @@ class Stream:
       reason: of the engine's mode, for people.
     """
     self.reason = reason
+    self._closed = False
     self._engine, self._codec = engine, codec
     params = engine.place(engine.denoiser.unstack_layers(params))
     self._params = params
@@ -288,10 +289,25 @@ class Stream:
     """The next block to start; a prompt sent now shows from it on."""
     return self._begun
 
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused_error) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends the stream: its caches are freed, and no block comes any more."""
+    self._closed = True
+    self._ready.clear()
+    self._coming.clear()
+    self._state = self._decoder = self._bank = self._params = None
+
   def __iter__(self) -> Iterator[np.ndarray]:
     return self
 
   def __next__(self) -> np.ndarray:
+    if self._closed:
+      raise StopIteration
     # One block ahead: this one's copy to the host hides behind the next.
     while len(self._ready) < 2:
       self._ready.append(self._start_block())
@@ -299,6 +315,9 @@ class Stream:
 
   def send(self, prompts: str | Sequence[str], *, at: int | None = None) -> int:
     """Changes the prompt; nothing before the named block changes.
+
+    Blocks under way keep theirs: one is always made ahead, and every stage has
+    begun one, so that the returned block may be some blocks after the last.
 
     Args:
       prompts: one for all samples, or one per sample.
@@ -308,13 +327,16 @@ class Stream:
       That block.
 
     Raises:
-      ValueError: if the block has been started, or the number of prompts is
-        not that of the samples.
+      ValueError: if the stream is closed, the block has been started, a prompt
+        is empty or no text, or their number is not that of the samples.
     """
+    if self._closed:
+      raise ValueError('the stream is closed')
     batch = self._keys.shape[0]
     prompts = [prompts] * batch if isinstance(prompts, str) else list(prompts)
     if len(prompts) != batch:
       raise ValueError(f'{len(prompts)} prompts for {batch} samples')
+    check_prompts(prompts)
     at = self._begun if at is None else at
     if at < self._begun:
       raise ValueError(
@@ -363,6 +385,15 @@ class Stream:
     latents = latents.addressable_data(0)
     frames, self._decoder = decode_block(self._codec, self._decoder, latents)
     return frames
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+  """Raises ValueError unless there are prompts and none of them is empty."""
+  if not len(prompts):
+    raise ValueError('there is no prompt')
+  for prompt in prompts:
+    if not isinstance(prompt, str) or not prompt.strip():
+      raise ValueError(f'prompt {prompt!r} is not a text')
 
 
 @functools.partial(jax.jit, static_argnames='denoiser')

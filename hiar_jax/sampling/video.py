@@ -5,6 +5,8 @@
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,6 +36,21 @@ class Video:
     """Number of frames."""
     return len(self.frames)
 
+  def __getitem__(self, index: Any) -> Any:
+    """A frame, uint8 [H, W, 3]; of a slice a Video, without latents."""
+    frames = self.frames[index]
+    if isinstance(index, slice):
+      return dataclasses.replace(self, frames=frames, latents=None)
+    return frames
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    """Frame by frame."""
+    return iter(self.frames)
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    """The frames, for np.asarray(video)."""
+    return np.array(self.frames, dtype=dtype, copy=copy)
+
   def __repr__(self) -> str:
     return f'Video({self.prompt!r}, {list(self.shape)}, fps={self.fps:g})'
 
@@ -51,13 +68,14 @@ class Video:
     """Writes an mp4 that a browser plays.
 
     Args:
-      path: ends in .mp4.
+      path: ends in .mp4; '~' is one's home.
       scale: whole factor of enlargement; None makes it watchable (`scale`).
 
     Raises:
       ValueError, OSError: as `video_io.VideoWriter`.
     """
     scale = self.scale if scale is None else scale
+    path = pathlib.Path(path).expanduser()
     video_io.write_video(path, self.frames, fps=self.fps, scale=scale)
 
   def contact_sheet(

@@ -54,6 +54,14 @@ class VideoPipeline:
   order: str
   fps: float
 
+  def __repr__(self) -> str:
+    model, (height, width, _) = self.denoiser.config, self.frame_shape
+    return (
+      f'VideoPipeline({self.name!r}, {model.num_layers} layers of width '
+      f'{model.dim}, frames {height}x{width} at {self.fps:g} fps, '
+      f'{self.order}, {self.rollout.num_steps} steps)'
+    )
+
   @property
   def frame_shape(self) -> tuple[int, int, int]:
     """(H, W, 3) of the frames."""
@@ -71,7 +79,7 @@ class VideoPipeline:
     anchor_blocks: int = 0,
     block_first_steps: int = 0,
     context: str | None = None,
-    initial_frames: np.ndarray | None = None,
+    initial_frames: np.ndarray | Video | None = None,
     progress: bool = True,
   ) -> Video | list[Video]:
     """Makes videos.
@@ -88,8 +96,8 @@ class VideoPipeline:
       anchor_blocks: 'hybrid' only: first blocks that are finished first.
       block_first_steps: 'hybrid' only: first steps that go block by block.
       context: one of rollout.CONTEXTS; None is the one trained for.
-      initial_frames: uint8 [F, H, W, 3] that the videos go on from: one image
-        or the end of another video. They come first in the result, as the
+      initial_frames: uint8 [F, H, W, 3], one picture [H, W, 3], or a Video,
+        that the videos go on from. They come first in the result, as the
         codec sees them.
       progress: show a bar of the network passes.
 
@@ -128,7 +136,7 @@ class VideoPipeline:
     prompts: Sequence[str],
     request: calls.Request,
     *,
-    initial_frames: np.ndarray | None = None,
+    initial_frames: np.ndarray | Video | None = None,
     progress: bool = True,
   ) -> np.ndarray:
     """Makes latents; arguments as in `__call__`.
@@ -137,7 +145,7 @@ class VideoPipeline:
       float32 [B, F, h, w, C], B = prompts * num_videos, prompt by prompt;
       given frames included.
     """
-    check_prompts(prompts)
+    streaming.check_prompts(prompts)
     passes = calls.num_passes(request, self.rollout)
     initial = None
     if initial_frames is not None:
@@ -172,13 +180,14 @@ class VideoPipeline:
     *,
     seed: int = 0,
     mode: str = streaming.AUTO,
-    initial_frames: np.ndarray | None = None,
+    initial_frames: np.ndarray | Video | None = None,
     mesh: jax.sharding.Mesh | None = None,
   ) -> streaming.Stream:
     """An endless video, block by block, in constant memory.
 
     `next(stream)` is uint8 [B, F, H, W, 3] (B prompts), the frames of the next
-    block; `stream.send(prompt)` changes the prompt from the next block on. The
+    block; `stream.send(prompt)` changes the prompt and returns the block from
+    which it shows: blocks under way keep theirs. The
     blocks are those of a call with the same seed in step-first order.
 
     Args:
@@ -195,7 +204,7 @@ class VideoPipeline:
       ValueError: naming the value that does not fit.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    check_prompts(prompts)
+    streaming.check_prompts(prompts)
     config = self.rollout
     chosen = {}
     if mode == streaming.AUTO:
@@ -230,9 +239,13 @@ class VideoPipeline:
     ]
     return np.concatenate(videos)[: len(latents_BFhwC)]
 
-  def encode(self, frames_FHWC: np.ndarray) -> np.ndarray:
+  def encode(self, frames_FHWC: np.ndarray | Video) -> np.ndarray:
     """Given frames to latents [1, F, h, w, C]."""
+    if isinstance(frames_FHWC, Video):
+      frames_FHWC = frames_FHWC.frames
     frames_FHWC = np.asarray(frames_FHWC)
+    if frames_FHWC.ndim == 3:  # One picture.
+      frames_FHWC = frames_FHWC[None]
     wanted = self.frame_shape
     if (
       frames_FHWC.dtype != np.uint8
@@ -244,16 +257,13 @@ class VideoPipeline:
         f'initial_frames must be uint8 [F, {wanted[0]}, {wanted[1]}, 3], not '
         f'{frames_FHWC.dtype} {list(frames_FHWC.shape)}'
       )
+    stride, count = self.codec.temporal_stride, len(frames_FHWC)
+    if (count - 1) % stride:
+      fewer = 1 + (count - 1) // stride * stride
+      raise ValueError(
+        f'{count} given frames are not 1 + {stride}k; the last {fewer} would do'
+      )
     return np.asarray(_encode_frames(self.codec, frames_FHWC[None]))
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-  """Raises ValueError unless there are prompts and none of them is empty."""
-  if not len(prompts):
-    raise ValueError('there is no prompt')
-  for prompt in prompts:
-    if not isinstance(prompt, str) or not prompt.strip():
-      raise ValueError(f'prompt {prompt!r} is not a text')
 
 
 @contextlib.contextmanager

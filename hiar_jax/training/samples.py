@@ -17,7 +17,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.evaluation import measures
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import calls, video, video_pipeline
+from hiar_jax.sampling import calls, streaming, video, video_pipeline
 from hiar_jax.training import inputs, phase_parts
 from hiar_jax.training.loop_config import LoopConfig
 
@@ -49,7 +49,7 @@ class Sampler:
     self._folder = pathlib.Path(config.workdir) / 'samples'
     encoder = inputs.open_text(config)
     self._prompts = self._choose_prompts(config, loop, encoder)
-    video_pipeline.check_prompts(self._prompts)
+    streaming.check_prompts(self._prompts)
     self._request = calls.Request(
       num_blocks=loop.sample_blocks, seed=config.seed
     )
