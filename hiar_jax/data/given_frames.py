@@ -149,13 +149,12 @@ def _of_video(
       aspect = float(stream.sample_aspect_ratio or 1)
       rate = float(stream.average_rate or 0) or None
       timed = clips.timed(container, stream)
-      if last is None:
-        chosen = _forward(timed, fps)
-        frames = [fit(*clips.upright(frame, aspect)) for frame in chosen]
-      else:
+      chosen: Iterable[Any] = _forward(timed, fps)
+      if last is not None:
         _seek_to_end(container, stream, last / fps + _MARGIN)
         chosen = _backward(timed, fps, last)
-        frames = [fit(*clips.upright(frame, aspect)) for frame in chosen]
+      # One after another: a decoded frame is large before it is fitted.
+      frames = [fit(*clips.upright(frame, aspect)) for frame in chosen]
   except av.FFmpegError as error:
     raise ValueError(
       f'{path} is neither a picture nor a video that can be decoded '
@@ -168,13 +167,14 @@ def _of_video(
 
 def _forward(timed: Iterable[_Timed], fps: float) -> Iterator[Any]:
   """Frames that are nearest to 0, 1 / fps, ... after the first."""
-  count, start, before = 0, None, None
+  count, start = 0, None
+  before: tuple[float, Any] = (-1e9, None)  # The first frame is nearer.
   for time, _, frame in timed:
     start = time if start is None else start
     now = time - start
     while count / fps <= now + 1e-6:
       wanted = count / fps
-      late = before is None or now - wanted <= wanted - before[0]
+      late = now - wanted <= wanted - before[0]
       yield frame if late else before[1]
       count += 1
     before = (now, frame)

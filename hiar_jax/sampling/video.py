@@ -47,7 +47,9 @@ class Video:
     """Frame by frame."""
     return iter(self.frames)
 
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+  def __array__(
+    self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
     """The frames, for np.asarray(video)."""
     return np.array(self.frames, dtype=dtype, copy=copy)
 
