@@ -106,17 +106,18 @@ def student_start_step(
   def matched_x0(params, trajectory, text, key):
     size, num_points, num_frames = trajectory.shape[:3]
     step = jax.random.randint(key, (size,), 0, num_points - 1)
-    sample = jnp.arange(size)
+    # Not by pairs of indices: devices would sum up each other's samples.
+    point = jax.vmap(lambda points, i: points[i])
     _, past = denoiser.flow(
       params,
-      trajectory[sample, step + 1],
+      point(trajectory, step + 1),
       levels[step + 1][:, None],
       text,
       frame_mask=attention.block_causal_mask(num_frames, **blocks),
     )
     return denoiser.x0(
       params,
-      trajectory[sample, step],
+      point(trajectory, step),
       levels[step][:, None],
       text,
       positions_F=jnp.arange(num_frames),
