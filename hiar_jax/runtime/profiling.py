@@ -72,6 +72,8 @@ class Speed:
     start: int,
     flops: float | None = None,
     peak: float | None = None,
+    videos: float | None = None,
+    tokens: float | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
     """Starts the clock.
@@ -81,9 +83,12 @@ class Speed:
       flops: of an iteration, all devices together; None if not known.
       peak: FLOP/s that the devices together are stated to reach; None if not
         known.
+      videos: of an iteration, all devices together; None if not known.
+      tokens: of those videos, likewise.
       clock: seconds that only grow.
     """
     self._clock, self._flops, self._peak = clock, flops, peak
+    self._counts = {'videos': videos, 'tokens': tokens}
     self._done, self._since = start, clock()
 
   def look(self, iteration: int) -> dict[str, float]:
@@ -92,7 +97,8 @@ class Speed:
     Returns:
       `iterations_per_second`, checkpoints and samples included;
       `host_memory_gib`, and where the device tells it `device_memory_gib`,
-      the peaks since the process started; with `flops`,
+      the peaks since the process started; `videos_per_second` and
+      `tokens_per_second` where their numbers are known; with `flops`,
       `model_tflops_per_second`, and with `peak`, `mfu`, their ratio (model
       FLOPs utilisation, Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
     """
@@ -103,6 +109,10 @@ class Speed:
       'host_memory_gib': _host_peak_bytes() / 2**30,
     }
     self._done, self._since = iteration, now
+    for name, count in self._counts.items():
+      if count is not None:
+        rate = values['iterations_per_second'] * count
+        values[f'{name}_per_second'] = rate
     if self._flops is not None:
       rate = values['iterations_per_second'] * self._flops
       values['model_tflops_per_second'] = rate / 1e12

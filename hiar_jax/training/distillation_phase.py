@@ -148,4 +148,9 @@ def build(config: Config) -> Phase:
     flops=training_flops.distillation_iteration(
       steps, config.batch_size, (low + high) / 2
     ),
+    tokens=config.batch_size
+    * (low + high)
+    / 2
+    * steps.rollout.frames_per_block
+    * steps.student.config.tokens_per_frame,
   )

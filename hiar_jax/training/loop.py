@@ -77,6 +77,8 @@ def train(
         restored_step=iteration,
         flops=phase.flops,
         peak=flops.peak(jax.devices()),
+        videos=config.batch_size,
+        tokens=phase.tokens,
       ) as log,
       watchdog.Watchdog(step_timeout, start=iteration) as dog,
       trace,

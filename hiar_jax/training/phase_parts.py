@@ -35,6 +35,8 @@ class Phase:
     weights: picks the tree to export from the last state.
     flops: of a mean iteration, all devices together, see training/flops.py;
       None if not known.
+    tokens: latent tokens of the videos of a mean iteration, each counted once
+      whatever is done with it; None if it has none.
   """
 
   state: Any
@@ -42,6 +44,7 @@ class Phase:
   batches: grain.DatasetIterator
   weights: Callable[[Any], Any]
   flops: float | None = None
+  tokens: float | None = None
 
 
 # --- Sections.

@@ -46,7 +46,9 @@ def build_teacher(config: Config) -> Phase:
   one = flops.forward_flops(denoiser.config, frames, frames)
   iteration = config.batch_size * flops.trained(denoiser.config) * one
   return _phase(
-    params, optimiser, step, batches, source.finish, iteration, mesh
+    *(params, optimiser, step, batches, source.finish, mesh),
+    flops=iteration,
+    tokens=config.batch_size * frames * denoiser.config.tokens_per_frame,
   )
 
 
@@ -81,10 +83,14 @@ def build_student_start(config: Config) -> Phase:
     config.start_context,
   )
   finish = lambda batch: batch
-  return _phase(params, optimiser, step, batches, finish, iteration, mesh)
+  return _phase(
+    *(params, optimiser, step, batches, finish, mesh),
+    flops=iteration,
+    tokens=config.batch_size * frames * denoiser.config.tokens_per_frame,
+  )
 
 
-def _phase(params, optimiser, step, batches, finish, iteration_flops, mesh):
+def _phase(params, optimiser, step, batches, finish, mesh, **known):
   state: Any = phase_parts.regression_state(params, optimiser, mesh)
   compiled = sharding.jit_step(step, state, mesh)
 
@@ -97,5 +103,5 @@ def _phase(params, optimiser, step, batches, finish, iteration_flops, mesh):
     step=run,
     batches=batches,
     weights=lambda state: sharding.whole(state.ema, mesh),
-    flops=iteration_flops,
+    **known,
   )

@@ -40,6 +40,8 @@ class RunLog:
     restored_step: int,
     flops: float | None = None,
     peak: float | None = None,
+    videos: float | None = None,
+    tokens: float | None = None,
   ):
     """Opens everything.
 
@@ -50,6 +52,8 @@ class RunLog:
       restored_step: iterations done; what was written beyond them is dropped.
       flops: of an iteration, see profiling.Speed.
       peak: of all devices, see there.
+      videos: of an iteration, see there.
+      tokens: likewise.
 
     Raises:
       ValueError: if the package of a service is not installed.
@@ -59,7 +63,9 @@ class RunLog:
     self._stack = contextlib.ExitStack()
     self._files, self._services = [], []
     self._progress = None
-    self._speed = profiling.Speed(restored_step, flops, peak)
+    self._speed = profiling.Speed(
+      restored_step, flops, peak, videos=videos, tokens=tokens
+    )
     if jax.process_index() != 0:
       return
     with contextlib.ExitStack() as stack:

@@ -45,12 +45,17 @@ def test_a_pass_counts_what_xla_counts():
   assert 1.0 < cost['flops'] / ours < 1.1
 
 
-def test_every_phase_of_the_networks_knows_its_flops(tmp_path):
+def test_every_phase_of_the_networks_knows_its_flops_and_tokens(tmp_path):
   tiny.write_inputs(tmp_path)
-  built = {
-    name: phases.build(tiny.config(name, tmp_path)).flops
+  phase = {
+    name: phases.build(tiny.config(name, tmp_path))
     for name in ('codec', 'teacher', 'student_start', 'distill')
   }
+  # Two videos of 6 frames, or 2 blocks of 3, of 4 tokens each.
+  tokens = {name: built.tokens for name, built in phase.items()}
+  assert tokens.pop('codec') is None
+  assert {*tokens.values()} == {2 * 6 * 4}
+  built = {name: built.flops for name, built in phase.items()}
   assert built.pop('codec') is None
   config = tiny.config('teacher', tmp_path)
   one = flops.forward_flops(WanConfig(**config.model), 6, 6)
@@ -75,3 +80,14 @@ def test_utilisation_is_the_rate_over_the_peak(peak):
   values = speed.look(14)  # Half an iteration a second.
   assert values['model_tflops_per_second'] == pytest.approx(0.2)
   assert values.get('mfu') == (peak and pytest.approx(0.2))
+
+
+def test_videos_and_tokens_a_second_are_those_of_the_iterations():
+  now = iter([0.0, 8.0])
+  speed = profiling.Speed(10, videos=6, tokens=24.0, clock=lambda: next(now))
+  values = speed.look(14)  # Half an iteration a second.
+  assert values['videos_per_second'] == 3
+  assert values['tokens_per_second'] == 12
+  now = iter([0.0, 8.0])
+  unknown = profiling.Speed(10, clock=lambda: next(now)).look(14)
+  assert 'videos_per_second' not in unknown
