@@ -14,6 +14,7 @@ the length of a video costs no memory.
 
 import base64
 import contextlib
+import math
 import os
 import pathlib
 import subprocess
@@ -66,8 +67,8 @@ class VideoWriter:
       ValueError: if an argument is out of its range.
       OSError: if the file cannot be written.
     """
-    if not fps > 0:
-      raise ValueError(f'fps={fps} is not positive')
+    if not 0 < fps < math.inf:
+      raise ValueError(f'fps={fps} is not positive and finite')
     if scale < 1:
       raise ValueError(f'scale={scale} is not a whole number >= 1')
     if resampling not in _FILTERS:

@@ -143,6 +143,7 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
       *(*good, '--continue_frames=2')
     ],
     'fps=0.0 is not positive': [*good, '--fps=0'],
+    'fps=inf is not positive': [*good, '--fps=inf'],
     'no text embeddings at nowhere': [*good, '--text_encoder=nowhere'],
     "unknown config key 'rolout'": [*good, '--config.rolout.window=9'],
     '--config.batch_size would change nothing': [

@@ -95,6 +95,7 @@ def test_frames_of_another_kind_are_refused(tmp_path, frames, message):
   ('argument', 'message'),
   [
     ({'fps': 0}, 'fps=0 is not positive'),
+    ({'fps': float('inf')}, 'fps=inf is not positive and finite'),
     ({'scale': 0}, 'scale=0 is not'),
     ({'resampling': 'cubic'}, "'cubic' is not one of"),
   ],
