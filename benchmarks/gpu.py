@@ -52,7 +52,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, kv_cache, umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import parts as planning_parts
-from hiar_jax.sampling import calls, video_pipeline
+from hiar_jax.sampling import calls, seeds, video_pipeline
 from hiar_jax.text import word_hash
 
 _LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
@@ -357,7 +357,7 @@ def _offline(pipe, order, num_blocks, flops) -> Iterator[dict[str, float]]:
   # The sweep that finishes the blocks is the last one.
   last = 2 if order == 'step_first' else pipe.rollout.num_steps + 1
   until_first = total - last * (num_blocks - 1)
-  keys = calls.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
+  keys = seeds.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
   states = pipe.encoder.encode(['a cat'])
   block_frames = pipe.rollout.frames_per_block
   while True:

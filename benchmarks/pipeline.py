@@ -157,7 +157,13 @@ def _maker(case: Case, options):
   from hiar_jax import noise_schedule, rollout
   from hiar_jax.denoiser import Denoiser
   from hiar_jax.models.config import WanConfig
-  from hiar_jax.sampling import calls, pipeline, shared_pipeline, streaming
+  from hiar_jax.sampling import (
+    calls,
+    pipeline,
+    seeds,
+    shared_pipeline,
+    streaming,
+  )
 
   dim, ffn_dim, heads, layers, side = _SIZES[options.size]
   denoiser = Denoiser(
@@ -182,7 +188,7 @@ def _maker(case: Case, options):
   )
   params = denoiser.unstack_layers(denoiser.init(jax.random.key(0)))
   states = np.zeros((1, 16, 64), np.float32)
-  keys = calls.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
+  keys = seeds.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
   num_blocks = options.num_blocks
 
   if case.kind == 'offline':

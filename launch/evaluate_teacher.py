@@ -13,7 +13,7 @@ from absl import flags
 from hiar_jax.data import bouncing
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.runtime import config_flag, errors
-from hiar_jax.sampling import calls, loading
+from hiar_jax.sampling import loading, seeds
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.training import phase_parts
 from hiar_jax.weights import teacher_files
@@ -71,7 +71,7 @@ def main(argv):
       pipeline.denoiser,
       pipeline.params,
       solver,
-      calls.sample_keys(np.uint32(_SEED.value), numbers, 0 * numbers),
+      seeds.sample_keys(np.uint32(_SEED.value), numbers, 0 * numbers),
       pipeline.encoder.encode(batch),
       pipeline.encoder.encode(['']),
       num_frames=phase_parts.latent_frames(config),

@@ -6,7 +6,8 @@
 
 With --pipeline FOLDER in place of --config it runs what hiar_jax.load reads:
 weights of `hiar-jax export` or `hiar-jax convert`, or published ones.
-Several videos are written as video-0.mp4, video-1.mp4, ...
+Several videos are written as video-0.mp4, video-1.mp4, ... The seed that is
+printed beside each makes it again alone.
 
 With --stream the video is written as it is made, in constant memory; it ends
 after --num_blocks (0: never) or at Ctrl-C, which is not a failure: the block
@@ -43,7 +44,14 @@ from absl import flags, logging
 from hiar_jax import rollout
 from hiar_jax.data import bouncing, given_frames
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
-from hiar_jax.sampling import calls, loading, streaming, video, video_pipeline
+from hiar_jax.sampling import (
+  calls,
+  loading,
+  seeds,
+  streaming,
+  video,
+  video_pipeline,
+)
 from hiar_jax.weights import layouts, student_files
 
 _CONFIG = config_flag.define()
@@ -66,7 +74,12 @@ _NUM_BLOCKS = flags.DEFINE_integer(
 _NUM_VIDEOS = flags.DEFINE_integer(
   'num_videos', 1, 'videos of each prompt', lower_bound=1
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'names the noise', lower_bound=0)
+_SEED = flags.DEFINE_multi_integer(
+  'seed',
+  [0],
+  'names the noise; given as often as there are videos, each has its own',
+  lower_bound=0,
+)
 _ORDER = flags.DEFINE_enum(
   'order', None, rollout.ORDERS, "of denoising; default: the config's"
 )
@@ -170,12 +183,13 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('--mode and --prompt_at go with --stream')
   if not _NUM_BLOCKS.value:
     raise ValueError('flag --num_blocks=0, without end, goes with --stream')
-  paths = _paths(len(prompts) * _NUM_VIDEOS.value)
+  chosen = seeds.of_videos(_seed(), len(prompts), _NUM_VIDEOS.value)
+  paths = _paths(len(chosen))
   pipeline = _load(watch)
   request = calls.Request(
     num_blocks=_NUM_BLOCKS.value,
     num_videos=_NUM_VIDEOS.value,
-    seed=_SEED.value,
+    seed=chosen,
     order=_ORDER.value or pipeline.order,
     anchor_blocks=_ANCHOR_BLOCKS.value,
     block_first_steps=_BLOCK_FIRST_STEPS.value,
@@ -192,9 +206,14 @@ def main(argv: Sequence[str]) -> None:
       made = video.Video(frames[i], pipeline.fps, prompt)
       made.save(path, scale=_SCALE.value)
       made.contact_sheet(path.with_suffix('.png'))
-  for path in paths:
-    print(f'wrote {path} and {path.with_suffix(".png").name}')
+  for path, seed in zip(paths, chosen, strict=True):
+    print(f'wrote {path} and {path.with_suffix(".png").name}, seed {seed}')
   print(watch)
+
+
+def _seed() -> int | list[int]:
+  """--seed: of the call, or of each video."""
+  return _SEED.value if len(_SEED.value) > 1 else _SEED.value[0]
 
 
 def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
@@ -257,6 +276,7 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
       f'--stream makes one video, not {len(prompts)}; change the prompt with '
       '--prompt_at'
     )
+  (seed,) = seeds.of_videos(_seed(), 1)
   (path,) = _paths(1)
   pipeline = _load(watch)
   given = _initial_frames(pipeline)
@@ -264,7 +284,7 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   with watch('text'):
     pipeline.encoder.encode([*prompts, *(prompt for _, prompt in switches)])
   stream = pipeline.stream(
-    prompts[0], seed=_SEED.value, mode=_MODE.value, initial_frames=given
+    prompts[0], seed=seed, mode=_MODE.value, initial_frames=given
   )
   for block, prompt in switches:
     stream.send(prompt, at=block)
@@ -303,7 +323,7 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   video_io.contact_sheet(
     path.with_suffix('.png'), np.concatenate(shown), captions=prompts[0]
   )
-  print(f'wrote {path} and {path.with_suffix(".png").name}')
+  print(f'wrote {path} and {path.with_suffix(".png").name}, seed {seed}')
   print(watch)
 
 

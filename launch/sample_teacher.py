@@ -25,8 +25,8 @@ from absl import flags, logging
 
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import (
-  calls,
   loading,
+  seeds,
   solvers,
   streaming,
   video,
@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
       pipeline.denoiser,
       pipeline.params,
       solver,
-      calls.sample_keys(np.uint32(_SEED.value), 0 * numbers, numbers),
+      seeds.sample_keys(np.uint32(_SEED.value), 0 * numbers, numbers),
       pipeline.encoder.encode([_PROMPT.value]).repeat(len(paths), 0),
       pipeline.encoder.encode([negative]),
       num_frames=num_frames,

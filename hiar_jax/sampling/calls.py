@@ -10,7 +10,7 @@ video changes no program, and a progress bar can tell the truth.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 
 from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.sampling import memory
+from hiar_jax.sampling import memory, seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Request:
   Attributes:
     num_blocks: blocks to make, given frames not counted.
     num_videos: of each prompt.
-    seed: names the noise, in [0, 2**32).
+    seed: names the noise, in [0, 2**96), see `seeds`; or one for each video,
+      prompt by prompt.
     order: one of rollout.ORDERS.
     anchor_blocks: 'hybrid' only, see `rollout.hybrid`.
     block_first_steps: 'hybrid' only, see `rollout.hybrid`.
@@ -39,7 +40,7 @@ class Request:
 
   num_blocks: int
   num_videos: int = 1
-  seed: int = 0
+  seed: int | Sequence[int] = 0
   order: str = 'step_first'
   anchor_blocks: int = 0
   block_first_steps: int = 0
@@ -48,8 +49,7 @@ class Request:
     for name in ('num_blocks', 'num_videos'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not at least 1')
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f'seed={self.seed} is not in 0..{2**32 - 1}')
+    object.__setattr__(self, 'seed', seeds.parse(self.seed))
     if self.order not in rollout.ORDERS:
       raise ValueError(f'order={self.order!r} is not one of {rollout.ORDERS}')
     hybrid = bool(self.anchor_blocks) + bool(self.block_first_steps)
@@ -64,17 +64,6 @@ class Request:
         f'anchor_blocks={self.anchor_blocks} is not in 0..{self.num_blocks}, '
         'the number of blocks'
       )
-
-
-@jax.jit
-def sample_keys(seed, prompt_B, video_B):
-  """One key a sample: (seed, number of the prompt, number of its video)."""
-  key = jax.random.key(seed)
-
-  def one(prompt, video):
-    return jax.random.fold_in(jax.random.fold_in(key, prompt), video)
-
-  return jax.vmap(one)(prompt_B, video_B)
 
 
 def num_passes(request: Request, config: rollout.RolloutConfig) -> int:
@@ -103,7 +92,7 @@ def sample(
     params: its parameters.
     config: how blocks are denoised.
     request: what to make.
-    keys_B: from `sample_keys`.
+    keys_B: from `seeds.keys`.
     states_BLD: text states.
     initial: latents [1, F, h, w, C] that come first.
     report: is told, after each block, how many network passes it took.

@@ -85,7 +85,7 @@ def sample(
     denoiser: the teacher's network.
     params: its parameters.
     config: how to solve.
-    keys_B: one key a video, e.g. of `calls.sample_keys`; a video depends on
+    keys_B: one key a video, e.g. of `seeds.sample_keys`; a video depends on
       its own key and prompt alone.
     states_BLD: text states of the prompts.
     negative_1LD: text states of what guidance leads away from, batch B or 1;

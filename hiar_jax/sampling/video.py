@@ -25,12 +25,14 @@ class Video:
     fps: frames a second.
     prompt: that it was made for.
     latents: float32 [F, h, w, C] that the frames were decoded from, or None.
+    seed: that makes it again alone, or None.
   """
 
   frames: np.ndarray
   fps: float
   prompt: str = ''
   latents: np.ndarray | None = None
+  seed: int | None = None
 
   def __len__(self) -> int:
     """Number of frames."""

@@ -22,7 +22,7 @@ from hiar_jax import rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.runtime import metrics
-from hiar_jax.sampling import calls, streaming
+from hiar_jax.sampling import calls, seeds, streaming
 from hiar_jax.sampling.video import Video
 
 # Videos that are sampled together. More of them need memory in proportion and
@@ -74,7 +74,7 @@ class VideoPipeline:
     *,
     num_blocks: int = 7,
     num_videos: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     order: str | None = None,
     anchor_blocks: int = 0,
     block_first_steps: int = 0,
@@ -84,14 +84,16 @@ class VideoPipeline:
   ) -> Video | list[Video]:
     """Makes videos.
 
-    Video v of prompt p has its noise from (seed, p, v, step, block): it does
-    not depend on how many others are made with it, nor on the order.
+    Each video has its noise from (its seed, step, block), see `seeds`: it does
+    not depend on what others are made with it, nor on the order, and its
+    `Video.seed` makes it again alone.
 
     Args:
       prompt: one or several.
       num_blocks: length; a block is `rollout.frames_per_block` latent frames.
       num_videos: of each prompt.
-      seed: another seed gives other videos.
+      seed: another seed gives other videos; or one for each video, prompt by
+        prompt.
       order: one of rollout.ORDERS; None is the one trained for.
       anchor_blocks: 'hybrid' only: first blocks that are finished first.
       block_first_steps: 'hybrid' only: first steps that go block by block.
@@ -126,8 +128,10 @@ class VideoPipeline:
     )
     frames = pipeline.decode(latents)
     videos = [
-      Video(frames[i], self.fps, prompts[i // num_videos], latents[i])
-      for i in range(len(frames))
+      Video(frames[i], self.fps, prompts[i // num_videos], latents[i], seed)
+      for i, seed in enumerate(
+        seeds.of_videos(request.seed, len(prompts), num_videos)
+      )
     ]
     return videos[0] if isinstance(prompt, str) and num_videos == 1 else videos
 
@@ -147,11 +151,12 @@ class VideoPipeline:
     """
     streaming.check_prompts(prompts)
     passes = calls.num_passes(request, self.rollout)
+    size = len(prompts) * request.num_videos
+    seeds_B = seeds.of_videos(request.seed, len(prompts), request.num_videos)
     initial = None
     if initial_frames is not None:
       initial = self.encode(initial_frames)
     states_PLD = self.encoder.encode(prompts)
-    size = len(prompts) * request.num_videos
     batches = _batches(size)
     calls.check_memory(
       *(self.denoiser, self.rollout, self.params, request, len(batches[0]))
@@ -159,14 +164,14 @@ class VideoPipeline:
     latents = []
     with _progress(len(batches) * passes, progress) as report:
       for samples in batches:
-        prompt, video = np.divmod(samples, request.num_videos)
+        prompt = samples // request.num_videos
         latents.append(
           calls.sample(
             self.denoiser,
             self.params,
             self.rollout,
             request,
-            calls.sample_keys(np.uint32(request.seed), prompt, video),
+            seeds.keys([seeds_B[i] for i in samples]),
             states_PLD[prompt],
             initial,
             report,
@@ -178,7 +183,7 @@ class VideoPipeline:
     self,
     prompt: str | Sequence[str],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     mode: str = streaming.AUTO,
     initial_frames: np.ndarray | Video | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -192,7 +197,7 @@ class VideoPipeline:
 
     Args:
       prompt: one or several, streamed together.
-      seed: another seed gives another video.
+      seed: another seed gives another video; or one for each prompt.
       mode: one of streaming.MODES, or 'auto': the fastest one that fits, see
         `streaming.choose_mode`. The stream's `mode` and `reason` tell.
       initial_frames: see `__call__`; the stream has them as the codec sees
@@ -205,6 +210,7 @@ class VideoPipeline:
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     streaming.check_prompts(prompts)
+    keys = seeds.keys(seeds.of_videos(seed, len(prompts)))
     config = self.rollout
     chosen = {}
     if mode == streaming.AUTO:
@@ -217,8 +223,6 @@ class VideoPipeline:
     initial = None
     if initial_frames is not None:
       initial = self.encode(initial_frames).repeat(len(prompts), 0)
-    numbers = np.arange(len(prompts))
-    keys = calls.sample_keys(np.uint32(seed), numbers, 0 * numbers)
     return streaming.Stream(
       engine,
       self.params,

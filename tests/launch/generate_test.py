@@ -71,7 +71,10 @@ def test_one_command_makes_the_videos_and_their_sheets(pipeline, tmp_path):
     *('video-0.mp4', 'video-0.png', 'video-1.mp4', 'video-1.png'),
   ]
   *written, times = done.stdout.splitlines()
-  assert written == [f'wrote video-{i}.mp4 and video-{i}.png' for i in range(2)]
+  assert written == [
+    'wrote video-0.mp4 and video-0.png, seed 0',
+    f'wrote video-1.mp4 and video-1.png, seed {2**64}',
+  ]
   for name in ('import', 'load', 'compile', 'sample', 'decode', 'encode'):
     assert f'{name} ' in times
   assert "'a cat' names no shape" in done.stderr

@@ -170,7 +170,7 @@ def test_a_prompt_shows_from_its_block_on_and_not_before(arguments, tmp_path):
     assert sheet.width > 256
   mode, written, times = done.stdout.splitlines()
   assert "streams in mode 'batched'" in mode
-  assert written == 'wrote video.mp4 and video.png'
+  assert written == 'wrote video.mp4 and video.png, seed 0'
   assert 'compile ' in times and 'stream ' in times
 
 
@@ -210,7 +210,7 @@ def test_a_stream_without_end_leaves_whole_blocks_when_stopped(
     process.wait()
   assert process.returncode == 0, stderr
   assert "streams in mode 'serial'" in stdout
-  assert 'wrote video.mp4 and video.png' in stdout
+  assert 'wrote video.mp4 and video.png, seed 0' in stdout
   assert 'Traceback' not in stderr
   frames, fps = video_io.read_video(tmp_path / 'video.mp4')
   assert fps == 5 and len(frames) and len(frames) % _FRAMES == 0

@@ -20,7 +20,7 @@ import numpy as np
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.sampling import calls
+from hiar_jax.sampling import seeds
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.weights import tables, umt5_tables, vae_tables
 from tests.parity import peers_lib, peers_solvers
@@ -98,7 +98,7 @@ def sampler_comparisons(
   denoiser = Denoiser(config)
   peer, params = _transformer(config, seed=1)
   _, states = _inputs(np.random.default_rng(1), config)
-  keys = calls.sample_keys(np.uint32(0), np.arange(2), np.zeros(2, int))
+  keys = seeds.sample_keys(np.uint32(0), np.arange(2), np.zeros(2, int))
   shape = (_FRAMES, 8, 12, config.channels)
   noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
   guidance, shift = 5.0, 5.0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import calls, loading, solvers
+from hiar_jax.sampling import loading, seeds, solvers
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.sampling import trajectories as sampling_trajectories
 from hiar_jax.weights import layouts, networks
@@ -25,7 +25,7 @@ NULL = np.zeros((1, 3, 4), np.float32)
 
 def keys(*videos):
   videos = np.asarray(videos)
-  return calls.sample_keys(np.uint32(3), 0 * videos, videos)
+  return seeds.sample_keys(np.uint32(3), 0 * videos, videos)
 
 
 def sample(config=CONFIG, videos=(0, 1), negative=NULL, states=None, **kwargs):

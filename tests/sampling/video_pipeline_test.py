@@ -18,7 +18,7 @@ from hiar_jax.codecs import linear, pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import calls, loading, video_pipeline
+from hiar_jax.sampling import calls, loading, seeds, video_pipeline
 from hiar_jax.weights import layouts
 
 _CONFIG = {
@@ -173,6 +173,22 @@ def test_a_sample_does_not_depend_on_the_others(pipe, monkeypatch):
   assert np.abs(many[0].latents - many[3].latents).max() > 0.1
 
 
+def test_any_video_of_a_call_is_made_again_alone_by_its_seed(pipe):
+  def make(prompts, **options):
+    return pipe(prompts, num_blocks=2, progress=False, **options)
+
+  videos = make([_PROMPT, 'a blue ring'], num_videos=2, seed=7)
+  assert videos[0].seed == 7
+  alone = make('a blue ring', seed=videos[3].seed)
+  # Batches of other sizes round differently.
+  np.testing.assert_allclose(alone.latents, videos[3].latents, atol=1e-5)
+  assert alone.seed == videos[3].seed
+  listed = make(_PROMPT, num_videos=2, seed=[videos[1].seed, 7])
+  assert [video.seed for video in listed] == [videos[1].seed, 7]
+  for video, same in zip(listed, (videos[1], videos[0])):
+    np.testing.assert_allclose(video.latents, same.latents, atol=1e-5)
+
+
 def test_given_frames_come_first_and_matter(pipe):
   given = np.full((1, 16, 16, 3), 200, np.uint8)
   image = pipe(_PROMPT, num_blocks=2, initial_frames=given, progress=False)
@@ -195,7 +211,7 @@ def test_given_frames_come_first_and_matter(pipe):
 def test_progress_counts_the_network_passes(pipe, options, passes):
   request = calls.Request(num_blocks=6, **options)
   reports = []
-  keys = calls.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
+  keys = seeds.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
   calls.sample(
     pipe.denoiser,
     pipe.params,
@@ -260,7 +276,10 @@ def test_loaded_weights_are_the_exported_ones(pipe, folder, tmp_path):
   [
     ({'num_blocks': 0}, 'num_blocks=0 is not at least 1'),
     ({'num_videos': 0}, 'num_videos=0 is not at least 1'),
-    ({'seed': -1}, 'seed=-1 is not in 0..4294967295'),
+    ({'seed': -1}, r'seed=-1 is not a whole number in 0..2\*\*96-1'),
+    ({'seed': 1.5}, 'seed=1.5 is not a whole number'),
+    ({'seed': [1, 2]}, '2 seeds for 1 videos; give one seed, or one for each'),
+    ({'seed': [3, 'x'], 'num_videos': 2}, "seed='x' is not a whole number"),
     ({'order': 'sideways'}, "order='sideways' is not one of"),
     ({'order': 'hybrid'}, "order 'hybrid', and no other, takes one of"),
     ({'anchor_blocks': 1}, "with order 'step_first'"),
