@@ -71,6 +71,8 @@ def measure_frames(
     level = np.quantile(contrast_HW, 0.99)
     mask = _largest_part(contrast_HW > 0.5 * max(level, _MIN_CONTRAST))
     inside = mask & (contrast_HW > 0.8 * level)
+    if not inside.any():  # The level is that of something smaller elsewhere.
+      inside = mask
     count = mask.sum()
     is_object = level > _MIN_CONTRAST and least < count < most
     background.append(behind)

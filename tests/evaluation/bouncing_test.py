@@ -217,6 +217,16 @@ def test_a_speck_elsewhere_does_not_move_the_object():
   np.testing.assert_allclose(speckled.centre_F2, clean.centre_F2, atol=1e-6)
 
 
+# Warnings are errors in every test: of NumPy's "Mean of empty slice" as well.
+def test_an_object_fainter_than_another_has_its_own_colour():
+  video = np.uint8(0.6 * make_video())
+  video[:, 48:58, 2:12] = bouncing.PALETTE['red']
+  alone = bouncing_frames.measure_frames(np.uint8(0.6 * make_video()))
+  beside = bouncing_frames.measure_frames(video)
+  assert beside.visible_F.all()
+  np.testing.assert_allclose(beside.colour_F3, alone.colour_F3, atol=1e-6)
+
+
 def test_fading_shows_as_drift():
   share = np.linspace(1.0, 0.6, 16)[:, None, None, None]
   faded = np.uint8(make_video() * share + 60 * (1 - share))
