@@ -442,8 +442,17 @@ class StackedTextKV(nn.Module):
       kernel = self.param(f'{name}_kernel', init, shape)
       bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[:2])
       kernel, bias = kernel.astype(cfg.dtype), bias.astype(cfg.dtype)
-      out = jnp.einsum('BLD,NDE->NBLE', x_BLD, kernel)
-      return out + bias[:, None, None]
+      if cfg.is_unrolled:  # A small network: one product is faster.
+        out = jnp.einsum('BLD,NDE->NBLE', x_BLD, kernel)
+        return out + bias[:, None, None]
+      # Layer by layer: divided kernels are gathered one at a time, of a 14B
+      # teacher else 2.1 GB at once.
+      return jax.lax.map(
+        lambda one: (
+          jnp.einsum('BLD,DE->BLE', x_BLD, one[0]) + one[1][None, None]
+        ),
+        (kernel, bias),
+      )
 
     norm_k = self.param('norm_k', nn.initializers.ones, shape[:2])
     k = jax.vmap(rms_norm, (0, 0, None))(project('k'), norm_k, cfg.eps)

@@ -10,7 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hiar_jax.configs import hiar_1_3b
 from hiar_jax.data import trajectories
+from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding
+from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import chips, traffic
 from hiar_jax.planning import training as planning_training
 from hiar_jax.training import distillation_phase, phase_parts
@@ -218,3 +220,46 @@ def test_the_formula_is_near_what_was_compiled(mesh, microbatches, compiled):
   training = training.with_mesh(training.mesh, microbatches)
   said = planning_training.estimated_bytes(training)
   assert said == pytest.approx(compiled, rel=0.2)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize('part', ['generator', 'critic'])
+def test_no_collective_is_larger_than_a_layer_or_a_samples_keys(part):
+  """On eight chips that divide samples and parameters."""
+  model = WanConfig(
+    dim=256,
+    ffn_dim=512,
+    num_heads=2,
+    num_layers=8,
+    latent_height=32,
+    latent_width=32,
+    channels=4,
+    freq_dim=32,
+    text_dim=64,
+    text_len=16,
+    dtype='bfloat16',
+    remat='full',
+    attention='auto',
+  )
+  denoiser = Denoiser(model)
+  steps = dataclasses.replace(
+    sharded_update.steps(), student=denoiser, critic=denoiser, teacher=denoiser
+  )
+  training = dataclasses.replace(
+    tiny(fsdp=8), steps=steps, batch_size=8, num_blocks=2
+  )
+  mesh, training = planning_training._on_topology(training, 'v5e:2x4')
+  run, arguments, _ = planning_training._program(training, part, mesh)
+  # Not the precision of the tests, in which the kernel has no 16-bit products.
+  with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
+    text = run.lower(*arguments).compile().as_text()
+  layer = 4 * (6 * model.dim**2 + 2 * model.dim * model.ffn_dim)
+  frames = training.num_frames
+  keys = 2 * 2 * frames * model.tokens_per_frame * model.dim
+  # What a gather of the keys of all samples would take.
+  assert 8 * keys / 2 > max(layer, keys)
+  large = [
+    one for one in traffic.collectives(text) if one.num_bytes > max(layer, keys)
+  ]
+  assert not large, large
