@@ -10,6 +10,7 @@ video changes no program, and a progress bar can tell the truth.
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -167,19 +168,21 @@ def estimate_memory(
   request: Request,
   batch_size: int,
 ) -> memory.Memory:
-  """What `sample` holds at a time, the latents of the video left out.
+  """What `sample` holds at a time.
 
-  That is the past with the given frames and the one that is worked on, which a
-  pass copies.
+  Of pasts that is the one with the given frames and the one that is worked on,
+  which a pass copies.
   """
   model = denoiser.config
   past = memory.past_bytes(model, config, batch_size)
   if _is_shared(request, config):
     past *= config.num_steps  # One a step.
+  block = math.prod(config.block_shape(model))
   return memory.Memory(
     weights=memory.weights_bytes(params, model),
     caches=2 * past,
     temporaries=memory.pass_temporaries(model, config, batch_size) + past,
+    latents=4 * batch_size * request.num_blocks * block,
   )
 
 

@@ -1,11 +1,17 @@
-"""Does a video fit the device? Told before anything is compiled.
+"""Does a video fit device and host? Told before anything is compiled.
 
-The estimates count weights and caches, and take the temporaries of a pass from
-a formula, see `pass_temporaries`.
+The estimates count weights, caches and what is made, and take the temporaries
+of a pass from a formula, see `pass_temporaries`.
 """
+
+# B videos, F frames, H W height and width, h w latent rows and columns,
+# C channels
 
 import dataclasses
 import math
+import os
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +30,21 @@ class Memory:
     weights: of the network.
     caches: of the pasts that the device holds.
     temporaries: of the passes that it makes at a time.
+    latents: of the whole video, where it is not a stream.
   """
 
   weights: int
   caches: int
   temporaries: int
+  latents: int = 0
 
   @property
   def total(self) -> int:
-    return self.weights + self.caches + self.temporaries
+    return self.weights + self.caches + self.temporaries + self.latents
 
   def __str__(self) -> str:
     parts = ', '.join(
-      f'{name} {value / _GB:.3g}' for name, value in vars(self).items()
+      f'{name} {value / _GB:.3g}' for name, value in vars(self).items() if value
     )
     return f'{self.total / _GB:.3g} GB ({parts})'
 
@@ -119,4 +127,65 @@ def check_fits(
     f'{stats["bytes_limit"] / _GB:.3g} GB{taken}; fewer videos at a time, a '
     f'shorter window than {config.window} frames, or smaller frames than '
     f'{model.latent_height}x{model.latent_width} latents need less'
+    + (f'; {_STREAM}' if 2 * need.latents > need.total else '')
   )
+
+
+_STREAM = (
+  'a stream (--stream, `pipe.stream`) is of any length in constant memory'
+)
+
+
+def check_host(
+  latents_shape: tuple[int, ...], frames_shape: tuple[int, ...]
+) -> None:
+  """Refuses videos that the host has no room for.
+
+  A call holds its latents and, while the blocks are joined, its frames twice.
+
+  Args:
+    latents_shape: (B, F, h, w, C), float32.
+    frames_shape: (B, F, H, W, 3), uint8.
+
+  Raises:
+    ValueError: telling what is needed, what there is, and what needs less.
+  """
+  latents, frames = 4 * math.prod(latents_shape), 2 * math.prod(frames_shape)
+  room = host_bytes()
+  if max(latents + frames, 2 * latents) <= room:
+    return
+  count = f'{frames_shape[0]} videos' if frames_shape[0] > 1 else 'a video'
+  raise ValueError(
+    f'{count} of {frames_shape[1]} frames would take about '
+    f"{(latents + frames) / _GB:,.1f} GB of the host's memory "
+    f'(latents {latents / _GB:,.1f}, frames {frames / _GB:,.1f}), and '
+    f'{room / _GB:,.1f} GB are free; shorter or fewer videos need less, and '
+    + _STREAM
+  )
+
+
+def host_bytes() -> int:
+  """Bytes of memory that this program may still take, as far as that is told.
+
+  Of a container it is the limit, whatever is taken of it.
+  """
+  room = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  if available := re.search(r'MemAvailable: *(\d+) kB', _text('/proc/meminfo')):
+    room = int(available[1]) * 1024
+  limits = (_text(file).strip() for file in _CONTAINER_LIMITS)
+  return min([room, *(int(text) for text in limits if text.isdecimal())])
+
+
+# Of cgroups, version 2 and 1.
+_CONTAINER_LIMITS = (
+  '/sys/fs/cgroup/memory.max',
+  '/sys/fs/cgroup/memory/memory.limit_in_bytes',
+)
+
+
+def _text(path: str) -> str:
+  """Of a file; empty where the system has no such file."""
+  try:
+    return pathlib.Path(path).read_text()
+  except OSError:
+    return ''

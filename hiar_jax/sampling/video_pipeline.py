@@ -22,7 +22,7 @@ from hiar_jax import rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.runtime import metrics
-from hiar_jax.sampling import calls, seeds, streaming
+from hiar_jax.sampling import calls, memory, seeds, streaming
 from hiar_jax.sampling.video import Video
 
 # Videos that are sampled together. More of them need memory in proportion and
@@ -156,6 +156,7 @@ class VideoPipeline:
     initial = None
     if initial_frames is not None:
       initial = self.encode(initial_frames)
+    self._check_host(size, request.num_blocks, initial)
     states_PLD = self.encoder.encode(prompts)
     batches = _batches(size)
     calls.check_memory(
@@ -242,6 +243,18 @@ class VideoPipeline:
       for samples in _batches(len(latents_BFhwC))
     ]
     return np.concatenate(videos)[: len(latents_BFhwC)]
+
+  def _check_host(
+    self, size: int, num_blocks: int, initial: np.ndarray | None
+  ) -> None:
+    """Raises ValueError unless the host has room, see `memory.check_host`."""
+    stride = self.codec.temporal_stride
+    frames, *latent = self.rollout.block_shape(self.denoiser.config)
+    count = num_blocks * frames + (0 if initial is None else initial.shape[1])
+    memory.check_host(
+      (size, count, *latent),
+      (size, 1 + (count - 1) * stride, *self.frame_shape),
+    )
 
   def encode(self, frames_FHWC: np.ndarray | Video) -> np.ndarray:
     """Given frames to latents [1, F, h, w, C]."""

@@ -135,6 +135,8 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
       *(_CONFIG, weights, '--prompts_file=not_text.txt')
     ],
     'flag --num_blocks=0': [*good, '--num_blocks=0'],
+    "GB of the host's memory": [*good, '--num_blocks=100000000'],
+    '2 seeds for 1 videos': [*good, '--seed=1', '--seed=2'],
     'flag --order=sideways': [*good, '--order=sideways'],
     "order 'hybrid', and no other,": [*good, '--anchor_blocks=2'],
     'cannot write nowhere/video.mp4': [*good, '--out=nowhere/video.mp4'],

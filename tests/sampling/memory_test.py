@@ -1,6 +1,7 @@
 """A video that the device has no room for is refused before it is begun."""
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from hiar_jax import rollout
 from hiar_jax.runtime import errors
-from hiar_jax.sampling import calls, memory, streaming, video_pipeline
+from hiar_jax.sampling import calls, memory, streaming
 from tests import toy_network
 
 CONFIG = rollout.RolloutConfig(levels=(1.0, 0.5, 0.0), window=6)
@@ -70,6 +71,43 @@ def test_what_does_not_fit_is_refused_with_both_numbers():
     memory.check_fits(need, DENOISER.config, CONFIG, used)
 
 
+def test_the_device_holds_the_latents_of_the_whole_video():
+  short, long = (
+    calls.estimate_memory(
+      DENOISER, CONFIG, toy_network.params(), calls.Request(blocks), 2
+    )
+    for blocks in (1, 10**8)
+  )
+  block = jnp.zeros((2, *CONFIG.block_shape(DENOISER.config)))
+  assert short.latents == block.nbytes
+  assert long.total - short.total == (10**8 - 1) * block.nbytes
+  with pytest.raises(ValueError, match=r'latents \d.*--stream'):
+    memory.check_fits(long, DENOISER.config, CONFIG, Device(10**9))
+
+
+def test_videos_that_the_host_has_no_room_for_are_refused(monkeypatch):
+  latents, frames = (2, 3, 4, 4, 16), (2, 9, 32, 32, 3)
+  need = 2 * 3 * 4 * 4 * 16 * 4 + 2 * (2 * 9 * 32 * 32 * 3)
+  monkeypatch.setattr(memory, 'host_bytes', lambda: need)
+  memory.check_host(latents, frames)
+  monkeypatch.setattr(memory, 'host_bytes', lambda: need - 1)
+  with pytest.raises(ValueError, match='2 videos of 9 frames .*--stream'):
+    memory.check_host(latents, frames)
+
+
+def test_the_hosts_memory_is_some_and_no_more_than_it_has():
+  most = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  assert 2**28 < memory.host_bytes() <= most
+
+
+def test_a_container_s_limit_is_the_hosts_memory(monkeypatch, tmp_path):
+  (tmp_path / 'memory.max').write_text(f'{2**28}\n')
+  (tmp_path / 'none').write_text('max\n')
+  limits = [str(tmp_path / name) for name in ('none', 'memory.max', 'missing')]
+  monkeypatch.setattr(memory, '_CONTAINER_LIMITS', limits)
+  assert memory.host_bytes() == 2**28
+
+
 def test_sampling_and_streaming_ask_before_they_compile(monkeypatch):
   monkeypatch.setattr(memory, 'account', lambda device: {'bytes_limit': 1000})
   with pytest.raises(ValueError, match='needs about .* of memory'):
@@ -104,7 +142,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 @pytest.mark.slow
 @pytest.mark.parametrize('how', [(), ('--stream',)], ids=['offline', 'stream'])
 def test_the_program_tells_it_in_one_line(tmp_path, how):
-  root = pathlib.Path(video_pipeline.__file__).parents[1]
+  root = pathlib.Path(__file__).parents[2]
   done = subprocess.run(
     [
       *(sys.executable, '-c', _SMALL_DEVICE, root / 'launch' / 'generate.py'),

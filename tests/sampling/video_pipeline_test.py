@@ -275,6 +275,7 @@ def test_loaded_weights_are_the_exported_ones(pipe, folder, tmp_path):
   ('options', 'message'),
   [
     ({'num_blocks': 0}, 'num_blocks=0 is not at least 1'),
+    ({'num_blocks': 10**8}, r"GB of the host's memory .* free; .*--stream"),
     ({'num_videos': 0}, 'num_videos=0 is not at least 1'),
     ({'seed': -1}, r'seed=-1 is not a whole number in 0..2\*\*96-1'),
     ({'seed': 1.5}, 'seed=1.5 is not a whole number'),
