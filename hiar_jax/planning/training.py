@@ -30,7 +30,7 @@ from hiar_jax.training import steps as training_steps
 
 PARTS = ('generator', 'critic', 'trajectory')
 _DAY = 86400.0
-_COPIES = 22  # Of the recorded keys and values, see `estimated_bytes`.
+_COPIES = 2  # Of the recorded keys and values, see `estimated_bytes`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,10 +440,9 @@ def estimated_bytes(training: Training) -> float:
   """Bytes of one chip in the generator's step, roughly; its mesh is filled up.
 
   Parameters and optimisers exactly. For each sample at a time: the cache, the
-  recorded context with its copies and their gradients, the inputs of the
-  layers, the scores of a chunk, and one layer's own temporaries. The number of
-  copies is fitted to HiAR 1.3B with a 14B teacher (docs/tpu.md): of 153, 37 and
-  24 GB that XLA takes for three meshes it gives 151, 43 and 24.
+  context that the exit pass sees and its gradients, the inputs of the layers,
+  and one layer's own temporaries; attention is taken to hold no scores. The
+  number of copies is fitted to the one program that was compiled (docs/tpu.md).
   """
   steps, sizes = training.steps, training.mesh
   model = steps.student.config
@@ -466,17 +465,9 @@ def estimated_bytes(training: Training) -> float:
   cached = steps.rollout.past_frames * model.tokens_per_frame
   keys = 2 * width * model.num_layers * model.dim / sizes.tensor
   inputs = width * model.num_layers * tokens * model.dim / sizes.context
-  scores = 3 * 4 * 256 * 2 * tokens * model.num_heads / sizes.tensor
   layer = 6 * width * tokens * (model.dim + model.ffn_dim / sizes.tensor)
-  mask = 2 * tokens**2 / sizes.context
-  return (
-    held
-    + mask
-    + samples
-    * (
-      keys * (cached + _COPIES * tokens / sizes.context)
-      + inputs
-      + scores
-      + layer / sizes.context
-    )
+  return held + samples * (
+    keys * (cached + _COPIES * tokens / sizes.context)
+    + inputs
+    + layer / sizes.context
   )
