@@ -113,7 +113,7 @@ def _load(folder, config):
     lambda a: jax.ShapeDtypeStruct(a.shape, 'bfloat16', sharding=device),
     identity.abstract_params(config),
   )
-  file = folder / 'ours' / conversion.FILES['transformer']
+  file = folder / 'ours' / layouts.OWN_FILES['transformer']
   params = networks.load_weights(file, abstract)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   print(f'{count:,} parameters', flush=True)

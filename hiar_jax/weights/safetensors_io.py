@@ -8,6 +8,12 @@ are split into shards with an index, as Hugging Face libraries do:
   model-00001-of-00002.safetensors  model-00002-of-00002.safetensors
   model.safetensors.index.json      {"weight_map": {name: file}}
 
+It is read here as well: its `safe_open(...).get_slice` maps the file, whose
+pages count as this process's memory as long as it is open. 24 arrays of 64 MiB
+took 1.1 s and 0.13 GiB when it was opened for each, 1.2 s and 1.56 GiB when it
+stayed open, and take 0.3 s and 0.06 GiB here (safetensors 0.8.0, two CPU cores,
+the file in the page cache). It has no float8 for NumPy either.
+
 Format: 8 bytes of header length (little endian), the header as JSON (name ->
 dtype, shape, [begin, end) in the data), the data.
 """
