@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,12 +212,30 @@ def test_frame_300000_behaves_like_frame_0(mode):
   np.testing.assert_allclose(far, near, atol=1e-4)
 
 
-def test_a_stream_compiles_nothing_after_its_second_block():
-  stream = make_stream()
-  take(stream, 2)
-  size = streaming.run_turns._cache_size()
-  take(stream, 6)
-  assert streaming.run_turns._cache_size() == size
+@pytest.mark.parametrize(
+  ('mode', 'program', 'donated', 'most'),
+  [
+    # The first block takes more turns than those after it.
+    ('batched', 'run_turns', 'state', 2),
+    ('shared', 'run_shared_block', 'pasts', 1),
+  ],
+)
+def test_no_length_and_no_prompt_makes_another_program_of_a_stream(
+  monkeypatch, mode, program, donated, most
+):
+  chex.clear_trace_counter()
+  function = chex.assert_max_traces(
+    getattr(streaming, program).__wrapped__, most
+  )
+  monkeypatch.setattr(
+    streaming,
+    program,
+    jax.jit(function, static_argnames='engine', donate_argnames=donated),
+  )
+  stream = make_stream(mode, mesh=None)
+  take(stream, 4)
+  stream.send('another prompt')
+  take(stream, 4)
 
 
 @pytest.mark.parametrize(
