@@ -175,7 +175,11 @@ def test_the_network_is_the_same_with_every_back_end(backend):
 
 @pytest.fixture
 def has_cudnn(monkeypatch):
-  """As if cuDNN were installed: jax can then lower for CUDA anywhere."""
+  """As if cuDNN were installed: jax can then lower for CUDA anywhere.
+
+  jax asks the library itself for its version, and nothing public stands
+  between; what is tested is the program that jax makes, not a stand-in's.
+  """
   monkeypatch.setattr(
     fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
   )
