@@ -131,9 +131,8 @@ def _muon(learning_rate: float, adam_learning_rate: float, warmup: int):
 
 def _codec(c, phase):
   c.ema_decay = 0.995
-  c.codec_training = dict(
-    crop=32, num_frames=9, kl_weight=1e-3, start_weights=''
-  )
+  c.clips = dict(source='bouncing', num_frames=9, crop=32)
+  c.codec_training = dict(kl_weight=1e-3, start_weights='')
   if phase == 'codec_start':
     c.iterations = 7000
     c.optimiser = _muon(1e-2, 3e-3, warmup=50)
@@ -141,11 +140,8 @@ def _codec(c, phase):
   # A layer sees frames before it, 70 in all; in short clips most are padding.
   c.iterations = 1000
   c.batch_size = 2
-  c.codec_training.update(
-    dict(
-      num_frames=73, start_weights=f'{_RUNS}/codec_start/weights.safetensors'
-    )
-  )
+  c.clips.num_frames = 73
+  c.codec_training.start_weights = f'{_RUNS}/codec_start/weights.safetensors'
   c.optimiser = _muon(3e-3, 1e-3, warmup=20)
   return c
 

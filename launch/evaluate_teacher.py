@@ -1,17 +1,16 @@
-"""Scores the teacher's own videos of the small world against their prompts.
+"""Scores the teacher's own videos against held-out prompts.
 
   hiar-jax evaluate teacher --config=bouncing
 
-Held-out captions, videos of the training's length, sampled like the
-trajectories. What the teacher gets wrong, no student learns from it. The
-columns are those of `hiar-jax evaluate`.
+Videos of the training's length, sampled like the trajectories. What the teacher
+gets wrong, no student learns from it. The columns are those of `hiar-jax
+evaluate`.
 """
 
 import numpy as np
 from absl import flags
 
-from hiar_jax.data import bouncing
-from hiar_jax.evaluation import bouncing as evaluation_bouncing
+from hiar_jax.evaluation import measures
 from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import loading, seeds
 from hiar_jax.sampling import teacher as sampling_teacher
@@ -20,7 +19,7 @@ from hiar_jax.weights import teacher_files
 
 _CONFIG = config_flag.define(required=True)
 _NUM_PROMPTS = flags.DEFINE_integer(
-  'num_prompts', 24, 'captions', lower_bound=1
+  'num_prompts', 24, 'held-out ones', lower_bound=1
 )
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, "a .safetensors file; default: the config's teacher"
@@ -35,10 +34,10 @@ def main(argv):
   config = _CONFIG.value
   if 'trajectories' not in config:
     raise ValueError(f'the {config.phase} config has no trajectories')
-  world = bouncing.WorldConfig(**config.world)
+  measured = measures.open_scores(config)
   reads = {*loading.READS} - {'generate', 'rollout', 'schedule'}
   config_flag.refuse_overrides_but(
-    *(*reads, 'world', 'teacher_weights', 'codec.path'),
+    *(*reads, 'measures', 'teacher_weights', 'codec.path', *measured.reads),
     *(f'trajectories.{key}' for key in ('num_steps', 'shift', 'guidance')),
   )
   given = config_flag.overrides()
@@ -55,9 +54,8 @@ def main(argv):
     shift=settings.shift,
     guidance=settings.guidance,
   )
-  chosen = evaluation_bouncing.held_out_scenes(world, _NUM_PROMPTS.value)
-  prompts = [scene.caption for scene in chosen]
-  true = np.stack([bouncing.render(scene, world) for scene in chosen])
+  prompts = measured.prompts(_NUM_PROMPTS.value)
+  true = measured.true_videos(len(prompts), None)
   rows = {
     'codec': pipeline.decode(
       np.concatenate([pipeline.encode(video) for video in true])
@@ -78,14 +76,13 @@ def main(argv):
     )
     rows['teacher'].extend(pipeline.decode(latents))
   scores = {
-    name: evaluation_bouncing.evaluate_prompts(videos, prompts, world)
-    for name, videos in rows.items()
+    name: measured.score(videos, prompts) for name, videos in rows.items()
   }
   print(
-    f'{len(prompts)} held-out captions, {world.num_frames} frames, '
+    f'{len(prompts)} held-out captions, {true.shape[1]} frames, '
     f'seed {_SEED.value}'
   )
-  print(evaluation_bouncing.format_table(scores))
+  print(measured.table(scores))
 
 
 if __name__ == '__main__':

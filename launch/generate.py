@@ -42,7 +42,8 @@ import numpy as np
 from absl import flags, logging
 
 from hiar_jax import rollout
-from hiar_jax.data import bouncing, given_frames
+from hiar_jax.data import given_frames
+from hiar_jax.data import prompts as data_prompts
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import (
   calls,
@@ -52,7 +53,7 @@ from hiar_jax.sampling import (
   video,
   video_pipeline,
 )
-from hiar_jax.weights import layouts, student_files
+from hiar_jax.weights import layouts, safetensors_io, student_files
 
 _CONFIG = config_flag.define()
 _PIPELINE = flags.DEFINE_string(
@@ -397,7 +398,7 @@ def _switches() -> list[tuple[int, str]]:
 
 
 def _prompts() -> list[str]:
-  """The prompts asked for, with a note about what the world does not know."""
+  """The prompts asked for, with a note about what was not taught."""
   if (_PROMPT.value is None) == (_PROMPTS_FILE.value is None):
     raise ValueError('give either --prompt or --prompts_file')
   if _PROMPT.value is not None:
@@ -419,21 +420,18 @@ def _prompts() -> list[str]:
 
 
 def _note_unknown(prompts: Sequence[str]) -> None:
-  """Says which prompts ask for what the small world was not taught."""
-  if _PIPELINE.value not in (None, *loading.known_names()):
+  """Says which prompts ask for what the model was not taught."""
+  if _CONFIG.value is not None:
+    config = _CONFIG.value
+  elif _PIPELINE.value in loading.known_names():
+    folder = layouts.ASSETS / _PIPELINE.value
+    config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
+  else:
     return
+  source = config.get('prompts', {}).get('source')
   for prompt in prompts:
-    terms = bouncing.parse_prompt(prompt)
-    for value, name, known in (
-      (terms.shape, 'shape', bouncing.SHAPES),
-      (terms.colour, 'colour', bouncing.PALETTE),
-    ):
-      if value is None:
-        print(
-          f'note: {prompt!r} names no {name} that the model was taught: '
-          + ', '.join(known),
-          file=sys.stderr,
-        )
+    for note in data_prompts.not_taught(source, prompt):
+      print(f'note: {note}', file=sys.stderr)
 
 
 def _paths(count: int) -> list[pathlib.Path]:

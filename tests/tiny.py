@@ -103,7 +103,8 @@ def _codec(c, phase, root):
       base_dim=4, z_dim=4, dim_mult=(1, 1, 1), mean=(0.0,) * 4, std=(1.0,) * 4
     )
   )
-  c.codec_training.update(dict(crop=16, num_frames=5, start_weights=''))
+  c.clips.update(dict(crop=16, num_frames=5))
+  c.codec_training.start_weights = ''
   c.iterations = 6
   c.batch_size = 2
   c.checkpoint_every = 2

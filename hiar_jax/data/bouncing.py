@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from hiar_jax.runtime import provenance
-from hiar_jax.text import word_hash
 
 PALETTE = {
   'red': (230, 40, 40),
@@ -47,7 +46,7 @@ MOTIONS = ('slowly', 'fast')
 _SQUARE_HALF_SIDE = 0.85
 _RING_HOLE = 0.5
 # Told apart from the Philox stream of the scene, which starts at counter 0.
-_DROPOUT_STREAM = 1
+_CROP_STREAM = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +363,59 @@ class Scenes(Captions):
     return render(sample_scene(self.world, self.seed, index), self.world)
 
 
+@dataclasses.dataclass(frozen=True)
+class ObjectClips:
+  """Videos with a crop around their object; see `data.crops.Clips`.
+
+  Most pixels of the world are flat: what can be learnt is around the object.
+
+  Attributes:
+    world: what the scenes are drawn from.
+    seed: of the scenes and of the crops.
+    crop: side of the square crop in px.
+    length: number of elements.
+  """
+
+  world: WorldConfig
+  seed: int
+  crop: int
+  length: int = 2**20
+
+  def __post_init__(self) -> None:
+    side = min(self.world.height, self.world.width)
+    if not 1 <= self.crop <= side:
+      raise ValueError(f'crop={self.crop} is not in [1, {side}]')
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    return (self.world.num_frames, self.world.height, self.world.width, 3)
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """`video` uint8 [F, H, W, 3] and `crop` uint8 [F, crop, crop, 3]."""
+    scene = self.scene(index)
+    video = render(scene, self.world)
+    bits = np.random.Philox(
+      key=np.array([self.seed, index], np.uint64),
+      counter=np.array([0, 0, 0, _CROP_STREAM], np.uint64),
+    )
+    draw = np.random.Generator(bits).random(3)
+    positions = scene.positions.astype(np.float32)
+    centre = positions[int(draw[0] * len(positions))]
+    # Anywhere that has some of the object in it.
+    corner = centre - self.crop * (0.25 + 0.5 * draw[1:])
+    room = np.array(video.shape[1:3]) - self.crop
+    top, left = np.clip(np.rint(corner), 0, room).astype(int)
+    area = np.s_[:, top : top + self.crop, left : left + self.crop]
+    return {'video': video, 'crop': video[area]}
+
+  def scene(self, index: int) -> Scene:
+    """The truth, caption included, of element `index`."""
+    return sample_scene(self.world, self.seed, index)
+
+
 def open_prompts(
   options: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Captions:
@@ -383,109 +435,44 @@ def open_videos(
   return Scenes(**_scene_options(config, **options))
 
 
+def open_clips(
+  options: Mapping[str, Any], config: Mapping[str, Any]
+) -> ObjectClips:
+  """Clips of a config's world, for its codec.
+
+  Args:
+    options: `crop`, and maybe `num_frames`, `seed` and `length`.
+    config: as of `open_prompts`.
+  """
+  options = dict(options)
+  crop = options.pop('crop', None)
+  if crop is None:
+    raise ValueError('clips.crop is missing')
+  frames = options.pop('num_frames', config['world']['num_frames'])
+  scenes = _scene_options(config, **options)
+  scenes['world'] = dataclasses.replace(scenes['world'], num_frames=frames)
+  return ObjectClips(crop=crop, **scenes)
+
+
+def unknown_words(prompt: str) -> list[str]:
+  """What a prompt lacks for a model of this world, a sentence each."""
+  terms = parse_prompt(prompt)
+  return [
+    f'{prompt!r} names no {name} that the model was taught: {", ".join(known)}'
+    for value, name, known in (
+      (terms.shape, 'shape', SHAPES),
+      (terms.colour, 'colour', PALETTE),
+    )
+    if value is None
+  ]
+
+
 def _scene_options(config, *, seed=None, length=2**20):
   return {
     'world': WorldConfig(**config['world']),
     'seed': config['world_seed'] if seed is None else seed,
     'length': length,
   }
-
-
-@dataclasses.dataclass(frozen=True)
-class BouncingPrompts:
-  """Encoded captions of a world's scenes; a grain RandomAccessDataSource.
-
-  Attributes:
-    world: what the scenes are drawn from.
-    encoder: encodes the captions.
-    seed: of the scenes; another seed is another (held-out) set.
-    length: number of elements.
-  """
-
-  world: WorldConfig
-  encoder: word_hash.WordHashEncoder
-  seed: int
-  length: int = 2**20
-
-  def __len__(self) -> int:
-    return self.length
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Makes element `index`: {'text': float32 [L, D]}."""
-    return {'text': self.encoder.encode([self.scene(index).caption])[0]}
-
-  def scene(self, index: int) -> Scene:
-    """The truth, caption included, of element `index`."""
-    return sample_scene(self.world, self.seed, index)
-
-
-@dataclasses.dataclass(frozen=True)
-class BouncingVideos:
-  """Captioned videos of a world; a grain RandomAccessDataSource.
-
-  Attributes:
-    world: what the scenes are drawn from.
-    encoder: encodes the captions.
-    seed: of the scenes; another seed is another (held-out) set.
-    caption_dropout: share of the elements whose text is all zeros, which
-      teaches the model the unconditional video (classifier-free guidance).
-      Which ones depends on the seed and the index only.
-    with_truth: also return the scene's numbers.
-    length: number of elements.
-  """
-
-  world: WorldConfig
-  encoder: word_hash.WordHashEncoder
-  seed: int
-  caption_dropout: float = 0.0
-  with_truth: bool = False
-  length: int = 2**20
-
-  def __post_init__(self):
-    if not 0.0 <= self.caption_dropout <= 1.0:
-      raise ValueError(
-        f'caption_dropout={self.caption_dropout} must be in [0, 1]'
-      )
-
-  def __len__(self) -> int:
-    return self.length
-
-  def __getitem__(self, index: int) -> dict[str, object]:
-    """Makes element `index`.
-
-    Returns:
-      A dict of `video`, uint8 [F, H, W, 3], and `text`, float32 [L, D]. With
-      truth also `truth`, a dict of float32 arrays: `positions` [F, 2] in px
-      (y, x), `rgb` [3] and `background_rgb` [3] in [0, 255], `radius` [] in
-      px, `speed` [] in px per frame.
-    """
-    scene = self.scene(index)
-    element = {
-      'video': render(scene, self.world),
-      'text': self.text(index),
-    }
-    if self.with_truth:
-      names = ('positions', 'rgb', 'background_rgb', 'radius', 'speed')
-      element['truth'] = {
-        name: np.asarray(getattr(scene, name), np.float32) for name in names
-      }
-    return element
-
-  def scene(self, index: int) -> Scene:
-    """The truth, caption included, of element `index`."""
-    return sample_scene(self.world, self.seed, index)
-
-  def text(self, index: int) -> np.ndarray:
-    """The `text` of element `index`, without drawing its video."""
-    caption = '' if self._drops_caption(index) else self.scene(index).caption
-    return self.encoder.encode([caption])[0]
-
-  def _drops_caption(self, index: int) -> bool:
-    bits = np.random.Philox(
-      key=np.array([self.seed, index], np.uint64),
-      counter=np.array([0, 0, 0, _DROPOUT_STREAM], np.uint64),
-    )
-    return np.random.Generator(bits).random() < self.caption_dropout
 
 
 def _pick(options: tuple[str, ...], u: float) -> str:

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from hiar_jax.runtime import files
+from hiar_jax.runtime import files, seams
 
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 _JSON_LINES = ('.jsonl', '.ndjson')
@@ -130,6 +130,23 @@ def open_prompts(
   if not options.get('path'):
     raise ValueError('prompts.path is missing: the file of the prompts')
   return FilePrompts(**options)
+
+
+def not_taught(source: str | None, prompt: str) -> list[str]:
+  """What a prompt lacks for a model that was trained on a source's prompts.
+
+  Args:
+    source: of the section `prompts` of its config; None: unknown.
+    prompt: that it is to follow.
+
+  Returns:
+    A sentence each, by the function `unknown_words` of the source's module;
+    none if the source has no such function.
+  """
+  if source is None:
+    return []
+  finds = seams.optional_function('data', source, 'unknown_words')
+  return [] if finds is None else finds(prompt)
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:

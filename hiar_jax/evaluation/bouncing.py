@@ -170,6 +170,51 @@ class SampleMeasures:
     return {name: measured[name] for name in _SAMPLED}
 
 
+def open_scores(config: Mapping[str, Any]) -> 'HeldOutScores':
+  """For `evaluation.measures`.
+
+  Raises:
+    ValueError: if the config is of another world.
+  """
+  if 'world' not in config:
+    raise ValueError(
+      "measures='bouncing' needs the small world's world in the config"
+    )
+  return HeldOutScores(bouncing.WorldConfig(**config['world']))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutScores:
+  """Videos against captions of `held_out_scenes`; see `measures.Scores`.
+
+  Attributes:
+    cfg: the world.
+  """
+
+  cfg: bouncing.WorldConfig
+  reads: tuple[str, ...] = ('world',)
+
+  def prompts(self, count: int) -> tuple[str, ...]:
+    return tuple(scene.caption for scene in held_out_scenes(self.cfg, count))
+
+  def true_videos(
+    self, count: int, num_frames: int | None = None
+  ) -> np.ndarray:
+    cfg = dataclasses.replace(
+      self.cfg, num_frames=num_frames or self.cfg.num_frames
+    )
+    scenes = held_out_scenes(cfg, count)
+    return np.stack([bouncing.render(scene, cfg) for scene in scenes])
+
+  def score(
+    self, videos: Sequence[np.ndarray], prompts: Sequence[str]
+  ) -> dict[str, float]:
+    return evaluate_prompts(videos, prompts, self.cfg)
+
+  def table(self, rows: Mapping[str, Mapping[str, float]]) -> str:
+    return format_table(rows)
+
+
 def _says_everything(caption: str) -> bool:
   terms = bouncing.parse_prompt(caption)
   return all(getattr(terms, f.name) for f in dataclasses.fields(terms))

@@ -2,9 +2,12 @@
 
 `measures` names a module of this room, or anyone's with dots in its name, that
 has a function `open_measures(config)`. Missing, it is 'statistics': what any
-video shows, whatever it shows.
+video shows, whatever it shows. A module that knows prompts with their true
+videos may have a function `open_scores(config)` besides, for the programs that
+score a pipeline.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import ml_collections
@@ -35,4 +38,39 @@ def open_measures(config: ml_collections.ConfigDict) -> Measures:
   """
   name = config.get('measures', _DEFAULT)
   opens = seams.function('evaluation', name, 'open_measures', key='measures')
+  return opens(config)
+
+
+class Scores(Protocol):
+  """What `open_scores` gives: videos against held-out prompts.
+
+  Attributes:
+    reads: what it reads of the config, sections or single values.
+  """
+
+  reads: tuple[str, ...]
+
+  def prompts(self, count: int) -> tuple[str, ...]:
+    """Prompts that no training has seen."""
+
+  def true_videos(self, count: int, num_frames: int | None) -> np.ndarray:
+    """Their videos, uint8 [count, num_frames, H, W, 3]; None: the config's."""
+
+  def score(
+    self, videos: Sequence[np.ndarray], prompts: Sequence[str]
+  ) -> dict[str, float]:
+    """Means over videos, uint8 [F, H, W, 3] each, by name."""
+
+  def table(self, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Results of `score` by the name of what made the videos, as text."""
+
+
+def open_scores(config: ml_collections.ConfigDict) -> Scores:
+  """The scores of the module that `config.measures` names.
+
+  Raises:
+    ValueError: if it has none, or they do not fit the config.
+  """
+  name = config.get('measures', _DEFAULT)
+  opens = seams.function('evaluation', name, 'open_scores', key='measures')
   return opens(config)

@@ -31,20 +31,23 @@ def function(
   Raises:
     ValueError: if there is no such module, or it has no such function.
   """
-  path = f'hiar_jax.{room}'
-  if '.' in name:
-    module = _import(name)
-  else:
-    # A source has one name, not that of its module besides.
-    known = '' if name in aliases.values() else aliases.get(name, name)
-    module = _import(f'{path}.{known}')
-  found = getattr(module, verb, None)
+  # A source has one name, not that of its module besides.
+  known = '' if name in aliases.values() else aliases.get(name, name)
+  found = optional_function(room, known, verb)
   if found is None:
     raise ValueError(
-      f'{key}={name!r} is not one of {_names(path, verb, aliases)}, nor a '
+      f'{key}={name!r} is not one of {_names(room, verb, aliases)}, nor a '
       f'module with a function {verb}'
     )
   return found
+
+
+def optional_function(
+  room: str, name: str, verb: str
+) -> Callable[..., Any] | None:
+  """The function `verb` of a module, see `function`; None if it has none."""
+  path = name if '.' in name else f'hiar_jax.{room}.{name}'
+  return getattr(_import(path), verb, None)
 
 
 def _import(path: str) -> Any:
@@ -58,12 +61,12 @@ def _import(path: str) -> Any:
   return importlib.import_module(path)
 
 
-def _names(path: str, verb: str, aliases: Mapping[str, str]) -> list[str]:
+def _names(room: str, verb: str, aliases: Mapping[str, str]) -> list[str]:
   """What a config could have said."""
   names = {module: name for name, module in aliases.items()}
-  room = importlib.import_module(path)
+  path = f'hiar_jax.{room}'
   return sorted(
     names.get(module.name, module.name)
-    for module in pkgutil.iter_modules(room.__path__)
+    for module in pkgutil.iter_modules(importlib.import_module(path).__path__)
     if hasattr(importlib.import_module(f'{path}.{module.name}'), verb)
   )

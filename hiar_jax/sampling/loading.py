@@ -235,8 +235,8 @@ def export(
 
   Args:
     folder: is made if it does not exist.
-    config: of the training; its SECTIONS and 'vae' are written, the rest is
-      left out.
+    config: of the training; its SECTIONS, 'vae' and where its prompts were
+      from are written, the rest is left out.
     params: of the student, averaged.
     codec: that its latents are of.
     dtype: of the stored weights, such as float16; None keeps them as they are.
@@ -245,6 +245,8 @@ def export(
   folder.mkdir(parents=True, exist_ok=True)
   names = (*SECTIONS, 'vae') if 'vae' in config else SECTIONS
   sections = {name: config[name] for name in names}
+  if source := config.get('prompts', {}).get('source'):
+    sections['prompts'] = {'source': source}
   (folder / layouts.CONFIG_FILE).write_text(
     json.dumps(sections, indent=2, default=dict) + '\n'
   )

@@ -1,14 +1,11 @@
-"""Training the video VAE on the small world.
+"""Training the video VAE.
 
 A clip is encoded, drawn from its posterior and decoded; the loss is its error
 in pixels, absolute and squared, and the posterior's divergence from a unit
-normal (arXiv:1312.6114). Most pixels of the world are flat, so most updates
-look at crops around the moving object.
+normal (arXiv:1312.6114).
 
 B batch, F frames, H W height and width, C latent channels.
 """
-
-import dataclasses
 
 import grain
 import jax
@@ -16,51 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.codecs import pixels
-from hiar_jax.data import bouncing
 from hiar_jax.models import vae
 
-# Told apart from the other streams that belong to an element, see `data`.
-_CROP_STREAM = 2
 # Outside, exp(log variance) says nothing that training could use.
 _LOG_VAR_RANGE = (-20.0, 10.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectClips:
-  """Videos with a crop around their object; a grain RandomAccessDataSource.
-
-  Attributes:
-    videos: with truth.
-    crop: side of the square crop in px.
-  """
-
-  videos: bouncing.BouncingVideos
-  crop: int
-
-  def __post_init__(self):
-    side = min(self.videos.world.height, self.videos.world.width)
-    if not 1 <= self.crop <= side:
-      raise ValueError(f'crop={self.crop} is not in [1, {side}]')
-
-  def __len__(self) -> int:
-    return len(self.videos)
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """`video` uint8 [F, H, W, 3] and `crop` uint8 [F, crop, crop, 3]."""
-    element = self.videos[index]
-    bits = np.random.Philox(
-      key=np.array([self.videos.seed, index], np.uint64),
-      counter=np.array([0, 0, 0, _CROP_STREAM], np.uint64),
-    )
-    draw = np.random.Generator(bits).random(3)
-    positions = element['truth']['positions']
-    centre = positions[int(draw[0] * len(positions))]
-    # Anywhere that has some of the object in it.
-    corner = centre - self.crop * (0.25 + 0.5 * draw[1:])
-    room = np.array(element['video'].shape[1:3]) - self.crop
-    top, left = np.clip(np.rint(corner), 0, room).astype(int)
-    area = np.s_[:, top : top + self.crop, left : left + self.crop]
-    return {'video': element['video'], 'crop': element['video'][area]}
 
 
 def init(config: vae.VAEConfig, key: jax.Array) -> vae.Params:

@@ -1,13 +1,15 @@
-"""The phase of the small world's learnt codec."""
+"""The phase of a learnt codec.
+
+Its section `clips` names what it is trained on, see `inputs.open_clips`.
+"""
 
 import jax
 
 from hiar_jax.codecs import vae as codecs_vae
-from hiar_jax.data import bouncing, sources
+from hiar_jax.data import sources
 from hiar_jax.models import vae
-from hiar_jax.text import word_hash
 from hiar_jax.training import codec as training_codec
-from hiar_jax.training import phase_parts
+from hiar_jax.training import inputs, phase_parts
 from hiar_jax.training.phase_parts import Config
 
 # Every so often the VAE sees whole frames, as many pixels as in the crops.
@@ -16,24 +18,18 @@ _STATISTICS_VIDEOS = 64
 
 
 def build(config: Config) -> phase_parts.Phase:
-  """The learnt codec: the video VAE on crops and frames of the world."""
+  """The learnt codec: the video VAE on crops and whole frames of clips."""
   if 'mesh' in config:
     raise ValueError('the phase codec runs on one device, and has a mesh')
   vae_config = vae.VAEConfig(**config.vae)
   numbers = config.codec_training
   optimiser = phase_parts.make_optimiser(config.optimiser, config.iterations)
   key = jax.random.key(config.seed)
-  source = bouncing.BouncingVideos(
-    bouncing.WorldConfig(
-      **(config.world.to_dict() | {'num_frames': numbers.num_frames})
-    ),
-    word_hash.WordHashEncoder(**config.text),
-    seed=config.world_seed,
-    with_truth=True,
+  clips = inputs.open_clips(config)
+  _, height, width, _ = clips.shape
+  whole_videos = max(
+    1, config.batch_size * clips.crop**2 // min(height, width) ** 2
   )
-  clips = training_codec.ObjectClips(source, numbers.crop)
-  side = min(config.world.height, config.world.width)
-  whole_videos = max(1, config.batch_size * numbers.crop**2 // side**2)
   batches = sources.batches(
     clips, batch_size=config.batch_size, seed=config.seed
   )
@@ -54,7 +50,10 @@ def build(config: Config) -> phase_parts.Phase:
 
   def weights(state):
     mean_C, std_C = training_codec.statistics(
-      vae_config, state.ema, source, num_videos=_STATISTICS_VIDEOS
+      vae_config,
+      state.ema,
+      clips,
+      num_videos=min(_STATISTICS_VIDEOS, len(clips)),
     )
     return training_codec.fold_statistics(state.ema, mean_C, std_C)
 

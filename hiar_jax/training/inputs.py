@@ -10,6 +10,7 @@ or anyone's); what else is in it is that one's own business.
                    place of encoding; `hiar-jax encode prompts` writes them
   negative_prompt  text that guidance leads away from; missing: the encoder's
   videos           source: 'folder', ...  captioned videos by number
+  clips            source: 'folder', crop, ...   what a codec is trained on
   codec            folder, or path: what makes latents of videos
   latents          dir, num, shard_size, batch_size: encoded videos on disk,
                    read in place of videos; `hiar-jax encode videos` writes them
@@ -42,7 +43,7 @@ import numpy as np
 
 from hiar_jax.codecs import linear
 from hiar_jax.codecs import vae as codecs_vae
-from hiar_jax.data import latents, text_states
+from hiar_jax.data import crops, latents, text_states
 from hiar_jax.data import prompts as data_prompts
 from hiar_jax.data import videos as data_videos
 from hiar_jax.models import vae
@@ -346,6 +347,18 @@ def open_codec(config: Config) -> Any:
   return linear.load_linear_codec(path)
 
 
+def open_clips(config: Config) -> crops.Clips:
+  """The clips of the section `clips`, which a codec is trained on.
+
+  Raises:
+    ValueError: if there is no such section or source, or a value is out of
+      range.
+    FileNotFoundError: if there are no files.
+  """
+  section = _section('clips', config)
+  return _open('clips', section, config, aliases={'folder': 'crops'})
+
+
 def codec_sha256(codec: Any) -> str:
   """Checksum of all that a codec holds: names, shapes, dtypes and values."""
   digest = hashlib.sha256()
@@ -423,7 +436,12 @@ class CaptionedVideos:
 
 
 def _open(
-  room: str, section: Mapping[str, Any], config: Config, *, key: str = ''
+  room: str,
+  section: Mapping[str, Any],
+  config: Config,
+  *,
+  key: str = '',
+  aliases: Mapping[str, str] = _ALIASES,
 ) -> Any:
   """`open_<room>` of the source that a section names."""
   options, key = dict(section), key or room
@@ -431,7 +449,7 @@ def _open(
   if source is None:
     raise ValueError(f'the section {key!r} of the config names no source')
   opens = seams.function(
-    'data', source, f'open_{room}', key=f'{key}.source', aliases=_ALIASES
+    'data', source, f'open_{room}', key=f'{key}.source', aliases=aliases
   )
   return opens(options, config)
 

@@ -120,3 +120,12 @@ def test_a_missing_file_is_named(tmp_path):
     prompts.open_prompts({'path': str(tmp_path / 'none.txt')}, {})
   with pytest.raises(ValueError, match='prompts.path is missing'):
     prompts.open_prompts({}, {})
+
+
+def test_a_source_may_say_which_words_a_model_lacks():
+  notes = prompts.not_taught('bouncing', 'a red cat over black')
+  assert len(notes) == 1
+  assert notes[0].startswith("'a red cat over black' names no shape ")
+  assert prompts.not_taught('bouncing', 'a red disc') == []
+  for source in (None, 'file', 'prompts', 'nowhere', 'os.path'):
+    assert prompts.not_taught(source, 'a cat') == []

@@ -8,18 +8,19 @@ import pytest
 
 from hiar_jax.data import bouncing, sources
 from hiar_jax.text import word_hash
-from hiar_jax.training import checkpoint
+from hiar_jax.training import checkpoint, inputs
 
 WORLD = bouncing.WorldConfig(num_frames=3)
 ENCODER = word_hash.WordHashEncoder(dim=8)
 
 
 def videos(**kwargs):
-  return bouncing.BouncingVideos(WORLD, ENCODER, seed=1, **kwargs)
+  return bouncing.ObjectClips(WORLD, seed=1, crop=16, **kwargs)
 
 
 def prompts(**kwargs):
-  return bouncing.BouncingPrompts(WORLD, ENCODER, seed=1, **kwargs)
+  captions = bouncing.Captions(WORLD, seed=1, **kwargs)
+  return inputs.PromptStates(captions, ENCODER)
 
 
 def assert_equal_trees(a, b):
@@ -27,12 +28,13 @@ def assert_equal_trees(a, b):
 
 
 def test_a_batch_has_the_stated_shapes():
-  batch = next(sources.batches(videos(with_truth=True), batch_size=4, seed=0))
+  batch = next(sources.batches(videos(), batch_size=4, seed=0))
   assert batch['video'].shape == (4, 3, 64, 64, 3)
   assert batch['video'].dtype == np.uint8
+  assert batch['crop'].shape == (4, 3, 16, 16, 3)
+  assert batch['crop'].dtype == np.uint8
+  batch = next(sources.batches(prompts(), batch_size=4, seed=0))
   assert batch['text'].shape == (4, 16, 8)
-  assert batch['truth']['positions'].shape == (4, 3, 2)
-  assert batch['truth']['radius'].shape == (4,)
 
 
 def test_a_batch_names_its_elements():
@@ -112,11 +114,11 @@ def test_a_checkpoint_of_two_hosts_is_read_by_any_of_three(
 
 
 def test_order_is_shuffled_by_the_seed_and_by_the_epoch():
-  source = videos(length=12, with_truth=True)
+  source = videos(length=12)
 
   def epochs(seed):
     iterator = sources.batches(source, batch_size=12, seed=seed)
-    return [next(iterator)['truth']['speed'] for _ in range(2)]
+    return [next(iterator)['index'] for _ in range(2)]
 
   first, second = epochs(0)
   np.testing.assert_array_equal(np.sort(first), np.sort(second))
@@ -180,41 +182,19 @@ def test_a_state_goes_on_on_another_number_of_hosts(num_threads):
       np.testing.assert_array_equal(rows(others), batch)
 
 
-def test_caption_dropout_blanks_the_stated_share_by_index():
-  source = videos(caption_dropout=0.25, length=800)
-  blank = [not source[index]['text'].any() for index in range(0, 800)]
-  assert 0.2 < np.mean(blank) < 0.3
-  # The draw belongs to the index: asking in another order changes nothing.
-  again = [not source[index]['text'].any() for index in range(799, -1, -1)]
-  assert blank == again[::-1]
-
-
-def test_caption_dropout_leaves_the_videos_alone():
-  kept, dropped = videos()[7], videos(caption_dropout=1.0)[7]
-  np.testing.assert_array_equal(kept['video'], dropped['video'])
-  assert kept['text'].any()
-  assert not dropped['text'].any()
-
-
-def test_prompts_are_those_of_the_videos_with_the_same_seed():
-  np.testing.assert_array_equal(prompts()[3]['text'], videos()[3]['text'])
-  assert prompts().scene(3).caption == videos().scene(3).caption
-
-
 def test_truth_is_what_the_video_shows():
-  element = videos(with_truth=True)[11]
-  truth = element['truth']
-  y, x = truth['positions'][0]
+  element, truth = videos()[11], videos().scene(11)
+  y, x = truth.positions[0]
   # No shape is wide enough to reach the opposite corner.
   far_y, far_x = (0 if y > 32 else 63), (0 if x > 32 else 63)
   np.testing.assert_array_equal(
-    element['video'][0, far_y, far_x], truth['background_rgb']
+    element['video'][0, far_y, far_x], truth.background_rgb
   )
-  reach = int(truth['radius'])
+  reach = int(truth.radius)
   near = element['video'][0][
     int(y) - reach : int(y) + reach, int(x) - reach : int(x) + reach
   ]
-  assert (near == truth['rgb']).all(axis=-1).any()
+  assert (near == truth.rgb).all(axis=-1).any()
 
 
 @pytest.mark.parametrize(
@@ -231,8 +211,3 @@ def test_an_impossible_pipeline_is_refused(kwargs, message):
   arguments = {'batch_size': 2, 'seed': 0} | kwargs
   with pytest.raises(ValueError, match=message):
     sources.batches(prompts(length=8), **arguments)
-
-
-def test_an_impossible_dropout_is_refused():
-  with pytest.raises(ValueError, match=r'caption_dropout=1\.5'):
-    videos(caption_dropout=1.5)

@@ -44,6 +44,28 @@ def test_the_small_worlds_know_unseen_captions_and_score_against_them():
   assert chosen.measure(true[:, :7], prompts) == {}
 
 
+def test_the_small_worlds_score_true_videos_above_their_mix_up():
+  scores = measures.open_scores(
+    config(measures='bouncing', world=dict(num_frames=9))
+  )
+  prompts = scores.prompts(2)
+  assert scores.true_videos(2, None).shape == (2, 9, 64, 64, 3)
+  true = scores.true_videos(2, 16)
+  rows = {
+    'true': scores.score(true, prompts),
+    'mixed up': scores.score(true, prompts[::-1]),
+  }
+  assert rows['true']['ideal_db'] > 35 > 30 > rows['mixed up']['ideal_db']
+  assert [line.split()[0] for line in scores.table(rows).splitlines()] == [
+    *('visible', 'true', 'mixed')
+  ]
+
+
+def test_measures_that_know_no_prompts_have_no_scores():
+  with pytest.raises(ValueError, match=r"'statistics' is not one of \['bounc"):
+    measures.open_scores(config())
+
+
 def test_anyones_module_can_be_named(monkeypatch):
   own = types.ModuleType('own_measures')
   own.open_measures = lambda config: ('mine', config['x'])

@@ -12,7 +12,7 @@ import pytest
 from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
-from hiar_jax.training import checkpoint, guards, phase_parts, phases
+from hiar_jax.training import checkpoint, guards, inputs, phase_parts, phases
 from hiar_jax.training import loop as training_loop
 from hiar_jax.training import state as training_state
 from tests import tiny
@@ -108,8 +108,9 @@ def fit(monkeypatch, tmp_path):
 
   def fit(*poisoned, **settings):
     states = []
-    prompts = bouncing.BouncingPrompts(
-      bouncing.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
+    prompts = inputs.PromptStates(
+      bouncing.Captions(bouncing.WorldConfig(), seed=0),
+      word_hash.WordHashEncoder(dim=4, length=2),
     )
     params = {'w': jnp.float32(3.0)}
 

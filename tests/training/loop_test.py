@@ -16,6 +16,7 @@ from hiar_jax.data import bouncing, sources
 from hiar_jax.runtime import errors
 from hiar_jax.text import word_hash
 from hiar_jax.training import checkpoint, phase_parts, phases
+from hiar_jax.training import inputs as training_inputs
 from hiar_jax.training import loop as training_loop
 from hiar_jax.weights import networks
 from tests import tiny
@@ -120,8 +121,9 @@ def counting_phase(bad_iteration=None, raises=()):
     state = {'sum': state['sum'] + batch['text'].sum() + iteration}
     return state, {'loss': np.nan if bad else float(iteration)}
 
-  prompts = bouncing.BouncingPrompts(
-    bouncing.WorldConfig(), word_hash.WordHashEncoder(dim=4, length=2), seed=0
+  prompts = training_inputs.PromptStates(
+    bouncing.Captions(bouncing.WorldConfig(), seed=0),
+    word_hash.WordHashEncoder(dim=4, length=2),
   )
   return phase_parts.Phase(
     state={'sum': jnp.zeros(())},

@@ -1,0 +1,81 @@
+"""The small world is a test bed: the rest of the code does not know it."""
+
+import ast
+import pathlib
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[1]
+# What it is made of.
+_OWN = ('configs/bouncing', 'hiar_jax/data/bouncing', 'hiar_jax/evaluation/bou')
+# Pages of help show a command that can be typed at once.
+_EXAMPLES = {'hiar_jax/__main__.py': 'hiar-jax generate --config=bouncing'}
+_FILES = [
+  path.relative_to(_ROOT).as_posix()
+  for folder in ('hiar_jax', 'launch', 'configs')
+  for path in sorted((_ROOT / folder).rglob('*.py'))
+]
+
+
+def _names(source: str) -> list[str]:
+  """Lines of code, docstrings and comments apart, that name the world."""
+  tree = ast.parse(source)
+  docstrings = {
+    id(node.body[0].value)
+    for node in ast.walk(tree)
+    if isinstance(
+      node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    )
+    and ast.get_docstring(node) is not None
+  }
+  found = []
+  for node in ast.walk(tree):
+    words = []
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+      words = [] if id(node) in docstrings else [node.value]
+    elif isinstance(node, ast.alias):
+      words = [node.name, node.asname or '']
+    elif isinstance(node, ast.ImportFrom):
+      words = [node.module or '']
+    elif isinstance(node, ast.Name):
+      words = [node.id]
+    elif isinstance(node, ast.Attribute):
+      words = [node.attr]
+    elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+      words = [node.name]
+    found += [word for word in words if 'bouncing' in word.lower()]
+  return found
+
+
+@pytest.mark.parametrize(
+  'file', [file for file in _FILES if not file.startswith(_OWN)]
+)
+def test_no_other_code_names_the_small_world(file):
+  example = _EXAMPLES.get(file)
+  found = _names((_ROOT / file).read_text())
+  assert not [word for word in found if not example or example not in word]
+
+
+def test_a_planted_name_is_found():
+  for line in (
+    'from hiar_jax.data import bouncing',
+    'import hiar_jax.data.bouncing as data',
+    'from hiar_jax.data.bouncing import render',
+    "source = 'bouncing'",
+    'x = evaluation_bouncing.score()',
+    'x = data.bouncing',
+    'class BouncingVideos: pass',
+  ):
+    assert _names(line), line
+  assert not _names('"""Such as --config=bouncing."""\nx = 1  # bouncing')
+
+
+def test_its_own_files_are_few():
+  own = [file for file in _FILES if file.startswith(_OWN)]
+  assert own == [
+    'hiar_jax/data/bouncing.py',
+    'hiar_jax/evaluation/bouncing.py',
+    'hiar_jax/evaluation/bouncing_frames.py',
+    'configs/bouncing.py',
+    'configs/bouncing_linear.py',
+  ]
