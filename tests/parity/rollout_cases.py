@@ -77,20 +77,24 @@ def _run(name, make, blocks, batch=1, window=21, given=False, **config):
     **config,
   )
 
+  # One block more than is compared: the public code commits the last block as
+  # well, which nobody reads and ours leaves out.
   @jit
   def run(params, context, initial):
     text = denoiser.project_text(params, context)
     sampler = rollout.Sampler(denoiser, params, text, config)
-    return make(
-      sampler, lambda level, block: bank[level, block], blocks, initial
-    )
+    # There is no noise of an eighth block; any will do.
+    noise = lambda level, block: bank[level, jnp.minimum(block, 6)]
+    return make(sampler, noise, blocks + 1, initial)
 
   initial = from_pipeline(golden['in/initial_latent']) if given else None
   latents = run(params, golden['in/context'][:batch], initial)
   jax.effects_barrier()
-  inputs, flows, kvs, calls = zip(*denoiser.passes, strict=True)
+  end = latents.shape[1] - config.frames_per_block
+  passes = [one for one in denoiser.passes if one[-1][1] < end]
+  inputs, flows, kvs, calls = zip(*passes, strict=True)
   out = {
-    'latents': to_pipeline(latents),
+    'latents': to_pipeline(latents[:, :end]),
     'calls_input': to_pipeline(np.stack(inputs)),
     'calls_flow': to_pipeline(np.stack(flows)),
     'calls_t_startframe': np.stack(calls),

@@ -45,7 +45,7 @@ def _mistake_of(call) -> str | None:
 def test_errors_of_our_own_are_the_users():
   assert _mistake_of(lambda: metrics.read_metrics('missing'))
   assert _mistake_of(lambda: video_io.VideoWriter('x.mp4', fps=0)) == (
-    'fps=0 is not positive'
+    'fps=0 is not positive and finite'
   )
 
 
