@@ -12,7 +12,7 @@ import numpy as np
 
 from hiar_jax import noise_schedule
 from hiar_jax.models.config import WanConfig
-from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.transformer import TextKV, WanTransformer
 
 
@@ -77,7 +77,7 @@ class Denoiser:
     text: TextKV,
     *,
     positions_F: jax.Array | None = None,
-    past: KV | KVCache | None = None,
+    past: KV | KVCache | Picked | None = None,
     past_frames: jax.Array | None = None,
     frame_mask: np.ndarray | jax.Array | None = None,
     same_frames: tuple[int, int] | None = None,
@@ -100,7 +100,7 @@ class Denoiser:
     sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
     layers = params.get('layers')
     if positions_F is None:
-      first = past.position if isinstance(past, KVCache) else 0
+      first = past.position if isinstance(past, (KVCache, Picked)) else 0
       positions_F = first + jnp.arange(x_BFhwC.shape[1], dtype=jnp.int32)
     return self._module.apply(
       {'params': params},

@@ -192,12 +192,15 @@ class Sampler:
     With a traced bool `wanted` that is False: zeros, and no work.
     """
     if wanted is not True:
-      shape = list(past.k.shape)
-      shape[-3] = x.shape[1] * past.tokens_per_frame
+      own = past
+      if isinstance(past, kv_cache.Picked):
+        own = jax.eval_shape(past.cut_out)
+      shape = list(own.k.shape)
+      shape[-3] = x.shape[1] * own.tokens_per_frame
       return jax.lax.cond(
         wanted,
         lambda: jax.tree.map(jnp.asarray, self.commit_kv(x, past, level)),
-        lambda: KV(*(jnp.zeros(shape, a.dtype) for a in (past.k, past.v))),
+        lambda: KV(*(jnp.zeros(shape, a.dtype) for a in (own.k, own.v))),
       )
     # Level 0 is replaced by the level that clean context is told to have.
     level = jnp.where(level == 0, self.config.context_level, level)
@@ -467,7 +470,7 @@ def shared_block(
   """
 
   def one_step(x, step):
-    past = jax.tree.map(lambda a: a[step], pasts)
+    past = kv_cache.Picked(pasts, step)
     flow, kv = sampler.denoise(x, past, step)
     x_next, x0 = sampler.advance(x, flow, noise, step, block)
     return x_next, (x, x0, kv)
@@ -477,7 +480,7 @@ def shared_block(
   x, (inputs, x0s, kvs) = jax.lax.scan(
     one_step, noise(0, block), jnp.arange(sampler.config.num_steps)
   )
-  last = jax.tree.map(lambda a: a[-1], pasts)
+  last = kv_cache.Picked(pasts, jnp.int32(sampler.config.num_steps - 1))
   clean = sampler.commit_kv(x, last, jnp.zeros(()), commit)
   context = jax.tree.map(
     lambda kv, c: jnp.concatenate([kv[1:], c[None]]), kvs, clean

@@ -10,7 +10,7 @@ import pytest
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.models.config import WanConfig
-from hiar_jax.models.kv_cache import KV
+from hiar_jax.models.kv_cache import KV, Picked
 from tests import toy_network
 from tests.toy_network import CONFIG, DENOISER
 
@@ -282,6 +282,8 @@ class LevelsAsKV:
 
   def flow(self, params, x, sigma, text, *, past):
     del params, text
+    if isinstance(past, Picked):
+      past = past.cut_out()
     seen = np.asarray(past.k)[0, 0, : int(past.length), 0, 0]
     self.passes.append((float(sigma), seen))
     tokens = x.shape[1] * self.config.tokens_per_frame

@@ -28,7 +28,7 @@ from flax import linen as nn
 
 from hiar_jax.models import attention, rope, sharding
 from hiar_jax.models.config import WanConfig
-from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.kv_cache import KV, KVCache, Picked
 
 _DENSE_INIT = nn.initializers.xavier_uniform()
 _EMBED_INIT = nn.initializers.normal(0.02)
@@ -221,9 +221,16 @@ class Layer(nn.Module):
   same_frames: tuple[int, int] | None
 
   @nn.compact
-  def __call__(self, x_BFPD, scanned, rotation, modulation_BF6D, length, mask):
+  def __call__(
+    self, x_BFPD, scanned, rotation, modulation_BF6D, length, mask, picked
+  ):
     cfg = self.config
     past, text = scanned
+    if picked is not None:
+      past = jax.tree.map(
+        lambda a: sharding.constrain(a, sharding.KEYS_NBSHK[1:]),
+        picked.layer(past),
+      )
     own = self.param(
       'modulation',
       nn.initializers.normal(cfg.dim**-0.5),
@@ -292,7 +299,7 @@ class WanTransformer(nn.Module):
     timestep_BF: jax.Array,
     text: TextKV,
     positions_F: jax.Array,
-    past: KV | KVCache | None = None,
+    past: KV | KVCache | Picked | None = None,
     past_frames: jax.Array | None = None,
     frame_mask: np.ndarray | jax.Array | None = None,
     same_frames: tuple[int, int] | None = None,
@@ -305,8 +312,9 @@ class WanTransformer(nn.Module):
       timestep_BF: 1000 sigma, [B or 1, F or 1].
       text: see `project_text`.
       positions_F: absolute frame indices, int32.
-      past: a KVCache, whose valid prefix is seen by all frames, or a KV of
-        whole frames in any order, which needs a `frame_mask`.
+      past: a KVCache, or one Picked from several, whose valid prefix is seen
+        by all frames; or a KV of whole frames in any order, which needs a
+        `frame_mask`.
       past_frames: int32 scalar, of such a KV only the first so many frames are
         there, whatever the mask says; None: all.
       frame_mask: bool [F, F + past frames], True where the row's frame sees
@@ -354,14 +362,17 @@ class WanTransformer(nn.Module):
     )(nn.silu(time))
     modulation = modulation.reshape(*time.shape[:2], 6, cfg.dim)
 
-    length, past_kv = None, None
-    if isinstance(past, KVCache):
+    length, past_kv, picked = None, None, None
+    if isinstance(past, Picked):
+      length, picked = past.length, past
+      past_kv = jnp.arange(cfg.num_layers)  # Where each layer's keys are.
+    elif isinstance(past, KVCache):
       length, past_kv = past.length, KV(past.k, past.v)
     elif past is not None:
       past_kv = past
       if past_frames is not None:
         length = past_frames * cfg.tokens_per_frame
-    if past_kv is not None:
+    if isinstance(past_kv, KV):
       past_kv = jax.tree.map(
         lambda a: sharding.constrain(a, sharding.KEYS_NBSHK), past_kv
       )
@@ -381,7 +392,7 @@ class WanTransformer(nn.Module):
         prevent_cse=cfg.is_unrolled or layers is not None,
       )
     rotation = rope.rotations(positions_F, cfg.grid, cfg.head_dim)
-    inputs = (rotation, modulation, length, mask)
+    inputs = (rotation, modulation, length, mask, picked)
     if layers is None:
       scan = nn.scan(
         layer,

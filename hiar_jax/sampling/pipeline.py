@@ -21,7 +21,6 @@ tokens: `fused=True`. D(b, j) then runs at tick b + j.
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import RolloutConfig, Sampler
 
@@ -313,14 +312,15 @@ class Pipeline(Stages):
         return tick(params, bank, keys_B, state.tick, *args, past)
 
       def entry(i):
-        # The past is taken where it is read: before a branch, that is a copy.
-        one = functools.partial(jax.tree.map, lambda a: a[i])
-        return one(args), lambda: one(state.past)
+        # Taken where it is read: before a branch, the past would be copied.
+        past = Picked(state.past, i)
+        own = jax.tree.map(lambda a: a[i], args)
+        return own, past.cut_out if self.fused or one_alone else lambda: past
 
+      one_alone = len(stages) == 1
       args = (stages, slots, state.hold, state.inbox)
-      if len(stages) == 1:
-        # As the loop over blocks would do it: a batch of one stage would be
-        # one more axis in the attention.
+      if one_alone:
+        # A batch of one would be one more axis in the attention.
         alone = one_stage(*entry(0))
         results = jax.tree.map(lambda a: jnp.asarray(a)[None], alone)
       elif self.batched:
@@ -330,7 +330,6 @@ class Pipeline(Stages):
         one_by_one = jnp.arange(len(stages))
         results = jax.lax.map(lambda i: one_stage(*entry(i)), one_by_one)
       hold, sent, kv, live = results
-      # Not stage by stage: one after the other would copy the pasts.
       past = state.past.write_each(kv, live)
       inbox = self._shift(sent, 1)
       return PipelineState(state.tick + 1, hold, inbox, past), sent[-1:]
@@ -353,7 +352,7 @@ class Pipeline(Stages):
     collectives wait for each other.
     """
     alone = self.stages_per_device == 1 or not self.batched
-    return alone and (self.mesh is None or self.mesh.size == self.num_devices)
+    return alone and (not self.mesh or self.mesh.size == self.num_devices)
 
   def _tick(self, params, bank, keys_B, tick, stage, slot, hold, inbox, past):
     """What one stage does in one tick: D if tick - stage is even, else C.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.models.kv_cache import KV, init_cache
+from hiar_jax.models.kv_cache import KV, KVCache, Picked, init_cache
 from tests import toy_network
 
 CONFIG = toy_network.CONFIG
@@ -103,3 +103,21 @@ def test_the_cache_has_the_compute_dtype():
 def test_a_sink_that_does_not_fit_is_refused_with_both_numbers(sink):
   with pytest.raises(ValueError, match=f'sink={sink} .* 3 frames'):
     init_cache(CONFIG, 1, 3, sink)
+
+
+def test_a_layer_of_a_picked_cache_is_that_of_the_one_cut_out():
+  k = jnp.arange(2 * 3 * 1 * 4 * 1 * 2, dtype=jnp.float32)
+  k = k.reshape(2, 3, 1, 4, 1, 2)
+  caches = KVCache(
+    k=k,
+    v=-k,
+    frames=jnp.array([1, 5]),
+    origin=jnp.array([0, 7]),
+    sink=0,
+    tokens_per_frame=2,
+  )
+  picked = Picked(caches, jnp.int32(1))
+  np.testing.assert_array_equal(picked.layer(2).k, k[1, 2])
+  np.testing.assert_array_equal(picked.layer(jnp.int32(0)).v, -k[1, 0])
+  np.testing.assert_array_equal(picked.cut_out().k, k[1])
+  assert (int(picked.length), int(picked.position)) == (4, 12)
