@@ -1,14 +1,24 @@
 """How fast Wan2.1-1.3B makes 480x832 video here, and where the time goes.
 
   python benchmarks/gpu.py                       # full size, random weights
+  python benchmarks/gpu.py --minutes=8 --json=gpu.json     # as far as that goes
   python benchmarks/gpu.py --cases=step_first,stream_batched --num_blocks=14
   python benchmarks/gpu.py --size=tiny --repetitions=2      # seconds, on a CPU
 
 Every case is a process of its own, so that its peak memory is its own, with
 random bfloat16 weights: what is measured does not depend on their values.
 Each compiles in a first run that is not counted; times are medians of the
-repetitions after it.
+repetitions after it. The processes share a compilation cache, the most wanted
+case comes first, every line is out as soon as it is known, and what does not
+fit into `--minutes` is skipped. Of jax, numpy, flax and absl alone all is there
+that it needs: no video, data or training library is imported.
 
+  numerics            the largest difference of this machine's attention kernel
+                      from all scores held, short lengths, alone and mapped
+  protocol            the S passes of a block, block after block with clean
+                      context: the median of blocks 2 to 6; text, commit and
+                      decoding are not counted. That is how public codes state
+                      12 frames of Self-Forcing 1.3B at 480x832
   text                a prompt of 512 tokens through umT5-xxl
   vae_first, vae      decoding the first block, and any later one
   pass:BACK-END       one pass of the transformer over a block, the window full
@@ -27,17 +37,20 @@ is proportional; a video's are its passes at the full window, more than the
 first blocks need. The peak is the device's, or the process's where the device
 keeps no account.
 
-There are no results here: no GPU was at hand when this was written.
+There are no results here: no GPU was at hand when this was written. Every
+program of it compiles for one (docs/gpu.md).
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,21 +63,18 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, kv_cache, umt5, vae
+from hiar_jax.models import flops as flops_lib
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import parts as planning_parts
-from hiar_jax.sampling import calls, seeds, video_pipeline
+from hiar_jax.sampling import calls, seeds, streaming
 from hiar_jax.text import word_hash
 
 _LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
-_BACKENDS = ('xla', 'chunked', 'auto')
 _ORDERS = ('block_first', 'step_first')
-_STREAMS = ('batched', 'serial', 'shared')
 _CASES = (
-  *('text', 'vae_first', 'vae'),
-  *(f'pass:{backend}' for backend in _BACKENDS),
-  *(f'attention:{backend}' for backend in _BACKENDS),
-  *_ORDERS,
-  *(f'stream_{mode}' for mode in _STREAMS),
+  *('numerics', 'protocol', 'pass:auto', 'stream_serial', 'stream_shared'),
+  *('vae', 'attention:auto', 'stream_batched', 'vae_first', *_ORDERS),
+  *('text', 'pass:chunked', 'attention:chunked', 'attention:xla', 'pass:xla'),
 )
 _GIB = 2**30
 
@@ -137,11 +147,14 @@ def main() -> None:
   parser.add_argument('--num_blocks', type=int, default=7)
   parser.add_argument('--repetitions', type=int, default=5)
   parser.add_argument('--cases', default=','.join(_CASES), help='by comma')
+  parser.add_argument('--minutes', type=float, default=60.0, help='for all')
+  parser.add_argument('--json', help='a file that gets every case as well')
   parser.add_argument('--worker', help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.worker:
     print(json.dumps(_measure(options.worker, options)))
     return
+  deadline = time.monotonic() + 60 * options.minutes
   if options.num_blocks < 2 or options.repetitions < 1:
     parser.error('--num_blocks is at least 2, --repetitions at least 1')
   names = options.cases.split(',')
@@ -152,28 +165,71 @@ def main() -> None:
     f'size {options.size}, {options.num_blocks} blocks, attention '
     f'{options.attention}, medians of {options.repetitions}'
   )
-  header = ('case', 's', 'DiT s', 'VAE s', 'first s', 'fps', 'TFLOP/s', 'GiB')
+  print(_machine())
+  header = ('case', 's', 'DiT s', 'VAE s', 'first s', 'fps', 'TFLOP/s', 'MFU')
+  header += ('GiB', 'error')
   print(f'{header[0]:18}' + ''.join(f'{name:>9}' for name in header[1:]))
-  devices = set()
-  for name in names:
-    # Not by -m: the arguments are this program's own.
+  found: dict[str, Any] = {}
+  with tempfile.TemporaryDirectory() as cache:
+    for name in names:
+      found[name] = _case(name, deadline, cache)
+      if isinstance(found[name], str):
+        print(f'{name:18} {found[name]}', flush=True)
+      else:
+        cells = (_cell(found[name].get(column)) for column in header[1:])
+        line = f'{name:18}' + ''.join(f'{cell:>9}' for cell in cells)
+        print(line, flush=True)
+      if options.json:
+        with open(options.json, 'w') as file:
+          json.dump({'machine': _machine(), 'cases': found}, file, indent=1)
+  devices = {x['device'] for x in found.values() if isinstance(x, dict)}
+  print('device:', ', '.join(sorted(devices)) or 'none')
+  if not devices:
+    sys.exit(1)
+
+
+def _case(name: str, deadline: float, cache: str) -> dict[str, Any] | str:
+  """What a process of its own measures, or why there is nothing."""
+  left = deadline - time.monotonic()
+  if left < 0:
+    return 'skipped: no time left'
+  try:
     done = subprocess.run(
+      # Not by -m: the arguments are this program's own.
       [sys.executable, __file__, *sys.argv[1:], f'--worker={name}'],
+      env=os.environ
+      | {
+        'JAX_COMPILATION_CACHE_DIR': cache,
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      },
       stdout=subprocess.PIPE,
       text=True,
+      timeout=left,
       check=False,
     )
-    if done.returncode:
-      # What a back-end has no memory for is a result, too.
-      print(f'{name:18} failed; the message is above', flush=True)
-      continue
-    found = json.loads(done.stdout.splitlines()[-1])
-    devices.add(found.pop('device'))
-    cells = (_cell(found.get(column)) for column in header[1:])
-    print(f'{name:18}' + ''.join(f'{cell:>9}' for cell in cells), flush=True)
-  print('device:', ', '.join(sorted(devices)) or 'none')
-  if len(devices) == 0:
-    sys.exit(1)
+  except subprocess.TimeoutExpired:
+    return 'skipped: it did not end in the time left'
+  if done.returncode:
+    # What a back-end has no memory for is a result, too.
+    return 'failed; the message is above'
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _machine() -> str:
+  """Versions, and what the driver says of its cards."""
+  versions = f'Python {sys.version.split()[0]}, jax {jax.__version__}'
+  query = 'name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,memory.total'
+  try:
+    cards = subprocess.run(
+      ['nvidia-smi', f'--query-gpu={query}', '--format=csv,noheader'],
+      capture_output=True,
+      text=True,
+      timeout=20,
+      check=True,
+    )
+  except (OSError, subprocess.SubprocessError):
+    return f'{versions}, no Nvidia driver'
+  return f'{versions}; {query}: ' + '; '.join(cards.stdout.splitlines())
 
 
 def _cell(value: float | None) -> str:
@@ -192,6 +248,10 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     rows = _one_pass(size, backend)
   elif kind == 'attention':
     rows = _attention(size, backend)
+  elif kind == 'numerics':
+    rows = _numerics(size)
+  elif kind == 'protocol':
+    rows = _protocol(size, options.attention)
   else:
     rows = _video(size, name, options.attention, options.num_blocks)
   next(rows)  # Compiles.
@@ -203,9 +263,12 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
   flops = medians.pop('flops', None)
   device = jax.local_devices()[0]
   stats = device.memory_stats() or {}
+  peak_rate = flops_lib.peak([device])
+  rate = flops and flops / medians.get('DiT s', medians['s'])
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return medians | {
-    'TFLOP/s': flops and flops / 1e12 / medians.get('DiT s', medians['s']),
+    'TFLOP/s': rate and rate / 1e12,
+    'MFU': rate and peak_rate and rate / peak_rate,
     'GiB': stats.get('peak_bytes_in_use', peak) / _GIB,
     'device': device.device_kind,
   }
@@ -327,39 +390,120 @@ def _attention(size: Size, backend: str) -> Iterator[dict[str, float]]:
   return _timed(lambda: run(q, k, k, backend), cost['flops'])
 
 
+def _numerics(size: Size) -> Iterator[dict[str, float]]:
+  model = size.transformer
+  heads = (model.num_heads, model.head_dim)
+
+  def normal(seed, tokens, stages):
+    shape = (stages, 1, tokens * model.tokens_per_frame, *heads)
+    return jax.random.normal(jax.random.key(seed), shape, model.dtype)
+
+  q, k, v = normal(0, 1, 3), normal(1, 6, 3), normal(2, 6, 3)
+  lengths = model.tokens_per_frame * jnp.array([1, 3, 6])
+
+  @functools.partial(jax.jit, static_argnames='backend')
+  def run(q, k, v, lengths, backend):
+    def one(q, k, v, length):
+      return attention.attend(q, k, v, length=length, backend=backend)
+
+    each = [one(*xs) for xs in zip(q, k, v, lengths, strict=True)]
+    full = attention.attend(q[0], k[0], v[0], backend=backend)
+    return jnp.stack([*each, full]), jax.vmap(one)(q, k, v, lengths)
+
+  while True:
+    started = time.perf_counter()
+    ours, theirs = (
+      jax.tree.map(
+        lambda a: np.asarray(a, np.float32), run(q, k, v, lengths, backend)
+      )
+      for backend in ('auto', 'xla')
+    )
+    errors = [abs(a - b).max() for a, b in zip(ours, theirs, strict=True)]
+    yield {
+      's': time.perf_counter() - started,
+      'error': float(max(errors)),
+    }
+
+
+def _protocol(size: Size, backend: str) -> Iterator[dict[str, float]]:
+  model = dataclasses.replace(size.transformer, attention=backend)
+  denoiser, config = Denoiser(model), _config(size)
+  params = random_params(jax.eval_shape(denoiser.init, jax.random.key(0)))
+  states = jnp.zeros((1, model.text_len, model.text_dim), model.dtype)
+  text = jax.jit(denoiser.project_text)(params, states)
+  keys = jax.random.split(jax.random.key(1), 1)
+
+  @jax.jit
+  def denoise(params, text, past, block):
+    sampler = rollout.Sampler(denoiser, params, text, config)
+    noise = rollout.named_noise(keys, config.block_shape(model))
+
+    def one_step(x, step):
+      flow, _ = sampler.denoise(x, past, step)
+      return sampler.advance(x, flow, noise, step, block)[0], None
+
+    steps = jnp.arange(config.num_steps)
+    return jax.lax.scan(one_step, noise(0, block), steps)[0]
+
+  @functools.partial(jax.jit, donate_argnums=2)
+  def commit(params, text, past, x):
+    sampler = rollout.Sampler(denoiser, params, text, config)
+    return sampler.commit(x, past, jnp.zeros(()))
+
+  flops = config.num_steps * _pass_flops(size)
+  while True:
+    past = rollout.Sampler(denoiser, params, text, config).empty_past()
+    seconds = []
+    for block in range(7):
+      jax.block_until_ready(past)
+      started = time.perf_counter()
+      x = jax.block_until_ready(denoise(params, text, past, np.int32(block)))
+      seconds.append(time.perf_counter() - started)
+      past = commit(params, text, past, x)
+    yield {'s': statistics.median(seconds[1:6]), 'flops': flops}
+
+
 def _video(
   size: Size, name: str, backend: str, num_blocks: int
 ) -> Iterator[dict[str, float]]:
   model = dataclasses.replace(size.transformer, attention=backend)
   denoiser = Denoiser(model)
-  pipe = video_pipeline.VideoPipeline(
-    name='random',
-    denoiser=denoiser,
-    params=random_params(jax.eval_shape(denoiser.init, jax.random.key(0))),
-    encoder=word_hash.WordHashEncoder(model.text_dim, model.text_len),
-    codec=_codec(size),
-    rollout=_config(
-      size, context='shared' if name == 'stream_shared' else 'matched'
-    ),
-    order='step_first',
-    fps=16.0,
+  params = random_params(jax.eval_shape(denoiser.init, jax.random.key(0)))
+  encoder = word_hash.WordHashEncoder(model.text_dim, model.text_len)
+  codec = _codec(size)
+  config = _config(
+    size, context='shared' if name == 'stream_shared' else 'matched'
   )
   # A stream makes some passes beyond the video: those of its blocks count.
   flops = _pass_flops(size)
-  if name in _ORDERS:
-    return _offline(pipe, name, num_blocks, flops)
-  return _stream(pipe, name.removeprefix('stream_'), num_blocks, flops)
-
-
-def _offline(pipe, order, num_blocks, flops) -> Iterator[dict[str, float]]:
-  request = calls.Request(num_blocks, order=order)
-  total = calls.num_passes(request, pipe.rollout)
-  # The sweep that finishes the blocks is the last one.
-  last = 2 if order == 'step_first' else pipe.rollout.num_steps + 1
-  until_first = total - last * (num_blocks - 1)
   keys = seeds.sample_keys(np.uint32(0), np.zeros(1, int), np.zeros(1, int))
-  states = pipe.encoder.encode(['a cat'])
-  block_frames = pipe.rollout.frames_per_block
+  if name in _ORDERS:
+    request = calls.Request(num_blocks, order=name)
+    states = encoder.encode(['a cat'])
+    sample = functools.partial(
+      *(calls.sample, denoiser, params, config, request, keys, states, None)
+    )
+    return _offline(sample, codec, config, request, flops)
+  engine = streaming.Engine(denoiser, config, name.removeprefix('stream_'))
+
+  def start():
+    return streaming.Stream(
+      engine, params, codec, encoder.encode, ['a cat'], keys
+    )
+
+  return _stream(start, engine, num_blocks, flops)
+
+
+def _offline(sample, codec, config, request, flops):
+  total = calls.num_passes(request, config)
+  # The sweep that finishes the blocks is the last one.
+  last = 2 if request.order == 'step_first' else config.num_steps + 1
+  until_first = total - last * (request.num_blocks - 1)
+  block_frames = config.frames_per_block
+
+  def decode(latents):
+    return streaming.decode_blocks(codec, latents, block_frames)[0]
+
   while True:
     started, done, first = time.perf_counter(), 0, 0.0
 
@@ -369,15 +513,12 @@ def _offline(pipe, order, num_blocks, flops) -> Iterator[dict[str, float]]:
       if done >= until_first and not first:
         first = time.perf_counter() - started  # noqa: B023
 
-    latents = calls.sample(
-      *(pipe.denoiser, pipe.params, pipe.rollout, request, keys, states),
-      *(None, report),
-    )
+    latents = sample(report)
     made = time.perf_counter()
-    pipe.decode(latents[:, :block_frames])
+    decode(latents[:, :block_frames])
     first_decoded = time.perf_counter() - made
     again = time.perf_counter()
-    frames = pipe.decode(latents)
+    frames = decode(latents)
     decoded = time.perf_counter() - again
     seconds = made - started + decoded
     yield {
@@ -390,12 +531,12 @@ def _offline(pipe, order, num_blocks, flops) -> Iterator[dict[str, float]]:
     }
 
 
-def _stream(pipe, mode, num_blocks, flops) -> Iterator[dict[str, float]]:
-  steps = pipe.rollout.num_steps
-  passes = steps + 1 if mode == 'shared' else 2 * steps
+def _stream(start, engine, num_blocks, flops) -> Iterator[dict[str, float]]:
+  steps = engine.config.num_steps
+  passes = steps + 1 if engine.mode == 'shared' else 2 * steps
   while True:
     started = time.perf_counter()
-    stream = pipe.stream('a cat', mode=mode)
+    stream = start()
     next(stream)
     first = time.perf_counter() - started
     count = sum(next(stream).shape[1] for _ in range(num_blocks - 1))
