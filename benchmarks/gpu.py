@@ -448,7 +448,7 @@ def _protocol(size: Size, backend: str) -> Iterator[dict[str, float]]:
   @functools.partial(jax.jit, donate_argnums=2)
   def commit(params, text, past, x):
     sampler = rollout.Sampler(denoiser, params, text, config)
-    return sampler.commit(x, past, jnp.zeros(()))
+    return past.write(sampler.commit_kv(x, past, jnp.zeros(())))
 
   flops = config.num_steps * _pass_flops(size)
   while True:
