@@ -187,14 +187,10 @@ class Sampler:
     return x_next, x0
 
   def commit_kv(self, x: jax.Array, past: KVCache, level, wanted=True) -> KV:
-    """C: K/V of a block that the network is told to be at `level`.
-
-    With a traced bool `wanted` that is False: zeros, and no work.
-    """
+    """C: K/V of a block told to be at `level`; not `wanted` (traced): zeros."""
     if wanted is not True:
-      own = past
-      if isinstance(past, kv_cache.Picked):
-        own = jax.eval_shape(past.cut_out)
+      cut = isinstance(past, kv_cache.Picked)
+      own = jax.eval_shape(past.cut_out) if cut else past
       shape = list(own.k.shape)
       shape[-3] = x.shape[1] * own.tokens_per_frame
       return jax.lax.cond(
