@@ -5,6 +5,7 @@ B batch, F frames, H height, W width, C latent channels, P values of a patch.
 
 import os
 from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,11 @@ class LinearCodec:
     return self.decode(latents_BFHWC), state
 
 
-def to_patches(video_BFHWC: jax.Array, stride: int) -> jax.Array:
+# An array of jax or of NumPy.
+A = TypeVar('A', jax.Array, np.ndarray)
+
+
+def to_patches(video_BFHWC: A, stride: int) -> A:
   """Cuts frames into patches: [B, F, H / stride, W / stride, stride**2 * C]."""
   b, f, h, w, c = video_BFHWC.shape
   if h % stride or w % stride:

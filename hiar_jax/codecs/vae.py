@@ -86,7 +86,7 @@ class VAECodec:
     video, cache = vae.decode_block(
       self.config,
       self.params,
-      None if first else state,
+      None if first or isinstance(state, tuple) else state,
       latents_BFHWC,
       first=first,
     )

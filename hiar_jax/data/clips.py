@@ -55,8 +55,9 @@ def read(
       stream = container.streams.video[0]
       stream.thread_type = 'AUTO'
       aspect = float(stream.sample_aspect_ratio or 1)
-      chosen, seconds = [], 0.0
-      last, pixels = None, None
+      chosen: list[np.ndarray] = []
+      seconds = 0.0
+      last, pixels = None, np.empty(0)
       for frame, end in _nearest(container, stream, fps, num_frames):
         # The same one again, where a file has fewer of them.
         if frame is not last:
@@ -82,15 +83,18 @@ def _nearest(
   container: Any, stream: Any, fps: float, num_frames: int
 ) -> Iterator[tuple[Any, float]]:
   """Up to num_frames frames, each with the seconds of the file until then."""
-  start, before = None, None
+  start: float | None = None
+  before: tuple[float, Any] | None = None
   count, end = 0, 0.0
   for time, length, frame in timed(container, stream):
     start = time if start is None else start
     now, end = time - start, time - start + length
     while count < num_frames and count / fps <= now:
       wanted = count / fps
-      late = before is None or now - wanted <= wanted - before[0]
-      yield (frame if late else before[1]), end
+      if before is None or now - wanted <= wanted - before[0]:
+        yield frame, end
+      else:
+        yield before[1], end
       count += 1
     before = (now, frame)
     if count == num_frames:
@@ -143,4 +147,6 @@ def fit(
   top, left = (rows - used_rows) / 2, (columns - used_columns) / 2
   box = (left, top, left + used_columns, top + used_rows)
   image = Image.fromarray(np.ascontiguousarray(frame))
-  return np.asarray(image.resize((width, height), Image.LANCZOS, box=box))
+  return np.asarray(
+    image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+  )

@@ -108,7 +108,9 @@ def make(
   manifest.settle(directory)
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     for shard in todo:
-      lines, records, running = [], [], collections.deque()
+      lines: list[dict[str, Any]] = []
+      records: list[bytes] = []
+      running: collections.deque[tuple[list[int], Any]] = collections.deque()
       waiting: list[tuple[int, np.ndarray]] = []
       indices = manifest.indices(shard)
       for index, frames in _read_ahead(pool, videos, indices, num_threads):
@@ -307,7 +309,9 @@ def _read_ahead(
     except (OSError, ValueError) as error:
       return str(error)
 
-  running = collections.deque()
+  running: collections.deque[
+    tuple[int, concurrent.futures.Future[np.ndarray | str]]
+  ] = collections.deque()
   for index in indices:
     running.append((index, pool.submit(read, index)))
     if len(running) > ahead:
@@ -325,7 +329,9 @@ def _start(encode, waiting, batch_size):
   return indices, encode(np.stack(frames))
 
 
-def _finish(batch, progress) -> list[bytes]:
+def _finish(
+  batch: tuple[list[int], Any], progress: Callable[[int], Any]
+) -> list[bytes]:
   indices, latents = batch
   # What is beyond float16 becomes infinite, and is refused.
   with np.errstate(over='ignore'):
@@ -343,7 +349,13 @@ def _finish(batch, progress) -> list[bytes]:
   return records
 
 
-def _write(directory, manifest, shard, lines, records) -> None:
+def _write(
+  directory: str | os.PathLike,
+  manifest: Manifest,
+  shard: int,
+  lines: list[dict[str, Any]],
+  records: list[bytes],
+) -> None:
   # First: the file of latents is what says that a shard is whole.
   with files.whole_file(_captions_path(directory, shard)) as partial:
     partial.write_text(

@@ -305,7 +305,7 @@ class TrajectorySource:
       ) from error
 
 
-def _rises(values: Sequence[float]) -> bool:
+def _rises(values: Sequence[float] | np.ndarray) -> bool:
   return bool(np.all(np.diff(values) > 0))
 
 

@@ -98,6 +98,8 @@ class FolderVideos:
         video, naming it, or a value is out of range.
     """
     self._folder = pathlib.Path(path)
+    self._files: prompts.FilePrompts | list[str]
+    self.captions: prompts.Prompts
     for name, value in (
       ('num_frames', num_frames),
       ('height', height),
@@ -111,14 +113,17 @@ class FolderVideos:
     self._fps = float(fps)
     if not self._folder.is_dir():
       raise FileNotFoundError(f'no videos at {self._folder}: no such folder')
-    listed = self._folder / CAPTIONS if captions is None else captions
+    listed = self._folder / CAPTIONS
+    if captions is not None:
+      listed = pathlib.Path(captions)
     if captions is not None or listed.is_file():
       self._files = prompts.FilePrompts(listed, field='file', objects=True)
       self.captions = prompts.FilePrompts(listed, field='caption', objects=True)
       self._check_listed(listed)
     else:
-      self._files = _captioned_files(self._folder)
-      self.captions = _TextFiles(self._folder, self._files)
+      files = _captioned_files(self._folder)
+      self._files = files
+      self.captions = _TextFiles(self._folder, files)
 
   def __len__(self) -> int:
     return len(self._files)

@@ -245,8 +245,8 @@ def evaluate_video(
     video_FHWC,
     frames,
     asked.shape or seen,
-    bouncing.PALETTE.get(asked.colour),
-    bouncing.BACKGROUNDS.get(asked.background),
+    _rgb(bouncing.PALETTE, asked.colour),
+    _rgb(bouncing.BACKGROUNDS, asked.background),
     cfg,
   )
   if asked.shape is None:
@@ -264,10 +264,10 @@ def evaluate_video(
   return VideoScore(
     visible=float(frames.visible_F.mean()),
     background_error=_colour_error(
-      frames.background_F3, bouncing.BACKGROUNDS.get(asked.background)
+      frames.background_F3, _rgb(bouncing.BACKGROUNDS, asked.background)
     ),
     colour_error=_colour_error(
-      frames.colour_F3[frames.visible_F], bouncing.PALETTE.get(asked.colour)
+      frames.colour_F3[frames.visible_F], _rgb(bouncing.PALETTE, asked.colour)
     ),
     shape=seen,
     shape_correct=_mean(shape_correct_F),
@@ -300,6 +300,12 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
       cells.append(cell.rjust(len(heading)))
     lines.append('  '.join(cells))
   return '\n'.join(lines)
+
+
+def _rgb(
+  colours: Mapping[str, tuple[int, int, int]], name: str | None
+) -> tuple[int, int, int] | None:
+  return None if name is None else colours[name]
 
 
 def _colour_error(colours_F3, asked_rgb):

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -223,7 +223,9 @@ def _mark(path: pathlib.Path) -> list[int]:
   return [status.st_size, status.st_mtime_ns]
 
 
-def _told(frames, progress) -> Iterator[np.ndarray]:
+def _told(
+  frames: Iterable[np.ndarray], progress: Callable[[], Any]
+) -> Iterator[np.ndarray]:
   for frame in frames:
     yield frame
     progress()

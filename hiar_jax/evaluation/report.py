@@ -91,7 +91,9 @@ def estimate(values: np.ndarray) -> Estimate:
 def columns(folder: folders.Folder) -> dict[str, Estimate]:
   """The numbers of a folder, by the names of COLUMNS."""
   return {
-    name: estimate([getattr(v.summary, name) for v in folder.videos.values()])
+    name: estimate(
+      np.array([getattr(v.summary, name) for v in folder.videos.values()])
+    )
     for name in COLUMNS
   }
 
@@ -111,11 +113,13 @@ def compare(first: folders.Folder, second: folders.Folder) -> Comparison:
     names,
     {
       column: estimate(
-        [
-          getattr(second.videos[name].summary, column)
-          - getattr(first.videos[name].summary, column)
-          for name in names
-        ]
+        np.array(
+          [
+            getattr(second.videos[name].summary, column)
+            - getattr(first.videos[name].summary, column)
+            for name in names
+          ]
+        )
       )
       for column in COLUMNS
     },

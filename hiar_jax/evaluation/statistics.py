@@ -185,6 +185,7 @@ def measure(frames: Iterable[np.ndarray]) -> Statistics:
       f'{count} frame{"" if count == 1 else "s"}; at least {MIN_FRAMES} are '
       f'needed, two in each of {SEGMENTS} segments'
     )
+  assert shape is not None  # There were frames.
   return Statistics(
     height=shape[0],
     width=shape[1],

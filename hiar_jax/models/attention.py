@@ -9,6 +9,8 @@ which does no work for what is not seen.
 # B batch, T queries, S keys, H heads, K head width, F frames, P tokens a frame
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.extend
@@ -51,7 +53,8 @@ def attend(
   """
   if backend == 'xla':
     return _attend_xla(q_BTHK, k_BSHK, v_BSHK, length, mask_TS)
-  kernels, refused = {}, 'a mask' if mask_TS is not None else ''
+  kernels: dict[str, Callable[..., jax.Array]] = {}
+  refused = 'a mask' if mask_TS is not None else ''
   if backend in ('splash', 'auto') and not refused:
     kernels['tpu'] = attend_splash
   if backend in ('cudnn', 'auto'):
@@ -106,8 +109,8 @@ def visible_keys(mask_FS: np.ndarray) -> Visible:
   groups = []
   for first, after in zip(starts[:-1], starts[1:], strict=True):
     edges = np.diff(np.pad(mask_FS[first].astype(int), 1))
-    runs = zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0))
-    runs = tuple((int(a), int(b)) for a, b in runs)
+    ends = zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0))
+    runs = tuple((int(a), int(b)) for a, b in ends)
     groups.append((int(first), int(after), runs))
   return tuple(groups)
 
@@ -143,10 +146,11 @@ def attend_visible(
       else x[:, slice(*bounds[0])]
       for x in (k_BSHK, v_BSHK)
     )
-    seen = None
+    seen: jax.Array | None = None
     if length is not None:
       # The runs rise, so that what is seen of them is a prefix as well.
-      seen = sum(jnp.clip(length - a, 0, b - a) for a, b in bounds)
+      sizes = (jnp.clip(length - a, 0, b - a) for a, b in bounds)
+      seen = functools.reduce(jnp.add, sizes)
     q = q_BFPHK[:, first:after]
     out = attend(
       q.reshape(batch, -1, *heads), keys, values, length=seen, backend=backend
@@ -292,7 +296,7 @@ def attend_cudnn(
     zero_B += 0 * x[:, 0, 0, 0].astype(jnp.int32)
   own = (zero_B == 0)[:, None, None, None]
   q, k, v = (jnp.where(own, x, 0) for x in (q_BTHK, k_BSHK, v_BSHK))
-  lengths = {}
+  lengths: dict[str, Any] = {}
   if length is not None:
     lengths = {
       'query_seq_lengths': zero_B + q.shape[1],

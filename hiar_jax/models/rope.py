@@ -39,7 +39,7 @@ def _frame_rotation(
   """cos and sin of position * frequency, float32 [F, P] each."""
   freqs = frequencies(num_pairs)
   rest = positions_F.astype(jnp.int32)
-  cos, sin = None, None
+  rotation: tuple[jax.Array, jax.Array] | None = None
   for digit in range(3):
     # Angles up to 1e9 keep 1e-7 in float64.
     angles = np.arange(_BASE)[:, None] * float(_BASE**digit) * freqs
@@ -47,11 +47,13 @@ def _frame_rotation(
     rest = rest // _BASE
     c = jnp.asarray(np.cos(angles), jnp.float32)[index]
     s = jnp.asarray(np.sin(angles), jnp.float32)[index]
-    if cos is None:
-      cos, sin = c, s
+    if rotation is None:
+      rotation = c, s
     else:
-      cos, sin = cos * c - sin * s, sin * c + cos * s
-  return cos, sin
+      cos, sin = rotation
+      rotation = cos * c - sin * s, sin * c + cos * s
+  assert rotation is not None
+  return rotation
 
 
 def rotations(

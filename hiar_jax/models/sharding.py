@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ KEYS_BSHK = (BATCH, None, 'tensor', None)
 KEYS_NBSHK = (None, BATCH, None, 'tensor', None)
 
 # Path of a parameter -> its spec. Exactly one rule fits each.
-PARAM_RULES = (
+PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r'layers/(self|cross)_attention/[qkv]/kernel', (None, 'fsdp', 'tensor')),
   (r'layers/(self|cross)_attention/o/kernel', (None, 'tensor', 'fsdp')),
   (r'layers/ffn_in/kernel', (None, 'fsdp', 'tensor')),
@@ -278,9 +278,9 @@ def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
   """
   process = jax.process_index() if process is None else process
   ways = math.prod(mesh.shape[axis] for axis in BATCH)
-  places = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map(
-    (ways,)
-  )
+  places: Mapping[Any, Any] = NamedSharding(
+    mesh, PartitionSpec(BATCH)
+  ).devices_indices_map((ways,))
   rows = sorted(
     {
       index[0].indices(ways)[0]
@@ -458,7 +458,7 @@ def _mesh():
 
 
 def _dividing(
-  shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+  shape: tuple[int, ...], spec: PartitionSpec | tuple, mesh: Mesh
 ) -> PartitionSpec:
   """The spec without what does not divide its dimension."""
 

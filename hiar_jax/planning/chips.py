@@ -184,7 +184,8 @@ def _answer_for_cudnn(topology: str) -> None:
       f"compiling for {topology!r} needs jax's CUDA plug-in, which the extra "
       "brings: pip install 'hiar_jax[plan-cuda]'"
     )
-  versions = importlib.import_module(f'{plugin}._versions')
+  # Any: one of its functions may be replaced.
+  versions: Any = importlib.import_module(f'{plugin}._versions')
   try:
     versions.cudnn_get_version()
   except RuntimeError:
@@ -199,6 +200,7 @@ def target_config(chip: Chip) -> str:
   What is no number of the maker's is the same for all GPUs since Ampere.
   """
   gpu = chip.gpu
+  assert gpu is not None, f'{chip} is no GPU'
   major, minor = gpu.capability
   versions = zip(('major', 'minor', 'patch'), _CUDNN, strict=True)
   cudnn = ' '.join(f'{name}: {number}' for name, number in versions)

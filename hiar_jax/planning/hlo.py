@@ -84,12 +84,12 @@ class Instruction:
   @property
   def body(self) -> str:
     """Of a loop."""
-    return re.search(r'body=%?([\w.\-]+)', self.rest)[1]
+    return _found(re.search(r'body=%?([\w.\-]+)', self.rest))[1]
 
   @property
   def condition(self) -> str:
     """Of a loop, whether it goes on."""
-    return re.search(r'condition=%?([\w.\-]+)', self.rest)[1]
+    return _found(re.search(r'condition=%?([\w.\-]+)', self.rest))[1]
 
   @property
   def branches(self) -> tuple[str, ...]:
@@ -155,7 +155,8 @@ _ARRAY = re.compile(r'\b(pred|token|[a-z]+\d\w*)\[([\d,<=]*)\](\{[^}]*\})?')
 
 def parse(text: str) -> Program:
   """Reads what `as_text` of a compiled program gives."""
-  computations, entry, lines = {}, '', []
+  computations: dict[str, list[str]] = {}
+  entry, lines = '', list[str]()
   for line in text.splitlines():
     if head := _HEAD.match(line):
       lines = computations.setdefault(head[2], [])
@@ -198,12 +199,17 @@ def arrays(text: str) -> tuple[Array, ...]:
   )
 
 
+def _found(match: re.Match[str] | None) -> re.Match[str]:
+  assert match is not None, 'no program as the compiler writes it'
+  return match
+
+
 def _instruction(line: str) -> Instruction:
-  name = _NAME.match(line)
+  name = _found(_NAME.match(line))
   start = name.end()
   stop = _closing(line, start) + 1 if line[start] == '(' else start
   stop = line.index(' ', stop)
-  opcode = _OPCODE.match(line, stop)
+  opcode = _found(_OPCODE.match(line, stop))
   last = _closing(line, opcode.end() - 1)
   return Instruction(
     name=name[2],

@@ -128,7 +128,7 @@ def roofline(text: str, chip: Chip, *, unknown_trips: float = 1) -> Roofline:
   def inside(name: str) -> dict[str, Work]:
     found: dict[str, Work] = {}
 
-    def add(works: dict[str, Work], times: float = 1):
+    def add(works: dict[str, Work], times: float = 1) -> None:
       for kind, work in works.items():
         found[kind] = found.get(kind, Work()) + work * times
 
@@ -192,7 +192,9 @@ def _operands(
 # --- FLOPs.
 
 
-def _products(program, computation, one) -> tuple[float, bool, str]:
+def _products(
+  program: hlo.Program, computation: hlo.Computation, one: hlo.Instruction
+) -> tuple[float, bool, str]:
   """FLOPs, whether their numbers have 16 bits or fewer, and the class.
 
   No class: no products.
@@ -200,31 +202,37 @@ def _products(program, computation, one) -> tuple[float, bool, str]:
   if one.opcode == 'dot':
     taken = _operands(computation, one)
     contracted = one.sizes('lhs_contracting_dims')
-    flops = 2 * one.arrays[0].size
+    flops = 2.0 * one.arrays[0].size
     for axis in contracted:
       flops *= taken[0].shape[axis]
     return float(flops), _is_narrow(taken), _scores_kind(one) or LINEAR
   if one.opcode == 'convolution':
-    return _convolution(computation, one, _operands(computation, one))
+    return _convolution(one, _operands(computation, one))
   if one.opcode == 'custom-call':
     return _kernel(computation, one)
   if one.opcode != 'fusion':
     return 0.0, True, ''
-  total, narrow, kinds = 0.0, True, {}
+  total, narrow = 0.0, True
+  kinds: dict[str, float] = {}
   for name in one.called:
     inner = program.computations.get(name)
-    for each in inner.instructions if inner else ():
+    if inner is None:
+      continue
+    for each in inner.instructions:
       flops, is_narrow, kind = _products(program, inner, each)
       if flops:
         total += flops
         narrow = narrow and is_narrow
         kinds[kind] = kinds.get(kind, 0.0) + flops
-  return total, narrow, max(kinds, key=kinds.get) if kinds else ''
+  return total, narrow, max(kinds, key=kinds.__getitem__) if kinds else ''
 
 
-def _convolution(computation, one, taken) -> tuple[float, bool, str]:
+def _convolution(
+  one: hlo.Instruction, taken: list[hlo.Array]
+) -> tuple[float, bool, str]:
   """A convolution, or a matrix product written as one, as TPUs have them."""
   labels = re.search(r'dim_labels=\w+_(\w+)->(\w+)', one.rest)
+  assert labels is not None, 'a convolution without dim_labels'
   kernel, result = taken[1], one.arrays[0]
   features = kernel.shape[labels[1].index('o')]
   flops = 2.0 * result.size * kernel.size / features
@@ -240,11 +248,13 @@ def _convolution(computation, one, taken) -> tuple[float, bool, str]:
   return flops, _is_narrow(taken), kind
 
 
-def _kernel(computation, one) -> tuple[float, bool, str]:
+def _kernel(
+  computation: hlo.Computation, one: hlo.Instruction
+) -> tuple[float, bool, str]:
   """A call of a library or of a kernel of our own."""
   taken = _operands(computation, one)
   if one.target.startswith('__cudnn$conv'):
-    return _convolution(computation, one, taken)
+    return _convolution(one, taken)
   if one.target.startswith('__cudnn$fmha'):
     q, k = taken[:2]
     # Five products instead of two.
@@ -287,7 +297,9 @@ def _is_narrow(taken: list[hlo.Array]) -> bool:
 # --- Bytes.
 
 
-def _bytes(program, computation, one) -> float:
+def _bytes(
+  program: hlo.Program, computation: hlo.Computation, one: hlo.Instruction
+) -> float:
   if one.target == 'AllocateBuffer':
     return 0.0
   taken = _operands(computation, one)
@@ -342,12 +354,12 @@ def _read_of(
   return min(total, whole)
 
 
-def _written(program: hlo.Program, inner: hlo.Computation) -> list[int]:
+def _written(program: hlo.Program, inner: hlo.Computation) -> list[float]:
   """Bytes of each result of a fusion: where it updates a slice, the slice."""
   root = inner.root
   names = root.operands if root.opcode == 'tuple' else (root.name,)
-  sizes = []
-  for each in map(inner.named.get, names):
+  sizes: list[float] = []
+  for each in map(inner.named.__getitem__, names):
     source = each
     while source.opcode in ('bitcast', 'reshape', 'convert', 'copy'):
       source = inner.named[source.operands[0]]

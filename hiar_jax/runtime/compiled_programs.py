@@ -13,6 +13,7 @@ as JAX_COMPILATION_CACHE_DIR, stay as they are.
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import filelock
 import jax
@@ -79,8 +80,9 @@ def keep(choice: str | None = None) -> pathlib.Path | None:
   named = choice or os.environ.get(_VARIABLE)
   if named == OFF:
     return None
-  is_set = jax.config.jax_compilation_cache_dir is not None
-  if not jax.config.jax_enable_compilation_cache or (is_set and not choice):
+  settings: Any = jax.config  # Its own type names no option.
+  is_set = settings.jax_compilation_cache_dir is not None
+  if not settings.jax_enable_compilation_cache or (is_set and not choice):
     return None
   folder = pathlib.Path(named or cache_folder() / 'programs').expanduser()
   try:

@@ -46,7 +46,7 @@ class Solver(NamedTuple):
       which the flow was evaluated, as good as the solver knows it.
   """
 
-  table: Callable[[Sequence[float]], Any]
+  table: Callable[[Sequence[float] | np.ndarray], Any]
   init: Callable[[jax.Array], State]
   step: Callable[[Flow, State, Any], State]
   evaluated: Callable[[State, State], jax.Array]
@@ -94,13 +94,13 @@ def unipc_levels(num_steps: int, shift: float) -> np.ndarray:
 
 
 class _EulerTable(NamedTuple):
-  sigma: np.ndarray
-  sigma_next: np.ndarray
+  sigma: Any  # An array; in a step its row, which may be traced.
+  sigma_next: Any
 
 
-def _euler_table(levels: Sequence[float]) -> _EulerTable:
-  levels = _checked(levels).astype(np.float32)
-  return _EulerTable(levels[:-1], levels[1:])
+def _euler_table(levels: Sequence[float] | np.ndarray) -> _EulerTable:
+  sigmas = _checked(levels).astype(np.float32)
+  return _EulerTable(sigmas[:-1], sigmas[1:])
 
 
 def _euler_init(x: jax.Array) -> State:
@@ -121,12 +121,12 @@ class _UniPCTable(NamedTuple):
     predictor: [n, 3] of corrected x, x0, last x0.
   """
 
-  sigma: np.ndarray
-  corrector: np.ndarray
-  predictor: np.ndarray
+  sigma: Any
+  corrector: Any
+  predictor: Any
 
 
-def _unipc_table(levels: Sequence[float]) -> _UniPCTable:
+def _unipc_table(levels: Sequence[float] | np.ndarray) -> _UniPCTable:
   """UniPC's coefficients: the solver is a linear two-step method in x and x0.
 
   The first step and the last are of first order, the others of second. The
@@ -184,17 +184,17 @@ def _mix(weights: jax.Array, *arrays: jax.Array) -> jax.Array:
   return sum(w * a for w, a in zip(weights, arrays, strict=True))
 
 
-def _checked(levels: Sequence[float]) -> np.ndarray:
-  levels = np.asarray(levels, np.float64)
+def _checked(levels: Sequence[float] | np.ndarray) -> np.ndarray:
+  array = np.asarray(levels, np.float64)
   if (
-    levels.ndim != 1
-    or len(levels) < 2
-    or levels[0] > 1
-    or levels[-1] < 0
-    or not np.all(np.diff(levels) < 0)
+    array.ndim != 1
+    or len(array) < 2
+    or array[0] > 1
+    or array[-1] < 0
+    or not np.all(np.diff(array) < 0)
   ):
-    raise ValueError(f'levels {levels.tolist()} do not fall within [0, 1]')
-  return levels
+    raise ValueError(f'levels {array.tolist()} do not fall within [0, 1]')
+  return array
 
 
 SOLVERS = {

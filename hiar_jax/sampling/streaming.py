@@ -427,7 +427,9 @@ def _begin(params, text, initial, origin, *, engine):
 
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='state')
-def run_turns(params, bank, slots_tS, keys_B, state, *, engine):
+def run_turns(
+  params, bank, slots_tS, keys_B, state, *, engine
+) -> tuple[Any, jax.Array]:
   """The turns of `Engine.turns`: the next state and the finished latents."""
   stages = engine.stages
   state, sent = stages.run(params, bank, slots_tS, keys_B, state)
@@ -442,7 +444,9 @@ def _constrain(array, mesh, spec):
 
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='pasts')
-def run_shared_block(params, bank, slots_tS, keys_B, pasts, block, *, engine):
+def run_shared_block(
+  params, bank, slots_tS, keys_B, pasts, block, *, engine
+) -> tuple[Any, jax.Array]:
   """`run_turns` for shared context on one device, where pasts are the state."""
   text = jax.tree.map(lambda a: a[slots_tS[0, 0]], bank)
   noise = rollout.named_noise(

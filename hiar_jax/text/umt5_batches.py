@@ -106,8 +106,8 @@ class BatchEncoder:
     rows += rows[-1:] * (-len(rows) % ways)
     ids, mask = np.stack([text_tokens.padded(r, width) for r in rows], 1)
     states = self._states(self._put(ids), self._put(mask))
-    states = np.asarray(sharding.whole(states, self._mesh))[: len(captions)]
-    return np.pad(states, ((0, 0), (0, self.length - width), (0, 0)))
+    whole = np.asarray(sharding.whole(states, self._mesh))[: len(captions)]
+    return np.pad(whole, ((0, 0), (0, self.length - width), (0, 0)))
 
   def prepare(self, caption: str) -> dict[str, np.ndarray]:
     """Token ids and their mask, int32 [L] each."""

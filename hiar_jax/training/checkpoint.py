@@ -44,12 +44,14 @@ class IteratorHandler(ocp.CheckpointHandler):
   finds none on another number of hosts.
   """
 
-  def save(self, directory, args):
+  def save(self, directory: pathlib.Path, args: 'IteratorArgs') -> None:
     if jax.process_index() == 0:
       state = json.dumps(args.iterator.get_state(), indent=4)
       (directory / _ITERATOR_FILE).write_text(state)
 
-  def restore(self, directory, args):
+  def restore(
+    self, directory: pathlib.Path, args: 'IteratorArgs'
+  ) -> grain.DatasetIterator:
     state = json.loads((directory / _ITERATOR_FILE).read_text())
     args.iterator.set_state(state)
     return args.iterator

@@ -7,10 +7,14 @@ normal (arXiv:1312.6114).
 B batch, F frames, H W height and width, C latent channels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hiar_jax.codecs import pixels
 from hiar_jax.models import vae
@@ -70,11 +74,11 @@ def loss(
 
 def make_step(
   config: vae.VAEConfig,
-  optimiser,
+  optimiser: optax.GradientTransformation,
   *,
   kl_weight: float,
   ema_decay: float,
-):
+) -> Callable[..., Any]:
   """A pure (RegressionState, clips, key) -> (state, metrics)."""
 
   def step(state, video, key):

@@ -35,7 +35,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import ml_collections
@@ -51,7 +51,7 @@ from hiar_jax.runtime import seams
 from hiar_jax.text import encoders
 from hiar_jax.weights import layouts, safetensors_io
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 # Sources whose modules hold more than them.
 _ALIASES = {'file': 'prompts', 'folder': 'videos'}
@@ -454,7 +454,7 @@ def _open(
   return opens(options, config)
 
 
-def _section(name: str, config: Config) -> Mapping[str, Any]:
+def _section(name: str, config: Config) -> Config:
   if name not in config:
     raise ValueError(
       f'the {config.phase} config has no section {name!r}; training needs it'

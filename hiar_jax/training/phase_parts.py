@@ -6,12 +6,13 @@ missing inputs of a phase fail before anything is compiled.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.data import sources, trajectories
@@ -21,7 +22,7 @@ from hiar_jax.text import encoders
 from hiar_jax.training import inputs, network_files
 from hiar_jax.training import state as training_state
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,9 @@ def open_batches(
   )
 
 
-def make_optimiser(config: Config, iterations: int):
+def make_optimiser(
+  config: Config, iterations: int
+) -> optax.GradientTransformation:
   """The optimiser of a config's section, see `state.make_optimiser`."""
   return training_state.make_optimiser(
     training_state.OptimiserConfig(**config), iterations

@@ -11,7 +11,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
+from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
 from hiar_jax.weights import conversion, identity, layouts, releases
 from hiar_jax.weights.conversion import Options, Report
@@ -68,6 +70,7 @@ def cached(
     if below.transformer not in (None, release.transformer):
       # A training's checkpoint has no config.json; the base tells its heads.
       config = identity.open_network(below.transformer).config
+      assert isinstance(config, WanConfig)
       options = dataclasses.replace(options, head_dim=config.head_dim)
   _check_parts(name, base, release, needs)
   kept = compiled_programs.cache_folder()
@@ -87,7 +90,9 @@ def cached(
   return folder
 
 
-def _check_parts(name, base, release: Release, needs: Collection[str]) -> None:
+def _check_parts(
+  name: Any, base: Any, release: Release, needs: Collection[str]
+) -> None:
   """Raises FileNotFoundError for a part that is needed and not there."""
   for part in needs:
     if getattr(release, part) is not None:

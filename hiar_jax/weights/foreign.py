@@ -8,13 +8,14 @@ runs.
 
 import collections
 import functools
+import importlib
 import io
 import pathlib
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -75,7 +76,8 @@ class StateDict:
     """
     self.path = pathlib.Path(path)
     if _is_pickle(self.path):
-      arrays, files = {}, {}
+      arrays: dict[str, Any] = {}
+      files: dict[str, str] = {}
       for file in _pickle_files(self.path):
         loaded = _load_pickle(file, member)
         arrays |= loaded
@@ -108,7 +110,10 @@ class StateDict:
     for alias, name in aliases.items():
       if alias not in self._original:
         continue
-      for values in (self._original, self.shapes, self.dtypes, self.files):
+      every: tuple[dict[str, Any], ...] = (
+        *(self._original, self.shapes, self.dtypes, self.files),
+      )
+      for values in every:
         value = values.pop(alias)
         values.setdefault(name, value)
 
@@ -133,7 +138,9 @@ class StateDict:
     return True
 
 
-def _names_of_member(path, names: list[str], member: str | None) -> list[str]:
+def _names_of_member(
+  path: pathlib.Path, names: list[str], member: str | None
+) -> list[str]:
   """The names in a safetensors file that are of one network of several."""
   if member is None:
     # Under any other first name there is one network, as far as is known.
@@ -187,7 +194,7 @@ def _pickle_files(path: pathlib.Path) -> list[pathlib.Path]:
   return files
 
 
-def _clean_names(names, path: pathlib.Path) -> dict[str, str]:
+def _clean_names(names: Collection[str], path: pathlib.Path) -> dict[str, str]:
   """Clean name -> name in the file."""
   original = {clean_name(name): name for name in names}
   if len(original) < len(names):
@@ -226,7 +233,7 @@ def _load_pickle(path: pathlib.Path, member: str | None) -> dict[str, Any]:
   return _choose_member(path, loaded, member, torch.Tensor)
 
 
-def _torch_load(torch, path: pathlib.Path):
+def _torch_load(torch: Any, path: pathlib.Path) -> Any:
   load = functools.partial(torch.load, map_location='cpu', weights_only=True)
   if path.suffix == '.safetensors':
     # By its name torch would take it for that.
@@ -240,12 +247,14 @@ def _torch_load(torch, path: pathlib.Path):
     if 'torch.distributed.tensor' not in str(error):
       raise
   # FSDP2's DTensors are known to it once this is imported.
-  import torch.distributed.tensor
+  importlib.import_module('torch.distributed.tensor')
 
   return load()
 
 
-def _choose_member(path, loaded, member: str | None, tensor: type) -> dict:
+def _choose_member(
+  path: pathlib.Path, loaded: Any, member: str | None, tensor: type
+) -> dict[str, Any]:
   state = loaded
   if member is not None:
     networks = [k for k, v in _items(loaded) if isinstance(v, Mapping) and v]
@@ -264,7 +273,7 @@ def _choose_member(path, loaded, member: str | None, tensor: type) -> dict:
   }
 
 
-def _whole(path: pathlib.Path, name: str, tensor):
+def _whole(path: pathlib.Path, name: str, tensor: Any) -> Any:
   """The tensor itself; of an FSDP2 DTensor what this process has, if all."""
   if not hasattr(tensor, 'to_local'):
     return tensor
@@ -278,11 +287,11 @@ def _whole(path: pathlib.Path, name: str, tensor):
   return local
 
 
-def _items(value):
+def _items(value: Any) -> Any:
   return value.items() if isinstance(value, Mapping) else ()
 
 
-def _dtype(tensor) -> np.dtype:
+def _dtype(tensor: Any) -> np.dtype:
   name = str(tensor.dtype).removeprefix('torch.')
   if name == 'bfloat16':
     return np.dtype(ml_dtypes.bfloat16)
@@ -291,7 +300,7 @@ def _dtype(tensor) -> np.dtype:
   return np.dtype(name)
 
 
-def _to_numpy(tensor) -> np.ndarray:
+def _to_numpy(tensor: Any) -> np.ndarray:
   import torch
 
   tensor = tensor.detach().contiguous()

@@ -10,7 +10,8 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 _TRUE = ('1', 'ON', 'YES', 'TRUE')
 _NAME = re.compile(r'[\w.-]+/[\w.-]+(?:/[\w. +@=-]+)*')
@@ -58,7 +59,7 @@ def download(name: str, *, as_base: bool = False) -> pathlib.Path:
     return _offline(huggingface_hub, repo, name) / inner
   try:
     info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
   except (ValueError, OSError) as error:
     raise _unavailable(name, _first_line(error)) from error
   files = choose(sizes, repo, inner, as_base=as_base)
@@ -150,7 +151,7 @@ def is_name(name: str) -> bool:
   return len(others) == 1 or not pathlib.Path(first).exists()
 
 
-def _offline(huggingface_hub, repo: str, name: str) -> pathlib.Path:
+def _offline(huggingface_hub: Any, repo: str, name: str) -> pathlib.Path:
   """The folder of what was fetched before, which may be a part of a release.
 
   Whether it is enough is asked of the folder: a release needs fewer files than
@@ -179,14 +180,16 @@ def _unavailable(name: str, reason: str) -> ValueError:
   )
 
 
-def _several(repo, root, files, sizes) -> ValueError:
+def _several(
+  repo: str, root: str, files: Sequence[str], sizes: Mapping[str, int]
+) -> ValueError:
   """That one of these files is to be named, with their sizes."""
   if not files:
     return ValueError(f'{repo}/{root} has no weights: {sorted(sizes)[:8]}')
   groups: dict[str, int] = {}
   for file in files:
-    shown = re.sub(r'-\d{5}-of-\d{5}', '', file)
-    groups[shown] = groups.get(shown, 0) + sizes[file]
+    group = re.sub(r'-\d{5}-of-\d{5}', '', file)
+    groups[group] = groups.get(group, 0) + sizes[file]
   shown = [f'{repo}/{root}{f} ({n / 1e9:.1f} GB)' for f, n in groups.items()]
   more = f' and {len(shown) - 12} more' if len(shown) > 12 else ''
   return ValueError(
@@ -195,7 +198,7 @@ def _several(repo, root, files, sizes) -> ValueError:
   )
 
 
-def _check_space(huggingface_hub, name: str, needed: int) -> None:
+def _check_space(huggingface_hub: Any, name: str, needed: int) -> None:
   folder = pathlib.Path(huggingface_hub.constants.HF_HUB_CACHE)
   while not folder.exists():
     folder = folder.parent

@@ -83,6 +83,7 @@ def open_network(
   kind, naming, rules = recognise(state)
   ours = tables.our_shapes(state.shapes, rules)
   known = _config_sizes(state.path, kind)
+  config: WanConfig | vae.VAEConfig | umt5.UMT5Config
   try:
     if kind == 'vae':
       config = _vae_config(state, ours, known)
@@ -301,7 +302,7 @@ def _wan_config(
       f"'patch_embedding.weight' in {state.path} has shape {patches}, not "
       '[dim, channels, 1, rows, columns]'
     )
-  sizes = {
+  sizes: dict[str, Any] = {
     'dim': ours['patch_embedding/bias'][0],
     'channels': patches[1],
     'patch': patches[3:],
@@ -326,7 +327,7 @@ def _vae_config(
   state: foreign.StateDict, ours: Mapping[str, Shape], known: Mapping[str, Any]
 ) -> vae.VAEConfig:
   wan = vae.VAEConfig.wan()
-  sizes = vae_tables.infer_sizes(ours) | known
+  sizes = vae_tables.infer_sizes(ours) | dict(known)
   if 'mean' not in sizes:
     if sizes['z_dim'] != wan.z_dim:
       raise ValueError(

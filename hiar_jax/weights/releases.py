@@ -262,7 +262,7 @@ def _is_pickle_name(path: pathlib.Path) -> bool:
 
 def _is_weights(path: pathlib.Path) -> bool:
   name = path.name.removesuffix(safetensors_io.INDEX_SUFFIX)
-  suffixes = ('.safetensors', *foreign.PICKLES)
+  suffixes: tuple[str, ...] = ('.safetensors', *foreign.PICKLES)
   if name != path.name:
     suffixes = ('.safetensors', '.bin')
   return name.endswith(suffixes) and not path.is_dir()
