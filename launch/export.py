@@ -41,6 +41,12 @@ _WITH_TEACHER = flags.DEFINE_bool('with_teacher', False, 'add the teacher')
 def main(argv):
   del argv
   config = _CONFIG.value
+  reads = {*loading.SECTIONS, 'codec', 'vae', 'prompts', 'workdir'}
+  # A linear codec that is not there is fitted to videos.
+  reads |= {'world', 'world_seed'}
+  if _WITH_TEACHER.value:
+    reads.add('teacher_weights')
+  config_flag.refuse_overrides_but(*reads)
   weights = (
     _WEIGHTS.value or pathlib.Path(config.workdir) / training_loop.WEIGHTS
   )

@@ -1,0 +1,28 @@
+"""`hiar-jax export`: what it does not read of a config is refused."""
+
+import pathlib
+import subprocess
+import sys
+
+_PROGRAM = pathlib.Path(__file__).parents[2] / 'launch' / 'export.py'
+
+
+def test_an_override_that_would_change_nothing_is_refused(tmp_path):
+  for override, told in (
+    ('--config.batch_size=3', '--config.batch_size would change nothing'),
+    (f'--config.workdir={tmp_path / "no_run"}', 'no_run'),
+  ):
+    done = subprocess.run(
+      [
+        *(sys.executable, _PROGRAM, '--config=bouncing', override),
+        f'--out={tmp_path / "out"}',
+      ],
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ')
+    assert told in done.stderr
+    assert not (tmp_path / 'out').exists()
