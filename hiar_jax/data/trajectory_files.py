@@ -46,7 +46,7 @@ class Manifest(shard_files.Manifest):
   """
 
   elements = 'trajectories'
-  program = '`hiar-jax trajectories`'
+  program = 'hiar-jax trajectories'
   file_name = 'shard-{:05d}.array_record'
 
   seed: int

@@ -135,6 +135,8 @@ class UMT5TextEncoder:
       if path.exists():
         return embeddings.read(path).states
     if self._params is None:
+      # Only those of a file are let go of, see `_check_file`.
+      assert isinstance(self._weights, str | os.PathLike)
       self._params = _load_params(self._weights, self.config)
     states = _encode(self._params, ids[None], mask[None], config=self.config)
     states_nD = np.array(states[0, : mask.sum()], np.float32)

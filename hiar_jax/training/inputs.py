@@ -204,6 +204,7 @@ def open_videos(config: Config, encoder: encoders.Encoder) -> 'CaptionedVideos':
       latents are of other videos or another codec, naming what differs.
     FileNotFoundError: if videos or latents are missing.
   """
+  source: latents.EncodedVideos | data_videos.Videos
   if 'latents' in config:
     name, source = 'latents', open_latents(config)
   else:
@@ -229,7 +230,7 @@ def open_latents(config: Config) -> latents.EncodedVideos:
   They are held to the config's videos and codec where those are at hand; where
   they are not, the latents can be trained on alone.
   """
-  expected = {}
+  expected: dict[str, Any] = {}
   with contextlib.suppress(FileNotFoundError):
     if 'videos' in config:
       expected['videos'] = open_bare_videos(config).identity()
