@@ -10,7 +10,7 @@ random bfloat16 weights: what is measured does not depend on their values.
 Each compiles in a first run that is not counted; times are medians of the
 repetitions after it. The processes share a compilation cache, the most wanted
 case comes first, every line is out as soon as it is known, and what does not
-fit into `--minutes` is skipped. Of jax, numpy, flax and absl alone all is there
+fit into `--minutes` is skipped. jax, numpy, flax, absl and safetensors are all
 that it needs: no video, data or training library is imported.
 
   numerics            the largest difference of this machine's attention kernel
@@ -37,8 +37,8 @@ is proportional; a video's are its passes at the full window, more than the
 first blocks need. The peak is the device's, or the process's where the device
 keeps no account.
 
-There are no results here: no GPU was at hand when this was written. Every
-program of it compiles for one (docs/gpu.md).
+There are no results here: no GPU was at hand when this was written.
+docs/gpu.md says which programs were compiled for one.
 """
 
 import argparse
@@ -66,7 +66,7 @@ from hiar_jax.models import attention, kv_cache, umt5, vae
 from hiar_jax.models import flops as flops_lib
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import parts as planning_parts
-from hiar_jax.sampling import calls, seeds, streaming
+from hiar_jax.sampling import calls, decoding, seeds, streaming
 from hiar_jax.text import word_hash
 
 _LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
@@ -502,7 +502,7 @@ def _offline(sample, codec, config, request, flops):
   block_frames = config.frames_per_block
 
   def decode(latents):
-    return streaming.decode_blocks(codec, latents, block_frames)[0]
+    return decoding.decode_blocks(codec, latents, block_frames)[0]
 
   while True:
     started, done, first = time.perf_counter(), 0, 0.0

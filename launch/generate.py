@@ -199,13 +199,20 @@ def main(argv: Sequence[str]) -> None:
     latents = pipeline.sample(
       prompts, request, initial_frames=_initial_frames(pipeline)
     )
-  with watch('decode'):
-    frames = pipeline.decode(latents)
-  with watch('encode'):
+  scale = _SCALE.value
+  if scale is None:
+    scale = video.watchable_scale(pipeline.frame_shape[0])
+  # Each block is encoded while the next one is decoded.
+  with watch('decode and encode'):
     for i, path in enumerate(paths):
+      writer = video_io.VideoWriter(path, fps=pipeline.fps, scale=scale)
+      frames = []
+      with writer:
+        for block in pipeline.decoded_blocks(latents[i]):
+          writer.append(block)
+          frames.append(block)
       prompt = prompts[i // request.num_videos]
-      made = video.Video(frames[i], pipeline.fps, prompt)
-      made.save(path, scale=_SCALE.value)
+      made = video.Video(np.concatenate(frames), pipeline.fps, prompt)
       made.contact_sheet(path.with_suffix('.png'))
   for path, seed in zip(paths, chosen, strict=True):
     print(f'wrote {path} and {path.with_suffix(".png").name}, seed {seed}')

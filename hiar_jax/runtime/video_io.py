@@ -341,7 +341,7 @@ def contact_sheet(
     sheet.paste(strip, (0, top))
     top += strip.height
   with files.whole_file(path) as partial:
-    sheet.save(partial, format='PNG', optimize=True)
+    sheet.save(partial, format='PNG')
 
 
 def to_html(

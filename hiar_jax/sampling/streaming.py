@@ -14,7 +14,6 @@ asks for the same blocks, sends the same prompts, and gets all frames.
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
@@ -25,10 +24,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hiar_jax import rollout
-from hiar_jax.codecs import linear, pixels
+from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
-from hiar_jax.sampling import memory, pipeline, shared_pipeline
+from hiar_jax.sampling import decoding, memory, pipeline, shared_pipeline
 
 MODES = ('batched', 'serial', 'shared')
 AUTO = 'auto'  # `choose_mode` decides.
@@ -273,7 +272,7 @@ class Stream:
     if initial is not None:
       if engine.mesh is not None:  # Where the blocks will be decoded.
         initial = jax.device_put(initial, engine.mesh.local_devices[0])
-      self.given, self._decoder = decode_blocks(
+      self.given, self._decoder = decoding.decode_blocks(
         codec, initial, engine.config.frames_per_block
       )
     # Blocks that have left, and blocks that the first stage has begun.
@@ -383,7 +382,9 @@ class Stream:
     self._block += 1
     # Where there is a mesh all its devices have them; one is enough to decode.
     latents = latents.addressable_data(0)
-    frames, self._decoder = decode_block(self._codec, self._decoder, latents)
+    frames, self._decoder = decoding.decode_block(
+      self._codec, self._decoder, latents
+    )
     return frames
 
 
@@ -455,34 +456,3 @@ def run_shared_block(
   sampler = engine.sampler(params, text)
   x, pasts, _ = rollout.shared_block(sampler, noise, pasts, block)
   return pasts, x
-
-
-def decode_blocks(
-  codec: Any, latents_BFhwC: np.ndarray | jax.Array, frames_per_block: int
-) -> tuple[np.ndarray, Any]:
-  """Latents from the first frame on to pixels, in memory for one block.
-
-  Args:
-    codec: see `codecs`.
-    latents_BFhwC: any number of frames; what makes no whole number of blocks
-      are given frames, and those come first.
-    frames_per_block: latent frames that are decoded at a time.
-
-  Returns:
-    uint8 [B, F, H, W, 3], and the decoder's state for the block after them.
-  """
-  batch_size, num_frames = latents_BFhwC.shape[:2]
-  first = num_frames % frames_per_block or frames_per_block
-  cuts = [0, *range(first, num_frames + 1, frames_per_block)]
-  state, pieces = codec.init_decode_state(batch_size), []
-  for start, end in itertools.pairwise(cuts):
-    frames, state = decode_block(codec, state, latents_BFhwC[:, start:end])
-    pieces.append(np.asarray(frames))
-  return np.concatenate(pieces, 1), state
-
-
-@jax.jit
-def decode_block(codec, state, latents_BFhwC) -> tuple[jax.Array, Any]:
-  """The next latents' uint8 frames, and the decoder's state after them."""
-  frames, state = codec.decode_stream(state, latents_BFhwC)
-  return pixels.from_float(frames), state

@@ -22,7 +22,7 @@ from hiar_jax import rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.runtime import metrics
-from hiar_jax.sampling import calls, memory, seeds, streaming
+from hiar_jax.sampling import calls, decoding, memory, seeds, streaming
 from hiar_jax.sampling.video import Video
 
 # Videos that are sampled together. More of them need memory in proportion and
@@ -239,10 +239,18 @@ class VideoPipeline:
     """Latents to uint8 frames [B, F, H, W, 3], block by block."""
     size = self.rollout.frames_per_block
     videos = [
-      streaming.decode_blocks(self.codec, latents_BFhwC[samples], size)[0]
+      decoding.decode_blocks(self.codec, latents_BFhwC[samples], size)[0]
       for samples in _batches(len(latents_BFhwC))
     ]
     return np.concatenate(videos)[: len(latents_BFhwC)]
+
+  def decoded_blocks(self, latents_FhwC: np.ndarray) -> Iterator[np.ndarray]:
+    """One video's latents to uint8 frames [F, H, W, 3], a block at a time."""
+    size = self.rollout.frames_per_block
+    for frames, _ in decoding.decoded_blocks(
+      self.codec, latents_FhwC[None], size
+    ):
+      yield frames[0]
 
   def _check_host(
     self, size: int, num_blocks: int, initial: np.ndarray | None

@@ -75,7 +75,7 @@ def test_one_command_makes_the_videos_and_their_sheets(pipeline, tmp_path):
     'wrote video-0.mp4 and video-0.png, seed 0',
     f'wrote video-1.mp4 and video-1.png, seed {2**64}',
   ]
-  for name in ('import', 'load', 'compile', 'sample', 'decode', 'encode'):
+  for name in ('import', 'load', 'compile', 'sample', 'decode and encode'):
     assert f'{name} ' in times
   assert "'a cat' names no shape" in done.stderr
   assert "'a red disc on grey'" not in done.stderr

@@ -16,7 +16,7 @@ from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.sampling import streaming, video_pipeline
+from hiar_jax.sampling import decoding, video_pipeline
 from hiar_jax.text import word_hash
 from tests import toy_network
 
@@ -108,7 +108,7 @@ def test_given_frames_are_those_of_the_codec():
   given = picture(3)
   stream = pipe().stream(PROMPT, initial_frames=given)
   latents = pipe().encode(given)
-  decoded, _ = streaming.decode_blocks(pipe().codec, latents, 2)
+  decoded, _ = decoding.decode_blocks(pipe().codec, latents, 2)
   np.testing.assert_array_equal(stream.given, decoded)
   assert np.abs(stream.given[0].astype(int) - given).max() > 0
 
