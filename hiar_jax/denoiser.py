@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +66,7 @@ class Denoiser:
 
   def project_text(self, params: dict, states_BLD: jax.Array) -> TextKV:
     """Text encoder states [B, L, text_dim] to cross-attention K/V, once."""
+    chex.assert_shape(states_BLD, (None, None, self.config.text_dim))
     return self._module.apply(
       {'params': params}, states_BLD, method='project_text'
     )
@@ -96,6 +98,8 @@ class Denoiser:
       frame_mask: see WanTransformer.
       same_frames: see WanTransformer.
     """
+    # The network itself compares rows, columns and channels with its sizes.
+    chex.assert_rank(x_BFhwC, 5)
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
     layers = params.get('layers')
