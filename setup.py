@@ -20,6 +20,7 @@ _CONVERT = [
 ]
 _TEST = [
   'ipykernel>=6.29',
+  'mypy>=1.15',
   'nbclient>=0.10',
   'nbformat>=5.10',
   'pytest>=8.0',
