@@ -104,6 +104,8 @@ def test_help_of_a_command_has_its_text_and_its_own_flags(tmp_path):
 def test_a_packaged_config_is_found_from_any_folder(tmp_path):
   done = _run('plan', '--config=bouncing:teacher', cwd=tmp_path)
   assert done.returncode == 2
-  assert done.stderr == (
-    "error: config 'bouncing' has no section plan, as hiar_1_3b has\n"
+  # The last line: on its oldest jaxlib grain warns when it is imported.
+  assert done.stderr.splitlines()[-1] == (
+    "error: config 'bouncing' has no section plan, as hiar_1_3b has"
   )
+  assert 'Traceback' not in done.stderr

@@ -23,6 +23,8 @@ def test_an_override_that_would_change_nothing_is_refused(tmp_path):
       check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith('error: ')
-    assert told in done.stderr
+    # The last line: on its oldest jaxlib grain warns when it is imported.
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith('error: ')
+    assert told in last
     assert not (tmp_path / 'out').exists()
