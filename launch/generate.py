@@ -43,7 +43,6 @@ from absl import flags, logging
 
 from hiar_jax import rollout
 from hiar_jax.data import given_frames
-from hiar_jax.data import prompts as data_prompts
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import (
   calls,
@@ -53,7 +52,7 @@ from hiar_jax.sampling import (
   video,
   video_pipeline,
 )
-from hiar_jax.weights import layouts, safetensors_io, student_files
+from hiar_jax.weights import layouts, student_files
 
 _CONFIG = config_flag.define()
 _PIPELINE = flags.DEFINE_string(
@@ -400,12 +399,11 @@ def _switches() -> list[tuple[int, str]]:
         f'--num_blocks={_NUM_BLOCKS.value}, counted from 0'
       )
     switches[block] = prompt
-  _note_unknown(list(switches.values()))
   return sorted(switches.items())
 
 
 def _prompts() -> list[str]:
-  """The prompts asked for, with a note about what was not taught."""
+  """The prompts asked for."""
   if (_PROMPT.value is None) == (_PROMPTS_FILE.value is None):
     raise ValueError('give either --prompt or --prompts_file')
   if _PROMPT.value is not None:
@@ -422,23 +420,7 @@ def _prompts() -> list[str]:
     if not prompts:
       raise ValueError(f'prompts file {path} has no prompt in it')
   streaming.check_prompts(prompts)
-  _note_unknown(prompts)
   return prompts
-
-
-def _note_unknown(prompts: Sequence[str]) -> None:
-  """Says which prompts ask for what the model was not taught."""
-  if _CONFIG.value is not None:
-    config = _CONFIG.value
-  elif _PIPELINE.value in loading.known_names():
-    folder = layouts.ASSETS / _PIPELINE.value
-    config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
-  else:
-    return
-  source = config.get('prompts', {}).get('source')
-  for prompt in prompts:
-    for note in data_prompts.not_taught(source, prompt):
-      print(f'note: {note}', file=sys.stderr)
 
 
 def _paths(count: int) -> list[pathlib.Path]:

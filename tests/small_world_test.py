@@ -74,6 +74,7 @@ def test_its_own_files_are_few():
   own = [file for file in _FILES if file.startswith(_OWN)]
   assert own == [
     'hiar_jax/data/bouncing.py',
+    'hiar_jax/data/bouncing_words.py',
     'hiar_jax/evaluation/bouncing.py',
     'hiar_jax/evaluation/bouncing_frames.py',
     'configs/bouncing.py',

@@ -12,35 +12,24 @@ F frames, H height, W width.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from hiar_jax.data import bouncing_words
+from hiar_jax.data.bouncing_words import (
+  BACKGROUNDS,
+  MOTIONS,
+  PALETTE,
+  SHAPES,
+  SIZES,
+)
 from hiar_jax.runtime import provenance
 
-PALETTE = {
-  'red': (230, 40, 40),
-  'green': (50, 200, 70),
-  'blue': (50, 90, 240),
-  'yellow': (245, 220, 50),
-  'white': (245, 245, 245),
-  'magenta': (230, 50, 220),
-  'cyan': (50, 220, 230),
-  'orange': (250, 140, 30),
-}
-BACKGROUNDS = {
-  'black': (0, 0, 0),
-  'grey': (112, 112, 112),
-  'dark blue': (16, 24, 96),
-  'dark green': (12, 72, 32),
-  'dark red': (96, 16, 20),
-  'dark purple': (64, 20, 88),
-}
-SHAPES = ('disc', 'square', 'triangle', 'ring')
-SIZES = ('small', 'large')
-MOTIONS = ('slowly', 'fast')
+# What the seam of `data.prompts` asks a source for.
+reword = bouncing_words.reword
+unknown_words = bouncing_words.unknown_words
 
 # Of a shape's radius: the half side of the square, the hole of the ring.
 _SQUARE_HALF_SIDE = 0.85
@@ -105,17 +94,6 @@ class Scene:
   caption: str
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptTerms:
-  """What a prompt names; None where it leaves the choice to the model."""
-
-  shape: str | None = None
-  colour: str | None = None
-  background: str | None = None
-  size: str | None = None
-  motion: str | None = None
-
-
 def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
   """Draws scene number `index` of the world `seed`.
 
@@ -168,7 +146,11 @@ def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
     caption='',
   )
   is_free = u[10] < cfg.free_caption_rate
-  template = _pick(_FREE_CAPTIONS, u[11]) if is_free else _CAPTION
+  template = (
+    _pick(bouncing_words.FREE_CAPTIONS, u[11])
+    if is_free
+    else bouncing_words.CAPTION
+  )
   caption = template.format(
     size=size,
     colour=colour,
@@ -257,69 +239,6 @@ def composite(
   )
   level_FHW = (cover_FHW * 255 + np.float32(0.5)).astype(np.uint8)
   return np.take(blends.astype(np.uint8), level_FHW, axis=0)
-
-
-def parse_prompt(prompt: str) -> PromptTerms:
-  """Finds what a prompt names in the words of this world.
-
-  A colour after 'on', 'over' or 'against', or before 'background', is the
-  background's; so is a background's name that stands alone ('red disc, dark
-  blue'), but not one that is said of the shape ('a dark blue disc').
-  """
-  text = ' '.join(re.findall(r'[a-z]+|,', prompt.lower()))
-  text = re.sub(r'\bgray\b', 'grey', text)
-  background = None
-  marked = _MARKED_BACKGROUND.search(text)
-  if marked:
-    background = marked.group(1) or marked.group(2)
-    text = f'{text[: marked.start()]} , {text[marked.end() :]}'
-  else:
-    alone = _LONE_BACKGROUND.search(text)
-    if alone:
-      background = alone.group(1)
-      text = f'{text[: alone.start()]} , {text[alone.end() :]}'
-  words = text.split()
-  return PromptTerms(
-    shape=_first_named(words, _SHAPE_WORDS),
-    colour=_first_named(words, {name: name for name in PALETTE}),
-    background=background if background in BACKGROUNDS else None,
-    size=_first_named(words, _SIZE_WORDS),
-    motion=_first_named(words, _MOTION_WORDS),
-  )
-
-
-_CAPTION = 'a {size} {colour} {shape} drifting {motion} over {background}'
-_FREE_CAPTIONS = (
-  'a {colour} {shape} drifting {motion} over {background}',
-  'a {size} {colour} {shape} over {background}',
-  'a {size} {colour} {shape} moving {motion} over {background}',
-  'a {colour} {shape} moving {motion} on {background}',
-  'a {colour} {shape} on {background}',
-  'a {size} {colour} {shape} on a {background} background',
-  '{colour} {shape}, {pace}, {background} background',
-  'on a {background} background, a {size} {colour} {shape} moving {motion}',
-)
-
-_SHAPE_WORDS = {s: s for s in SHAPES} | {
-  'circle': 'disc',
-  'ball': 'disc',
-  'box': 'square',
-}
-_SIZE_WORDS = {s: s for s in SIZES} | {'little': 'small', 'big': 'large'}
-_MOTION_WORDS = {
-  'slowly': 'slowly',
-  'slow': 'slowly',
-  'fast': 'fast',
-  'quickly': 'fast',
-}
-_COLOUR_NAMES = '|'.join((*BACKGROUNDS, *PALETTE))
-_MARKED_BACKGROUND = re.compile(
-  rf'\b(?:on|over|against) (?:(?:a|an|the) )?({_COLOUR_NAMES})\b'
-  rf'|\b({_COLOUR_NAMES}) background\b'
-)
-_LONE_BACKGROUND = re.compile(
-  rf'\b({"|".join(BACKGROUNDS)})\b(?! (?:{"|".join(_SHAPE_WORDS)})\b)'
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,19 +373,6 @@ def open_clips(
   return ObjectClips(crop=crop, **scenes)
 
 
-def unknown_words(prompt: str) -> list[str]:
-  """What a prompt lacks for a model of this world, a sentence each."""
-  terms = parse_prompt(prompt)
-  return [
-    f'{prompt!r} names no {name} that the model was taught: {", ".join(known)}'
-    for value, name, known in (
-      (terms.shape, 'shape', SHAPES),
-      (terms.colour, 'colour', PALETTE),
-    )
-    if value is None
-  ]
-
-
 def _scene_options(config, *, seed=None, length=2**20):
   return {
     'world': WorldConfig(**config['world']),
@@ -481,7 +387,3 @@ def _pick(options: tuple[str, ...], u: float) -> str:
 
 def _between(bounds: tuple[float, float], u: float) -> float:
   return float(bounds[0] + (bounds[1] - bounds[0]) * u)
-
-
-def _first_named(words: list[str], meaning: dict[str, str]) -> str | None:
-  return next((meaning[word] for word in words if word in meaning), None)

@@ -149,6 +149,18 @@ def not_taught(source: str | None, prompt: str) -> list[str]:
   return [] if finds is None else finds(prompt)
 
 
+def reworded(source: str | None, prompt: str) -> str:
+  """A prompt in the words of a source's prompts; arguments as `not_taught`.
+
+  By the function `reword` of the source's module; as it is if the source has
+  no such function.
+  """
+  if source is None:
+    return prompt
+  rewords = seams.optional_function('data', source, 'reword')
+  return prompt if rewords is None else rewords(prompt)
+
+
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
   """Number from 1, start in the file and bytes of every line."""
   start = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.data import bouncing
+from hiar_jax.data import bouncing, bouncing_words
 from hiar_jax.evaluation import bouncing_frames
 
 # Fewer have no quarters to compare.
@@ -216,7 +216,7 @@ class HeldOutScores:
 
 
 def _says_everything(caption: str) -> bool:
-  terms = bouncing.parse_prompt(caption)
+  terms = bouncing_words.parse_prompt(caption)
   return all(getattr(terms, f.name) for f in dataclasses.fields(terms))
 
 
@@ -231,7 +231,7 @@ def evaluate_video(
   """
   video_FHWC = np.asarray(video_FHWC)
   _check_video(video_FHWC, cfg)
-  asked = bouncing.parse_prompt(prompt)
+  asked = bouncing_words.parse_prompt(prompt)
   frames = bouncing_frames.measure_frames(video_FHWC, cfg)
   best_F = np.argmin(
     bouncing_frames.shape_errors(video_FHWC, frames, cfg), axis=0

@@ -20,6 +20,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
+from hiar_jax.sampling import taught
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 from hiar_jax.text import encoders
 from hiar_jax.text import umt5 as text_umt5
@@ -204,7 +205,9 @@ def from_config(
     name=config['name'],
     denoiser=denoiser,
     params=networks.load_weights(weights, abstract),
-    encoder=encoder,
+    encoder=taught.TaughtEncoder(
+      encoder, config.get('prompts', {}).get('source')
+    ),
     codec=_load_codec(codec, config),
     rollout=rollout_config,
     **config['generate'],

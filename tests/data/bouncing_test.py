@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from hiar_jax.data import bouncing
+from hiar_jax.data import bouncing, bouncing_words
 
 CFG = bouncing.WorldConfig()
 
@@ -117,7 +117,7 @@ def test_shape_and_background_colours_are_far_apart():
 def test_every_caption_names_its_scene():
   free = 0
   for scene in scenes(400):
-    terms = bouncing.parse_prompt(scene.caption)
+    terms = bouncing_words.parse_prompt(scene.caption)
     assert terms.shape == scene.shape, scene.caption
     assert terms.colour == scene.colour, scene.caption
     assert terms.background == scene.background, scene.caption
@@ -145,7 +145,30 @@ def test_every_caption_names_its_scene():
   ],
 )
 def test_a_free_prompt_is_understood(prompt, expected):
-  assert bouncing.parse_prompt(prompt) == bouncing.PromptTerms(*expected)
+  assert bouncing_words.parse_prompt(prompt) == bouncing_words.PromptTerms(
+    *expected
+  )
+
+
+def test_synonyms_become_the_words_of_the_captions():
+  assert bouncing.reword('An Box, a BIG ball, quickly against the gray') == (
+    'a square, a large disc, fast over a grey'
+  )
+  assert bouncing.reword('a boxer and a bigger circles') == (
+    'a boxer and a bigger circles'
+  )
+
+
+def test_no_caption_is_reworded_or_has_an_unknown_word():
+  for scene in scenes(400):
+    assert bouncing.reword(scene.caption) == scene.caption
+    assert bouncing.unknown_words(scene.caption) == []
+
+
+def test_every_word_that_was_not_taught_is_named_once():
+  (note,) = bouncing.unknown_words('a red disc and two discs left over pink')
+  assert note.endswith('not taught: and, two, discs, left, pink')
+  assert bouncing.unknown_words('a tiny red box over the dark blue') == []
 
 
 def test_a_shape_too_large_for_the_frame_is_refused():

@@ -124,8 +124,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_source_may_say_which_words_a_model_lacks():
   notes = prompts.not_taught('bouncing', 'a red cat over black')
-  assert len(notes) == 1
+  assert len(notes) == 2
   assert notes[0].startswith("'a red cat over black' names no shape ")
+  assert notes[1].endswith('not taught: cat')
+  assert prompts.reworded('bouncing', 'a box') == 'a square'
   assert prompts.not_taught('bouncing', 'a red disc') == []
   for source in (None, 'file', 'prompts', 'nowhere', 'os.path'):
     assert prompts.not_taught(source, 'a cat') == []
+    assert prompts.reworded(source, 'a box') == 'a box'

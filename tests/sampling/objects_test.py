@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import hiar_jax
+from hiar_jax.sampling import taught
 from hiar_jax.sampling.video import Video
 
 
@@ -69,3 +70,38 @@ def test_a_stream_closes_and_refuses_what_is_no_prompt(pipe):
   with pytest.raises(ValueError, match='the stream is closed'):
     stream.send('a red disc')
   stream.close()
+
+
+def test_a_synonym_asks_for_the_word_that_was_taught(pipe, capsys):
+  given, taught = pipe.encoder.encode(
+    ['a big red box over black', 'a large red square over black']
+  )
+  np.testing.assert_array_equal(given, taught)
+  assert not capsys.readouterr().err
+
+
+def test_a_word_that_was_not_taught_is_named_once_whoever_asks(pipe, capsys):
+  with pipe.stream('a red disc over pink', mode='serial') as stream:
+    stream.send('a red disc over pink')
+    stream.send('a blue cat over black')
+  *notes, last = capsys.readouterr().err.splitlines()
+  assert len(notes) == 2
+  assert notes[0].startswith("note: 'a red disc over pink' has words")
+  assert 'names no shape' in notes[1] and last.endswith('not taught: cat')
+
+
+def test_other_models_prompts_are_left_alone(capsys):
+  class Encoder:
+    dim = 3
+
+    def encode(self, captions):
+      return captions
+
+  encoder = taught.TaughtEncoder(Encoder(), 'file')
+  assert encoder.encode(['a big cat']) == ['a big cat'] and encoder.dim == 3
+  assert not capsys.readouterr().err
+
+
+def test_what_a_long_prompt_loses_is_said(pipe, capsys):
+  pipe.encoder.encode(['a red disc over black ' * 4])
+  assert 'does not see its last 4 tokens' in capsys.readouterr().err
