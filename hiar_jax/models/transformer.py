@@ -20,7 +20,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,17 +28,11 @@ from flax import linen as nn
 from hiar_jax.models import attention, rope, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
+from hiar_jax.models.norms import layer_norm, rms_norm
+from hiar_jax.models.text_kv import StackedTextKV, TextKV
 
 _DENSE_INIT = nn.initializers.xavier_uniform()
 _EMBED_INIT = nn.initializers.normal(0.02)
-
-
-@flax.struct.dataclass
-class TextKV:
-  """Cross-attention K/V of a prompt, all layers: [N, B, L, H, K] each."""
-
-  k: jax.Array
-  v: jax.Array
 
 
 def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
@@ -67,21 +60,6 @@ def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
   return jnp.concatenate(
     [cos_w * cos_f - sin_w * sin_f, sin_w * cos_f + cos_w * sin_f], -1
   )
-
-
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-  """LayerNorm over the last axis without affine, float32 in and out."""
-  x = x.astype(jnp.float32)
-  mean = jnp.mean(x, -1, keepdims=True)
-  var = jnp.mean(jnp.square(x - mean), -1, keepdims=True)
-  return (x - mean) * jax.lax.rsqrt(var + eps)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """RMS norm over the last axis in float32, result in the dtype of x."""
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-  return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def _dense(
@@ -434,45 +412,6 @@ class WanTransformer(nn.Module):
     x = jnp.zeros((1, 1, cfg.latent_height, cfg.latent_width, cfg.channels))
     text = self.project_text(states_BLD)
     return self(x, jnp.zeros((1, 1)), text, jnp.zeros((1,), jnp.int32))[0]
-
-
-class StackedTextKV(nn.Module):
-  """The k and v projections of all cross-attentions as stacked products."""
-
-  config: WanConfig
-
-  @nn.compact
-  def __call__(self, x_BLD: jax.Array) -> TextKV:
-    cfg = self.config
-    init = nn.initializers.variance_scaling(
-      1.0, 'fan_avg', 'uniform', batch_axis=(0,)
-    )
-    shape = (cfg.num_layers, cfg.dim, cfg.dim)
-
-    def project(name):
-      kernel = self.param(f'{name}_kernel', init, shape)
-      bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[:2])
-      kernel, bias = kernel.astype(cfg.dtype), bias.astype(cfg.dtype)
-      if cfg.is_unrolled:  # A small network: one product is faster.
-        out = jnp.einsum('BLD,NDE->NBLE', x_BLD, kernel)
-        return out + bias[:, None, None]
-      # Layer by layer: divided kernels are gathered one at a time, of a 14B
-      # teacher else 2.1 GB at once.
-      return jax.lax.map(
-        lambda one: (
-          jnp.einsum('BLD,DE->BLE', x_BLD, one[0]) + one[1][None, None]
-        ),
-        (kernel, bias),
-      )
-
-    norm_k = self.param('norm_k', nn.initializers.ones, shape[:2])
-    k = jax.vmap(rms_norm, (0, 0, None))(project('k'), norm_k, cfg.eps)
-    v = project('v')
-    heads = (*k.shape[:-1], cfg.num_heads, cfg.head_dim)
-    k, v = (
-      sharding.constrain(x.reshape(heads), sharding.KEYS_NBSHK) for x in (k, v)
-    )
-    return TextKV(k=k, v=v)
 
 
 def patchify(x_BFhwC: jax.Array, patch: tuple[int, int]) -> jax.Array:

@@ -1,0 +1,59 @@
+"""What cross-attention reads of a prompt, projected once for all layers."""
+
+# B batch, L text tokens, D width, H heads, K head width, N layers, E out
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from hiar_jax.models import sharding
+from hiar_jax.models.config import WanConfig
+from hiar_jax.models.norms import rms_norm
+
+
+@flax.struct.dataclass
+class TextKV:
+  """Cross-attention K/V of a prompt, all layers: [N, B, L, H, K] each."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+class StackedTextKV(nn.Module):
+  """The k and v projections of all cross-attentions as stacked products."""
+
+  config: WanConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array) -> TextKV:
+    cfg = self.config
+    init = nn.initializers.variance_scaling(
+      1.0, 'fan_avg', 'uniform', batch_axis=(0,)
+    )
+    shape = (cfg.num_layers, cfg.dim, cfg.dim)
+
+    def project(name):
+      kernel = self.param(f'{name}_kernel', init, shape)
+      bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[:2])
+      kernel, bias = kernel.astype(cfg.dtype), bias.astype(cfg.dtype)
+      if cfg.is_unrolled:  # A small network: one product is faster.
+        out = jnp.einsum('BLD,NDE->NBLE', x_BLD, kernel)
+        return out + bias[:, None, None]
+      # Layer by layer: divided kernels are gathered one at a time, of a 14B
+      # teacher else 2.1 GB at once.
+      return jax.lax.map(
+        lambda one: (
+          jnp.einsum('BLD,DE->BLE', x_BLD, one[0]) + one[1][None, None]
+        ),
+        (kernel, bias),
+      )
+
+    norm_k = self.param('norm_k', nn.initializers.ones, shape[:2])
+    k = jax.vmap(rms_norm, (0, 0, None))(project('k'), norm_k, cfg.eps)
+    v = project('v')
+    heads = (*k.shape[:-1], cfg.num_heads, cfg.head_dim)
+    k, v = (
+      sharding.constrain(x.reshape(heads), sharding.KEYS_NBSHK) for x in (k, v)
+    )
+    return TextKV(k=k, v=v)
