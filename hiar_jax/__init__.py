@@ -19,7 +19,12 @@ _NAMES = {
   'VideoPipeline': 'hiar_jax.sampling.video_pipeline',
   'load': 'hiar_jax.sampling.loading',
 }
-_METHOD = ('denoiser', 'losses', 'noise_schedule', 'rollout')
+_METHOD = {
+  'denoiser': 'hiar_jax.denoiser',
+  'losses': 'hiar_jax.training.losses',
+  'noise_schedule': 'hiar_jax.noise_schedule',
+  'rollout': 'hiar_jax.rollout',
+}
 _ROOMS = (
   'codecs',
   'data',
@@ -39,7 +44,9 @@ __all__ = [*_NAMES, *_METHOD, *_ROOMS]
 def __getattr__(name: str) -> Any:
   if name in _NAMES:
     return getattr(importlib.import_module(_NAMES[name]), name)
-  if name in _METHOD or name in _ROOMS:
+  if name in _METHOD:
+    return importlib.import_module(_METHOD[name])
+  if name in _ROOMS:
     return importlib.import_module(f'hiar_jax.{name}')
   raise AttributeError(f"module 'hiar_jax' has no attribute {name!r}")
 

@@ -5,7 +5,7 @@
 #   tests/versions.sh                       # both ends
 #   OLDEST=3.11 NEWEST=3.13 tests/versions.sh newest
 #   NEWEST=/opt/python3.13/bin/python3 tests/versions.sh
-#   tests/versions.sh oldest tests/losses_test.py -k forward
+#   tests/versions.sh oldest tests/training/losses_test.py -k forward
 #
 # OLDEST and NEWEST are Python versions or interpreters; uv finds or fetches
 # them. After the end's name (oldest, newest, both) come arguments of pytest.

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hiar_jax import losses, noise_schedule, rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, sharding
+from hiar_jax.training import losses
 
 Step = Callable[[Any, dict, jax.Array], tuple[Any, dict[str, jax.Array]]]
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hiar_jax import losses, noise_schedule, rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, sharding
 from hiar_jax.models.transformer import TextKV
-from hiar_jax.training import recoding
+from hiar_jax.training import losses, recoding
 from hiar_jax.training import rollout as training_rollout
 from hiar_jax.training import state as training_state
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import losses
 from hiar_jax import noise_schedule as ns
 from hiar_jax.models import attention
+from hiar_jax.training import losses
 from tests.parity.golden_lib import (
   FORMULA,
   FORWARD,

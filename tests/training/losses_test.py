@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import losses
 from hiar_jax import noise_schedule as ns
+from hiar_jax.training import losses
 
 RNG = np.random.default_rng(0)
 X0, EPS, REAL, FAKE = (

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import losses, noise_schedule, rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import vae as vae_codec
 from hiar_jax.models import vae
+from hiar_jax.training import losses
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 from tests import tiny
