@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from hiar_jax.models import lora
 from hiar_jax.models.config import WanConfig
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
@@ -159,13 +160,21 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 def param_spec(path: str) -> PartitionSpec:
   """Spec of a parameter, by its path such as 'layers/ffn_in/kernel'.
 
+  Factors of a matrix are divided as its rows and columns, never by rank.
+
   Raises:
     ValueError: unless exactly one rule fits.
   """
-  fits = [spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, path)]
+  matrix = lora.matrix(path) or path
+  fits = [spec for rule, spec in PARAM_RULES if re.fullmatch(rule, matrix)]
   if len(fits) != 1:
     raise ValueError(f'{len(fits)} sharding rules fit {path!r}, not 1')
-  return PartitionSpec(*fits[0])
+  (spec,) = fits
+  if path.endswith(lora.DOWN):
+    spec = (*spec[:-1], None)
+  elif path.endswith(lora.UP):
+    spec = (*spec[:-2], None, spec[-1])
+  return PartitionSpec(*spec)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

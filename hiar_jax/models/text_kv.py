@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from hiar_jax.models import sharding
+from hiar_jax.models import lora, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.norms import rms_norm
 
@@ -34,6 +34,11 @@ class StackedTextKV(nn.Module):
     shape = (cfg.num_layers, cfg.dim, cfg.dim)
 
     def project(name):
+      out = whole_rank(name)
+      added = lora.stacked_product(self, f'{name}_kernel', x_BLD, cfg.dtype)
+      return out if added is None else out + added
+
+    def whole_rank(name):
       kernel = self.param(f'{name}_kernel', init, shape)
       bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[:2])
       kernel, bias = kernel.astype(cfg.dtype), bias.astype(cfg.dtype)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from hiar_jax.models import attention, rope, sharding
+from hiar_jax.models import attention, lora, rope, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.norms import layer_norm, rms_norm
@@ -64,8 +64,8 @@ def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
 
 def _dense(
   config: WanConfig, features: int, name: str, init: Any = _DENSE_INIT
-) -> nn.Dense:
-  return nn.Dense(
+) -> lora.Dense:
+  return lora.Dense(
     features, dtype=jnp.dtype(config.dtype), kernel_init=init, name=name
   )
 
@@ -329,7 +329,7 @@ class WanTransformer(nn.Module):
     # HIGHEST: by default a TPU multiplies float32 in bfloat16, and a GPU in
     # TF32, and passes over one level and over several would differ.
     dense = functools.partial(
-      nn.Dense, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
+      lora.Dense, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
     )
     time = dense(cfg.dim, name='time_in', kernel_init=_EMBED_INIT)(time)
     time = dense(cfg.dim, name='time_out', kernel_init=_EMBED_INIT)(
