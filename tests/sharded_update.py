@@ -18,6 +18,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import distributed
+from hiar_jax.training import distill_config
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 
@@ -57,7 +58,7 @@ def steps(optimiser: str = 'adamw', microbatches: int = 1):
       frames_per_block=2,
       window=4,
     ),
-    config=training_steps.DistillConfig(
+    config=distill_config.DistillConfig(
       loss_blocks=2,
       cut_start='as_made',
       ema_start=0,

@@ -14,6 +14,7 @@ from hiar_jax.training import flops as training_flops
 from hiar_jax.training import inputs, network_files, phase_parts
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
+from hiar_jax.training.distill_config import DistillConfig
 from hiar_jax.training.phase_parts import Config, Phase
 
 
@@ -41,7 +42,7 @@ def distillation(config: Config) -> training_steps.Distillation:
   The critic is a network of the teacher's size unless the config has weights
   for it, see `network_files.find`.
   """
-  numbers = training_steps.DistillConfig(**config.distill)
+  numbers = DistillConfig(**config.distill)
   updates = -(-config.iterations // numbers.generator_every)
   return training_steps.Distillation(
     student=Denoiser(WanConfig(**config.model)),

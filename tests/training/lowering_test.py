@@ -13,7 +13,7 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention
 from hiar_jax.models.config import WanConfig
-from hiar_jax.training import regression
+from hiar_jax.training import distill_config, regression
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 
@@ -53,7 +53,7 @@ def distillation_step(part, **numbers):
     student_optimiser=OPTIMISER,
     critic_optimiser=OPTIMISER,
     rollout=ROLLOUT,
-    config=training_steps.DistillConfig(**numbers),
+    config=distill_config.DistillConfig(**numbers),
   )
   state = training_state.DistillState(
     iteration=array(dtype='int32'), student=net(), critic=net(), ema=params()

@@ -14,7 +14,7 @@ import pytest
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import vae as vae_codec
 from hiar_jax.models import vae
-from hiar_jax.training import losses
+from hiar_jax.training import distill_config, losses
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 from tests import tiny
@@ -77,7 +77,7 @@ def distillation(**kwargs):
     student_optimiser=OPTIMISER,
     critic_optimiser=OPTIMISER,
     rollout=ROLLOUT,
-    config=training_steps.DistillConfig(**(numbers | kwargs)),
+    config=distill_config.DistillConfig(**(numbers | kwargs)),
   )
 
 
@@ -325,7 +325,7 @@ def forward_kl(**kwargs):
 
 def test_forward_kl_differs_by_who_sees_whom():
   values = {}
-  for mode in training_steps.FORWARD_KL_ATTENTION:
+  for mode in distill_config.FORWARD_KL_ATTENTION:
     function = jax.value_and_grad(forward_kl(forward_kl_attention=mode))
     values[mode], grads = jax.jit(function)(networks()[0])
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
