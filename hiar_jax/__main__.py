@@ -9,7 +9,7 @@ import runpy
 import sys
 from typing import NamedTuple, NoReturn
 
-from hiar_jax.runtime import config_flag
+from hiar_jax.runtime import config_flag, interrupts
 
 
 class Command(NamedTuple):
@@ -86,6 +86,7 @@ A first video:
 
 def main() -> None:
   """Runs the command that sys.argv names; see `hiar-jax --help`."""
+  interrupts.leave_at_once()  # While the program is imported.
   words = sys.argv[1:]
   if not words or words[0] in _HELP:
     print(help_page())

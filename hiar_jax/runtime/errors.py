@@ -9,7 +9,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
-from hiar_jax.runtime import compiled_programs, help_page
+from hiar_jax.runtime import compiled_programs, help_page, interrupts
 
 # Modules whose ValueErrors are about what they were given. A ValueError from
 # inside jax or NumPy is a bug of ours and keeps its traceback.
@@ -27,11 +27,13 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
   What it compiles is kept for the next start, see `compiled_programs`.
 
   A wrong flag, config, path or value ends the program with 'error: ...' and
-  exit status 2, Ctrl-C with status 130; any other error keeps its traceback.
+  exit status 2, Ctrl-C with status 130 and SIGTERM with 143, see `interrupts`;
+  any other error keeps its traceback.
 
   Args:
     main: is given the program's name alone; further arguments are refused.
   """
+  interrupts.unwind()
   # jax would cut its own frames out, and its errors would look like ours.
   jax.config.update('jax_traceback_filtering', 'off')
   compiled_programs.define_flag()
@@ -43,15 +45,18 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
       compiled_programs.keep_by_flag()
       main(argv)
     except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
-      sys.exit(130)
+      interrupts.leave()
     except _CAUGHT as error:
+      interrupts.leave_if_received()
       message = users_mistake(error)
       if message is None:
         raise
       _exit(message)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  try:
+    app.run(guarded, flags_parser=_parse_flags)
+  finally:
+    interrupts.leave_if_received()
 
 
 def users_mistake(error: BaseException) -> str | None:
