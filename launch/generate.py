@@ -6,8 +6,10 @@
 
 With --pipeline FOLDER in place of --config it runs what hiar_jax.load reads:
 weights of `hiar-jax export` or `hiar-jax convert`, or published ones.
-Several videos are written as video-0.mp4, video-1.mp4, ... The seed that is
-printed beside each makes it again alone.
+Several videos are written as video-0.mp4, video-1.mp4, ... batch by batch. The
+seed that is printed beside each makes it again alone. What was stopped is
+started again: a video that is there and was made with the same settings, as its
+contact sheet tells, is left alone (--overwrite makes it again).
 
 With --stream the video is written as it is made, in constant memory; it ends
 after --num_blocks (0: never) or at Ctrl-C, which is not a failure: the block
@@ -43,13 +45,20 @@ from absl import flags, logging
 
 from hiar_jax import rollout
 from hiar_jax.data import given_frames
-from hiar_jax.runtime import config_flag, errors, metrics, video_io
+from hiar_jax.runtime import (
+  config_flag,
+  errors,
+  interrupts,
+  metrics,
+  video_io,
+)
 from hiar_jax.sampling import (
   calls,
   loading,
   seeds,
   streaming,
   video,
+  video_files,
   video_pipeline,
 )
 from hiar_jax.weights import layouts, student_files
@@ -124,6 +133,9 @@ _CONTINUE_FRAMES = flags.DEFINE_integer(
 _SCALE = flags.DEFINE_integer(
   'scale', None, 'factor of enlargement; default: up to 512 px', lower_bound=1
 )
+_OVERWRITE = flags.DEFINE_bool(
+  'overwrite', False, 'make videos again that are there with these settings'
+)
 _STREAM = flags.DEFINE_bool('stream', False, 'write the video as it is made')
 _MODE = flags.DEFINE_enum(
   'mode',
@@ -188,34 +200,45 @@ def main(argv: Sequence[str]) -> None:
   pipeline = _load(watch)
   request = calls.Request(
     num_blocks=_NUM_BLOCKS.value,
-    num_videos=_NUM_VIDEOS.value,
-    seed=chosen,
     order=_ORDER.value or pipeline.order,
     anchor_blocks=_ANCHOR_BLOCKS.value,
     block_first_steps=_BLOCK_FIRST_STEPS.value,
   )
-  with watch('sample'):
-    latents = pipeline.sample(
-      prompts, request, initial_frames=_initial_frames(pipeline)
-    )
+  given, scale = _initial_frames(pipeline), _scale(pipeline)
+  made_with = video_files.settings(
+    pipeline, request, scale=scale, initial_frames=given
+  )
+  jobs = [
+    video_files.Job(path, prompts[i // _NUM_VIDEOS.value], chosen[i])
+    for i, path in enumerate(paths)
+  ]
+  if not _OVERWRITE.value:
+    made = [job for job in jobs if video_files.is_made(job, made_with)]
+    for job in made:
+      print(
+        f'{job.path} is there, made with these settings, seed {job.seed}; '
+        '--overwrite makes it again'
+      )
+    jobs = [job for job in jobs if job not in made]
+  if jobs:
+    with watch('sample, decode and encode'):
+      video_files.write(
+        *(pipeline, jobs, request, made_with), initial_frames=given, done=_told
+      )
+  print(watch)
+
+
+def _told(job: video_files.Job) -> None:
+  print(f'wrote {job.path} and {job.sheet.name}, seed {job.seed}', flush=True)
+
+
+def _scale(pipeline: video_pipeline.VideoPipeline) -> int:
+  """--scale, once it is sure that a video can have it."""
   scale = _SCALE.value
   if scale is None:
     scale = video.watchable_scale(pipeline.frame_shape[0])
-  # Each block is encoded while the next one is decoded.
-  with watch('decode and encode'):
-    for i, path in enumerate(paths):
-      writer = video_io.VideoWriter(path, fps=pipeline.fps, scale=scale)
-      frames = []
-      with writer:
-        for block in pipeline.decoded_blocks(latents[i]):
-          writer.append(block)
-          frames.append(block)
-      prompt = prompts[i // request.num_videos]
-      made = video.Video(np.concatenate(frames), pipeline.fps, prompt)
-      made.contact_sheet(path.with_suffix('.png'))
-  for path, seed in zip(paths, chosen, strict=True):
-    print(f'wrote {path} and {path.with_suffix(".png").name}, seed {seed}')
-  print(watch)
+  video_io.check_size(*pipeline.frame_shape[:2], scale)
+  return scale
 
 
 def _seed() -> int | list[int]:
@@ -286,7 +309,7 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   (seed,) = seeds.of_videos(_seed(), 1)
   (path,) = _paths(1)
   pipeline = _load(watch)
-  given = _initial_frames(pipeline)
+  given, scale = _initial_frames(pipeline), _scale(pipeline)
   # All at once: an encoder that is released is read once.
   with watch('text'):
     pipeline.encoder.encode([*prompts, *(prompt for _, prompt in switches)])
@@ -299,9 +322,6 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
     f'streams in mode {stream.mode!r}, {stream.reason}; Ctrl-C ends the video',
     flush=True,
   )
-  scale = _SCALE.value
-  if scale is None:
-    scale = video.watchable_scale(pipeline.frame_shape[0])
   shown, limit = [], _NUM_BLOCKS.value or sys.maxsize
   with (
     watch('stream'),
@@ -309,8 +329,8 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
       _NUM_BLOCKS.value or None, label='stream', unit='block'
     ) as progress,
   ):
-    with _raised_in_the_end():
-      frames = next(stream)[0]
+    frames = next(stream)[0]
+    interrupts.check()
     # The writer inside: it closes before Ctrl-C is an error again.
     with (
       _ends_on_request() as end,
@@ -332,29 +352,6 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   )
   print(f'wrote {path} and {path.with_suffix(".png").name}, seed {seed}')
   print(watch)
-
-
-@contextlib.contextmanager
-def _raised_in_the_end() -> Iterator[None]:
-  """Raises Ctrl-C at the end of the block as well, if nothing else got out.
-
-  While programs are traced and compiled it may strike where exceptions are
-  dropped, such as in jax's callback of the garbage collector.
-  """
-  wanted = False
-
-  def note(signum, frame):
-    nonlocal wanted
-    wanted = True
-    raise KeyboardInterrupt
-
-  before = signal.signal(signal.SIGINT, note)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, before)
-  if wanted:
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

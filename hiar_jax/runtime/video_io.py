@@ -20,16 +20,19 @@ import pathlib
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn, Self
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from hiar_jax.runtime import files
 
 # F frames, H height, W width; pixels are uint8 RGB, [F, H, W, 3].
 
+_FFMPEG = 'IMAGEIO_FFMPEG_EXE'
+# Macroblocks of a frame, and along a side, at H.264's highest level 6.2.
+_MAX_BLOCKS, _MAX_BLOCKS_ALONG = 139_264, 1055
 _FILTERS = {'nearest': 'neighbor', 'lanczos': 'lanczos'}
 
 
@@ -79,6 +82,7 @@ class VideoWriter:
     if self.path.suffix.lower() != '.mp4':
       raise ValueError(f'video file {self.path} does not end in .mp4')
     check_writable(self.path)
+    check_ffmpeg()
     self.num_frames = 0
     self._fps = fps
     self._scale = scale
@@ -271,6 +275,41 @@ def _without_fork() -> Iterator[None]:
       os.environ[name] = before
 
 
+def check_ffmpeg() -> None:
+  """Raises before long work if ffmpeg could not write after it.
+
+  Raises:
+    OSError: in one sentence.
+  """
+  import imageio_ffmpeg
+
+  named = os.environ.get(_FFMPEG)
+  try:
+    found = imageio_ffmpeg.get_ffmpeg_exe()
+    subprocess.run([found, '-version'], capture_output=True, check=True)
+  except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    if named:
+      raise OSError(
+        f'{_FFMPEG}={named} is no ffmpeg that can be run ({error}); without '
+        'the variable, the one of the package imageio-ffmpeg is used'
+      ) from error
+    raise OSError(
+      f'there is no ffmpeg to write videos with ({error}): install the '
+      f'package imageio-ffmpeg again, or name one in {_FFMPEG}'
+    ) from error
+
+
+def check_size(height: int, width: int, scale: int) -> None:
+  """Raises ValueError if H.264 has no frames of height x width times scale."""
+  height, width = height * scale, width * scale
+  blocks = -(-height // 16), -(-width // 16)
+  if blocks[0] * blocks[1] > _MAX_BLOCKS or max(blocks) > _MAX_BLOCKS_ALONG:
+    raise ValueError(
+      f'scale={scale} makes frames of {height}x{width}, larger than H.264 has '
+      f'them ({_MAX_BLOCKS * 256 / 1e6:.1f} million pixels)'
+    )
+
+
 def check_writable(path: str | pathlib.Path) -> None:
   """Raises before long work if a file could not be written after it.
 
@@ -306,6 +345,7 @@ def contact_sheet(
   captions: str | Sequence[str] = (),
   columns: int = 7,
   scale: int = 2,
+  texts: Mapping[str, str] = {},
 ) -> None:
   """Saves evenly spaced, numbered frames of each video as one PNG.
 
@@ -316,6 +356,7 @@ def contact_sheet(
     captions: a line above each video.
     columns: frames in a row, >= 1.
     scale: whole factor of enlargement of a frame.
+    texts: kept in the PNG, by keyword.
 
   Raises:
     ValueError: if nothing is given, or captions and videos differ in number.
@@ -340,8 +381,11 @@ def contact_sheet(
   for strip in strips:
     sheet.paste(strip, (0, top))
     top += strip.height
+  kept = PngImagePlugin.PngInfo()
+  for keyword, text in texts.items():
+    kept.add_itxt(keyword, text)
   with files.whole_file(path) as partial:
-    sheet.save(partial, format='PNG')
+    sheet.save(partial, format='PNG', pnginfo=kept)
 
 
 def to_html(

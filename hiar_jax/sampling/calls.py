@@ -54,6 +54,12 @@ class Request:
     if self.order not in rollout.ORDERS:
       raise ValueError(f'order={self.order!r} is not one of {rollout.ORDERS}')
     hybrid = bool(self.anchor_blocks) + bool(self.block_first_steps)
+    if self.order == 'hybrid' and not hybrid:
+      raise ValueError(
+        "order 'hybrid' takes either anchor_blocks, such as 1: so many first "
+        'blocks are finished first; or block_first_steps, such as 1: so many '
+        'first steps go block by block'
+      )
     if hybrid != (self.order == 'hybrid'):
       raise ValueError(
         "order 'hybrid', and no other, takes one of anchor_blocks and "

@@ -3,6 +3,7 @@
 pipe = loading.load('bouncing')
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -42,6 +43,8 @@ _BASE_MODEL_NOTE = (
   'which takes some 50 steps in both directions of time. As a student of a few '
   'steps it makes no good video; those of HiAR and Self-Forcing do'
 )
+# Of a codec, for telling it from others.
+_DIGEST_BYTES = 2**20
 # What a pipeline takes from a training config; the rest is about training.
 SECTIONS = ('name', 'model', 'text', 'schedule', 'rollout', 'generate')
 # All that `from_config` reads; of these, what is there.
@@ -210,8 +213,17 @@ def from_config(
     ),
     codec=_load_codec(codec, config),
     rollout=rollout_config,
+    identity=_identity(weights, codec),
     **config['generate'],
   )
+
+
+def _identity(weights: Path, codec: Path) -> str:
+  """Differs between weights, by a part of them."""
+  digest = hashlib.sha256(networks.open_weights(weights).digest().encode())
+  with pathlib.Path(codec).open('rb') as file:
+    digest.update(file.read(_DIGEST_BYTES))
+  return digest.hexdigest()
 
 
 def _check_parts(config, denoiser, weights, codec) -> None:

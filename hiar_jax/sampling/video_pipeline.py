@@ -43,6 +43,7 @@ class VideoPipeline:
     rollout: how blocks are denoised.
     order: that the weights were trained for, one of rollout.ORDERS.
     fps: frames a second of the videos.
+    identity: differs between weights; '' if nothing is known of them.
   """
 
   name: str
@@ -53,6 +54,7 @@ class VideoPipeline:
   rollout: rollout.RolloutConfig
   order: str
   fps: float
+  identity: str = ''
 
   def __repr__(self) -> str:
     model, (height, width, _) = self.denoiser.config, self.frame_shape
@@ -158,13 +160,13 @@ class VideoPipeline:
       initial = self.encode(initial_frames)
     self._check_host(size, request.num_blocks, initial)
     states_PLD = self.encoder.encode(prompts)
-    batches = _batches(size)
+    in_turn = batches(size)
     calls.check_memory(
-      *(self.denoiser, self.rollout, self.params, request, len(batches[0]))
+      *(self.denoiser, self.rollout, self.params, request, len(in_turn[0]))
     )
     latents = []
-    with _progress(len(batches) * passes, progress) as report:
-      for samples in batches:
+    with _progress(len(in_turn) * passes, progress) as report:
+      for samples in in_turn:
         prompt = samples // request.num_videos
         latents.append(
           calls.sample(
@@ -240,7 +242,7 @@ class VideoPipeline:
     size = self.rollout.frames_per_block
     videos = [
       decoding.decode_blocks(self.codec, latents_BFhwC[samples], size)[0]
-      for samples in _batches(len(latents_BFhwC))
+      for samples in batches(len(latents_BFhwC))
     ]
     return np.concatenate(videos)[: len(latents_BFhwC)]
 
@@ -308,7 +310,7 @@ def _progress(total: int, visible: bool) -> Iterator[Callable[[int], None]]:
     yield report
 
 
-def _batches(size: int) -> list[np.ndarray]:
+def batches(size: int) -> list[np.ndarray]:
   """Splits 0..size-1 into equal batches, so that one program serves them all.
 
   The last sample is repeated where they do not come out even.

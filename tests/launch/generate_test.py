@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -75,10 +76,35 @@ def test_one_command_makes_the_videos_and_their_sheets(pipeline, tmp_path):
     'wrote video-0.mp4 and video-0.png, seed 0',
     f'wrote video-1.mp4 and video-1.png, seed {2**64}',
   ]
-  for name in ('import', 'load', 'compile', 'sample', 'decode and encode'):
+  for name in ('import', 'load', 'compile', 'sample, decode and encode'):
     assert f'{name} ' in times
   assert "'a cat' names no shape" in done.stderr
   assert "'a red disc on grey'" not in done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_made_stays_when_the_rest_is_stopped(pipeline, tmp_path):
+  (tmp_path / 'prompts.txt').write_text('a red disc on grey\n' * 20)
+  command = [
+    *(sys.executable, _PROGRAM, _CONFIG, f'--weights={pipeline}'),
+    *('--prompts_file=prompts.txt', '--scale=1', '--num_blocks=2'),
+  ]
+  process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE)
+  assert b'wrote video-0.mp4' in process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  process.communicate()
+  assert process.returncode == 143
+  made = sorted(tmp_path.glob('video-*.mp4'))
+  assert made and len(made) < 20 and not list(tmp_path.glob('.*'))
+  times = {path: path.stat().st_mtime_ns for path in made}
+  done = subprocess.run(
+    command, cwd=tmp_path, capture_output=True, text=True, check=True
+  )
+  left = [line for line in done.stdout.splitlines() if 'is there' in line]
+  assert len(left) >= len(made) - 1  # One may lack its sheet.
+  assert done.stdout.count('wrote ') == 20 - len(left)
+  for path in made[: len(left)]:
+    assert path.stat().st_mtime_ns == times[path]
 
 
 @pytest.mark.slow
@@ -139,6 +165,8 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
     '2 seeds for 1 videos': [*good, '--seed=1', '--seed=2'],
     'flag --order=sideways': [*good, '--order=sideways'],
     "order 'hybrid', and no other,": [*good, '--anchor_blocks=2'],
+    'takes either anchor_blocks, such as 1: ': [*good, '--order=hybrid'],
+    'scale=300 makes frames of 19200x19200': [*good, '--scale=300'],
     'cannot write nowhere/video.mp4': [*good, '--out=nowhere/video.mp4'],
     'cannot write folder.mp4: it is a folder': [*good, '--out=folder.mp4'],
     'cannot write sheet.png: it is a folder': [*good, '--out=sheet.mp4'],

@@ -105,6 +105,36 @@ def test_arguments_out_of_range_are_named(tmp_path, argument, message):
     video_io.VideoWriter(tmp_path / 'video.mp4', **{'fps': 8, **argument})
 
 
+def test_sizes_that_h264_does_not_have_are_refused():
+  video_io.check_size(480, 832, 4)
+  with pytest.raises(ValueError, match='scale=300 makes frames of 19200x19200'):
+    video_io.check_size(64, 64, 300)
+  with pytest.raises(ValueError, match='16x16896, larger'):
+    video_io.check_size(8, 8448, 2)
+
+
+@pytest.mark.parametrize('content', [None, '#!/bin/sh\nexit 1\n', 'text'])
+def test_an_ffmpeg_that_does_not_run_is_named_before_the_work(
+  tmp_path, monkeypatch, content
+):
+  ffmpeg = tmp_path / 'ffmpeg'
+  if content is not None:
+    ffmpeg.write_text(content)
+    ffmpeg.chmod(0o755 if content.startswith('#!') else 0o644)
+  monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', str(ffmpeg))
+  with pytest.raises(OSError, match=f'IMAGEIO_FFMPEG_EXE={ffmpeg} is no ffmpe'):
+    video_io.VideoWriter(tmp_path / 'video.mp4', fps=8)
+
+
+def test_no_ffmpeg_at_all_is_named_before_the_work(tmp_path, monkeypatch):
+  def missing():
+    raise RuntimeError('No ffmpeg exe could be found.')
+
+  monkeypatch.setattr(imageio_ffmpeg, 'get_ffmpeg_exe', missing)
+  with pytest.raises(OSError, match='there is no ffmpeg to write videos with'):
+    video_io.VideoWriter(tmp_path / 'video.mp4', fps=8)
+
+
 def test_an_unwritable_place_is_named_before_the_work(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(FileNotFoundError, match='no folder .*missing'):
