@@ -15,16 +15,32 @@ import optax
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import attention, sharding
-from hiar_jax.training import losses
+from hiar_jax.models import attention
+from hiar_jax.training import losses, microbatches
 
 Step = Callable[[Any, dict, jax.Array], tuple[Any, dict[str, jax.Array]]]
 
 
-def _regress(state, loss_fn, optimiser, ema_decay):
-  """One update of a RegressionState by the gradient of `loss_fn`."""
-  loss, grads = jax.value_and_grad(loss_fn)(state.net.params)
-  grads = sharding.constrain_params(grads)
+def _regress(state, loss_fn, whole, optimiser, ema_decay, num_parts):
+  """One update of a RegressionState by the gradient of `loss_fn`.
+
+  Args:
+    state: of the run.
+    loss_fn: (params, part of `whole`) to a mean over its samples.
+    whole: batch and draws, arrays with a leading axis of samples.
+    optimiser: of the network.
+    ema_decay: of its average.
+    num_parts: see `microbatches`.
+  """
+
+  def with_metrics(params, part):
+    loss = loss_fn(params, part)
+    return loss, {'loss': loss}
+
+  grads, metrics = microbatches.gradient(
+    with_metrics, state.net.params, whole, num_parts
+  )
+  loss = metrics['loss']
   # A young average follows closely, or it would remember the initial weights.
   age = state.iteration.astype(jnp.float32)
   decay = jnp.minimum(ema_decay, (1 + age) / (10 + age))
@@ -38,10 +54,12 @@ def teacher_step(
   *,
   timestep_shift: float,
   ema_decay: float,
+  num_parts: int = 1,
 ) -> Step:
   """Flow matching on videos, one level per sample (bidirectional network).
 
-  The batch's `latents` are [B, F, h, w, C].
+  The batch's `latents` are [B, F, h, w, C]; it is taken in `num_parts`
+  microbatches.
   """
 
   def step(state, batch, key):
@@ -54,12 +72,14 @@ def teacher_step(
     sigma = noise_schedule.warp_timestep(u, timestep_shift)
     x = noise_schedule.add_noise(x0, eps, sigma)
 
-    def loss_fn(params):
-      text = denoiser.project_text(params, batch['text'])
+    def loss_fn(params, part):
+      x, sigma, states, x0, eps = part
+      text = denoiser.project_text(params, states)
       flow, _ = denoiser.flow(params, x, sigma, text)
       return losses.flow_matching(flow, x0, eps)
 
-    return _regress(state, loss_fn, optimiser, ema_decay)
+    whole = (x, sigma, batch['text'], x0, eps)
+    return _regress(state, loss_fn, whole, optimiser, ema_decay, num_parts)
 
   return step
 
@@ -74,6 +94,7 @@ def student_start_step(
   *,
   context: str,
   ema_decay: float,
+  num_parts: int = 1,
 ) -> Step:
   """ODE regression: trajectory points to the trajectory's end, causally.
 
@@ -86,7 +107,8 @@ def student_start_step(
     the answer is the input and the loss is 0, but later blocks learn to read
     clean context.
 
-  The batch's `trajectory` is [B, S + 1, F, h, w, C] at the student's levels.
+  The batch's `trajectory` is [B, S + 1, F, h, w, C] at the student's levels; it
+  is taken in `num_parts` microbatches.
 
   Raises:
     ValueError: if the context is unknown.
@@ -104,9 +126,8 @@ def student_start_step(
     sink=config.sink,
   )
 
-  def matched_x0(params, trajectory, text, key):
-    size, num_points, num_frames = trajectory.shape[:3]
-    step = jax.random.randint(key, (size,), 0, num_points - 1)
+  def matched_x0(params, trajectory, text, step):
+    num_frames = trajectory.shape[2]
     # Not by pairs of indices: devices would sum up each other's samples.
     point = jax.vmap(lambda points, i: points[i])
     _, past = denoiser.flow(
@@ -126,26 +147,33 @@ def student_start_step(
       frame_mask=attention.own_then_past_mask(num_frames, **blocks),
     )
 
-  def random_x0(params, trajectory, text, key):
-    size, num_points, num_frames = trajectory.shape[:3]
-    num_blocks = num_frames // config.frames_per_block
-    point = jax.random.randint(key, (size, num_blocks), 0, num_points)
+  def random_x0(params, trajectory, text, point):
+    num_frames = trajectory.shape[2]
     point_BF = jnp.repeat(point, config.frames_per_block, axis=1)
     index = point_BF[:, None, :, None, None, None]
     x = jnp.take_along_axis(trajectory, index, axis=1)[:, 0]
     mask = attention.block_causal_mask(num_frames, **blocks)
     return denoiser.x0(params, x, levels[point_BF], text, frame_mask=mask)
 
+  def draw(key, size, num_points, num_frames):
+    """Each sample's step, or the points of its blocks."""
+    if context == 'matched':
+      return jax.random.randint(key, (size,), 0, num_points - 1)
+    num_blocks = num_frames // config.frames_per_block
+    return jax.random.randint(key, (size, num_blocks), 0, num_points)
+
   predict = {'matched': matched_x0, 'random': random_x0}[context]
 
   def step(state, batch, key):
     trajectory = batch['trajectory']
 
-    def loss_fn(params):
-      text = denoiser.project_text(params, batch['text'])
-      x0 = predict(params, trajectory, text, key)
+    def loss_fn(params, part):
+      trajectory, states, drawn = part
+      text = denoiser.project_text(params, states)
+      x0 = predict(params, trajectory, text, drawn)
       return losses.regression(x0, trajectory[:, -1])
 
-    return _regress(state, loss_fn, optimiser, ema_decay)
+    whole = (trajectory, batch['text'], draw(key, *trajectory.shape[:3]))
+    return _regress(state, loss_fn, whole, optimiser, ema_decay, num_parts)
 
   return step

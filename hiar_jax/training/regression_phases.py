@@ -16,7 +16,10 @@ from hiar_jax.training.phase_parts import Config, Phase
 def build_teacher(config: Config) -> Phase:
   """Flow matching on captioned videos."""
   denoiser = Denoiser(WanConfig(**config.model))
-  mesh = phase_parts.open_mesh(config, {'model': denoiser.config})
+  num_parts = _num_parts(config)
+  mesh = phase_parts.open_mesh(
+    config, {'model': denoiser.config}, microbatches=num_parts
+  )
   optimiser = phase_parts.make_optimiser(config.optimiser, config.iterations)
   encoder = inputs.open_text(config, mesh)
   source = inputs.open_videos(config, encoder)
@@ -26,6 +29,7 @@ def build_teacher(config: Config) -> Phase:
     optimiser,
     timestep_shift=config.timestep_shift,
     ema_decay=config.ema_decay,
+    num_parts=num_parts,
   )
   key = jax.random.key(config.seed)
 
@@ -56,7 +60,10 @@ def build_student_start(config: Config) -> Phase:
   """ODE regression from the teacher's weights, or others."""
   student = network_files.find_student(config, 'student', 'teacher')
   denoiser = student.denoiser
-  mesh = phase_parts.open_mesh(config, {'model': denoiser.config})
+  num_parts = _num_parts(config)
+  mesh = phase_parts.open_mesh(
+    config, {'model': denoiser.config}, microbatches=num_parts
+  )
   optimiser = phase_parts.make_optimiser(config.optimiser, config.iterations)
   update = regression.student_start_step(
     denoiser,
@@ -64,6 +71,7 @@ def build_student_start(config: Config) -> Phase:
     phase_parts.rollout_config(config),
     context=config.start_context,
     ema_decay=config.ema_decay,
+    num_parts=num_parts,
   )
   key = jax.random.key(config.seed)
 
@@ -88,6 +96,21 @@ def build_student_start(config: Config) -> Phase:
     flops=iteration,
     tokens=config.batch_size * frames * denoiser.config.tokens_per_frame,
   )
+
+
+def _num_parts(config: Config) -> int:
+  """`microbatches` of the config, 1 unless given.
+
+  Raises:
+    ValueError: if it is out of range.
+  """
+  num_parts = config.get('microbatches', 1)
+  if num_parts < 1 or config.batch_size % num_parts:
+    raise ValueError(
+      f'microbatches={num_parts} is not a divisor of batch_size='
+      f'{config.batch_size}'
+    )
+  return num_parts
 
 
 def _phase(params, optimiser, step, batches, finish, mesh, **known):

@@ -21,9 +21,9 @@ import optax
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import attention, sharding
+from hiar_jax.models import attention
 from hiar_jax.models.transformer import TextKV
-from hiar_jax.training import losses, recoding
+from hiar_jax.training import losses, microbatches, recoding
 from hiar_jax.training import rollout as training_rollout
 from hiar_jax.training import state as training_state
 from hiar_jax.training.distill_config import DistillConfig
@@ -137,8 +137,9 @@ class Distillation:
         loss = loss + self.config.forward_kl_weight * forward
       return loss, metrics
 
-    grads, metrics = self._gradient(
-      loss_fn, state.student.params, (batch, draws)
+    grads, metrics = microbatches.gradient(
+      *(loss_fn, state.student.params, (batch, draws)),
+      self.config.microbatches,
     )
     norm = optax.tree.norm(grads)
     finite = training_state.finite_update(norm, *metrics.values())
@@ -191,8 +192,9 @@ class Distillation:
       loss = losses.flow_matching(flow, x0, draws['eps'])
       return loss, {'critic': loss}
 
-    grads, metrics = self._gradient(
-      loss_fn, state.critic.params, (batch, draws)
+    grads, metrics = microbatches.gradient(
+      *(loss_fn, state.critic.params, (batch, draws)),
+      self.config.microbatches,
     )
     critic = state.critic.update(grads, self.critic_optimiser)
     norm = optax.tree.norm(grads)
@@ -227,29 +229,6 @@ class Distillation:
       'eps': jax.random.normal(eps_key, (batch, frames, *frame)),
     }
     return exit_step, draws
-
-  def _gradient(self, loss_fn, params, whole):
-    """Gradient and metrics of loss_fn(params, part), averaged over the parts.
-
-    Args:
-      loss_fn: to (loss, metrics), both means over the samples of a part.
-      params: to differentiate by.
-      whole: arrays with a leading axis of samples; is cut into microbatches.
-    """
-    num_parts = self.config.microbatches
-    gradient = jax.grad(loss_fn, has_aux=True)
-    if num_parts == 1:
-      grads, metrics = gradient(params, whole)
-      return sharding.constrain_params(grads), metrics
-
-    def one_part(total, part):
-      grads, metrics = gradient(params, part)
-      total = jax.tree.map(lambda t, g: t + g / num_parts, total, grads)
-      return sharding.constrain_params(total), metrics
-
-    zeros = sharding.constrain_params(jax.tree.map(jnp.zeros_like, params))
-    grads, metrics = jax.lax.scan(one_part, zeros, _parts(whole, num_parts))
-    return grads, jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
 
   def lengths(self, num_blocks: int, longest: int) -> dict[str, Any]:
     """Arguments of both steps for a rollout of so many blocks.
@@ -383,20 +362,3 @@ class Distillation:
     return losses.forward_kl(
       flow, x, sigma, levels[step + 1], answer, self.config.forward_kl_target
     )
-
-
-def _parts(tree, num_parts):
-  """[B, ...] to [num_parts, B / num_parts, ...].
-
-  Part i has the samples i, i + num_parts, ...: divided over devices, each of
-  them finds its part of every part at home.
-  """
-
-  def cut(x):
-    if x.shape[0] % num_parts:
-      raise ValueError(
-        f'a batch of {x.shape[0]} is not divisible by microbatches={num_parts}'
-      )
-    return jnp.moveaxis(x.reshape(-1, num_parts, *x.shape[1:]), 1, 0)
-
-  return jax.tree.map(cut, tree)

@@ -178,6 +178,17 @@ def test_host_draws_follow_from_seed_and_iteration(inputs, monkeypatch):
 # --- Mistakes.
 
 
+@pytest.mark.parametrize('phase', ['teacher', 'student_start'])
+@pytest.mark.parametrize('parts', [0, 3])
+def test_microbatches_that_do_not_divide(no_work, inputs, phase, parts):
+  config = tiny.config(phase, inputs)
+  with config.unlocked():
+    config.microbatches = parts
+  assert mistake(config) == (
+    f'microbatches={parts} is not a divisor of batch_size=2'
+  )
+
+
 def test_unknown_phase(no_work, inputs):
   config = tiny.config('teacher', inputs)
   config.phase = 'pupil'

@@ -179,3 +179,24 @@ def test_an_unknown_start_context_is_named():
     regression.student_start_step(
       DENOISER, OPTIMISER, ROLLOUT, context='clean', ema_decay=0.9
     )
+
+
+@pytest.mark.parametrize('phase', ['teacher', 'matched', 'random'])
+def test_microbatches_make_the_update_of_the_whole_batch(phase):
+  both = jax.tree.map(lambda x: np.concatenate([x, x[::-1] + 1]), batch())
+  both['latents'] = both['trajectory'][:, 0]
+  ends = []
+  for num_parts in (1, 2):
+    numbers = dict(ema_decay=0.9, num_parts=num_parts)
+    if phase == 'teacher':
+      step = regression.teacher_step(
+        DENOISER, OPTIMISER, timestep_shift=3.0, **numbers
+      )
+    else:
+      step = regression.student_start_step(
+        DENOISER, OPTIMISER, ROLLOUT, context=phase, **numbers
+      )
+    state = regression_state(tiny.random_params(DENOISER, 0))
+    ends.append(jax.jit(step)(state, both, jax.random.key(1))[1])
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(ends[1][name], ends[0][name], rtol=2e-5)
