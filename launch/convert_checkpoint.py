@@ -75,11 +75,12 @@ class _Bar:
     self._part, self._bar = None, None
 
   def __call__(self, part: str, done: int, total: int) -> None:
-    if part != self._part:
+    # Two parts may have one name: those of diffusers all do.
+    if not done or (part, total) != self._part:
       self.close()
       self._bar = metrics.Progress(total, label=part, unit='array')
       self._bar.__enter__()
-      self._part = part
+      self._part = (part, total)
     self._bar.update(done + 1)
 
   def close(self) -> None:

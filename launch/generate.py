@@ -39,13 +39,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 from absl import flags, logging
 
 from hiar_jax import rollout
 from hiar_jax.data import given_frames
 from hiar_jax.runtime import (
+  compile_clock,
   config_flag,
   errors,
   interrupts,
@@ -155,15 +155,14 @@ class _Stopwatch:
 
   def __init__(self):
     self.seconds = {'import': time.monotonic() - _STARTED}
-    self._compiling = 0.0
-    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+    compile_clock.start()
 
   @contextlib.contextmanager
   def __call__(self, name: str) -> Iterator[None]:
-    started, compiled = time.monotonic(), self._compiling
+    started, compiled = time.monotonic(), compile_clock.seconds()
     yield
     elapsed = time.monotonic() - started
-    compiled = self._compiling - compiled
+    compiled = compile_clock.seconds() - compiled
     self._add('compile', compiled)
     self._add(name, elapsed - compiled)
 
@@ -174,11 +173,6 @@ class _Stopwatch:
 
   def _add(self, name: str, seconds: float) -> None:
     self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-  def _on_event(self, event: str, seconds: float, **unused) -> None:
-    # Tracing, lowering, compiling.
-    if event.startswith('/jax/core/compile/'):
-      self._compiling += seconds
 
 
 def main(argv: Sequence[str]) -> None:

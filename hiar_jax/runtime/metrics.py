@@ -11,7 +11,10 @@ from typing import Any, Self, TextIO
 import jax
 import numpy as np
 
-from hiar_jax.runtime import files
+from hiar_jax.runtime import compile_clock, files
+
+# Of a step's time, above which it says nothing of the next one.
+_COMPILED_SHARE = 0.1
 
 
 class MetricsFile:
@@ -117,7 +120,8 @@ class Progress:
   """A progress bar on a terminal, a line now and then in a log.
 
   Both show the step, iterations a second, the time left and the last reported
-  values, such as 'loss 0.312  grad_norm 1.4'.
+  values, such as 'loss 0.312  grad_norm 1.4'. Steps that jax compiled in tell
+  nothing of those to come, and do not count for the rate.
   """
 
   def __init__(
@@ -130,6 +134,7 @@ class Progress:
     seconds_between_lines: float = 30.0,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
+    compiling: Callable[[], float] = compile_clock.seconds,
   ):
     """Starts the clock.
 
@@ -141,13 +146,18 @@ class Progress:
       seconds_between_lines: how often a log gets a line.
       stream: where to; None is stderr.
       clock: seconds that only grow.
+      compiling: those of them that went into compiling.
     """
+    compile_clock.start()
     self._total, self._start, self._step = total, start, start
     self._label, self._unit = label, unit
     self._seconds_between_lines = seconds_between_lines
     self._stream = sys.stderr if stream is None else stream
-    self._clock = clock
-    self._started = self._printed = clock()
+    self._clock, self._compiling = clock, compiling
+    self._started = self._printed = self._looked = clock()
+    self._compiled = compiling()
+    # Without those that were compiled in.
+    self._counted_steps, self._counted_seconds = 0, 0.0
     self._text = ''
     self._bar = None
     if self._stream.isatty():
@@ -172,19 +182,30 @@ class Progress:
       values: Python numbers to show from now on; None leaves the last ones.
     """
     advanced, self._step = step - self._step, step
+    took, compiled = self._clock() - self._looked, self._compiling()
+    counts = compiled - self._compiled <= _COMPILED_SHARE * took
+    self._looked, self._compiled = self._looked + took, compiled
+    if counts:
+      self._counted_steps += advanced
+      self._counted_seconds += took
     if values is not None:
       self._text = '  '.join(f'{k} {v:.4g}' for k, v in values.items())
     if self._bar is not None:
       if values is not None:
         self._bar.set_postfix_str(self._text, refresh=False)
+      if not counts:
+        self._bar.unpause()
       self._bar.update(advanced)
     elif self._clock() - self._printed >= self._seconds_between_lines:
       self._print()
 
   def rate(self) -> float:
     """Steps a second since the start of this process; 0 before the first."""
-    elapsed = self._clock() - self._started
-    return (self._step - self._start) / elapsed if elapsed > 0 else 0.0
+    steps, seconds = self._counted_steps, self._counted_seconds
+    if not steps:
+      steps = self._step - self._start
+      seconds = self._clock() - self._started
+    return steps / seconds if seconds > 0 else 0.0
 
   def close(self) -> None:
     """Ends the bar, or prints the last line."""
@@ -208,6 +229,8 @@ class Progress:
     if self._total is not None:
       done += f'/{self._total}'
       seconds = (self._total - self._step) / rate if rate else math.inf
+      if not self._counted_steps and seconds:  # All of it was compiled in.
+        seconds = math.inf
       left = f'  {_duration(seconds)} left'
     print(
       f'{label}{done}  {_rate_text(rate, self._unit)}{left}{text}',

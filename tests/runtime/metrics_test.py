@@ -2,11 +2,14 @@
 
 import io
 import json
+import re
+import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from hiar_jax.runtime import metrics
+from hiar_jax.runtime import compile_clock, metrics
 
 
 class _Clock:
@@ -103,6 +106,57 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left():
     'teacher 40/100  2.00 it/s  0:30 left  loss 0.025',
     'teacher 60/100  2.00 it/s  0:20 left  loss 0.01667',
   ]
+
+
+def test_steps_that_were_compiled_in_tell_nothing_of_those_to_come():
+  clock, stream, compiled = _Clock(), io.StringIO(), [0.0]
+  progress = metrics.Progress(
+    20,
+    unit='block',
+    seconds_between_lines=10,
+    stream=stream,
+    clock=clock,
+    compiling=lambda: compiled[0],
+  )
+  clock.seconds += 150
+  compiled[0] += 140
+  progress.update(1)
+  for step in range(2, 12):
+    clock.seconds += 2
+    progress.update(step)
+  assert stream.getvalue().splitlines() == [
+    '1/20  150.00 s/block  ? left',
+    '6/20  2.00 s/block  0:28 left',
+    '11/20  2.00 s/block  0:18 left',
+  ]
+
+
+def test_a_bar_takes_no_time_left_from_compiling():
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  stream, compiled = Terminal(), [0.0]
+  with metrics.Progress(
+    100, stream=stream, compiling=lambda: compiled[0]
+  ) as progress:
+    time.sleep(2)
+    compiled[0] = 2.0
+    progress.update(1)
+    time.sleep(0.2)
+    progress.update(3)
+    time.sleep(0.2)
+    progress.update(5)
+  # 95 steps at 0.1 s, not at 0.4 s.
+  left = re.findall(r'<00:(\d\d)', stream.getvalue())
+  assert left and max(map(int, left[-2:])) < 20
+
+
+def test_programs_of_jax_are_counted_while_they_are_compiled():
+  compile_clock.start()
+  before = compile_clock.seconds()
+  jax.jit(lambda x: x * 3 + 1)(1.0).block_until_ready()
+  assert compile_clock.seconds() > before
 
 
 def test_a_terminal_gets_one_bar():
