@@ -40,7 +40,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from hiar_jax import rollout
 from hiar_jax.data import given_frames
@@ -177,7 +177,6 @@ class _Stopwatch:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  logging.set_verbosity(logging.WARNING)
   watch = _Stopwatch()
   if (_CONFIG.value is None) == (_PIPELINE.value is None):
     raise ValueError('give either --config or --pipeline')

@@ -21,7 +21,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from hiar_jax.runtime import config_flag, errors, metrics, video_io
 from hiar_jax.sampling import (
@@ -77,7 +77,6 @@ _SCALE = flags.DEFINE_integer(
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   if (config is None) == (_PIPELINE.value is None):
     raise ValueError('give either --config or --pipeline')

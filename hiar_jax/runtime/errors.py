@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from hiar_jax.runtime import compiled_programs, help_page, interrupts
 
@@ -24,7 +24,8 @@ _CAUGHT = (
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
   """Runs a launch program; `app.run` for people.
 
-  What it compiles is kept for the next start, see `compiled_programs`.
+  What it compiles is kept for the next start, see `compiled_programs`. Of
+  others' messages warnings are shown; --verbosity=0 shows all.
 
   A wrong flag, config, path or value ends the program with 'error: ...' and
   exit status 2, Ctrl-C with status 130 and SIGTERM with 143, see `interrupts`;
@@ -41,6 +42,9 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       _exit(f'unexpected argument {argv[1]!r}')
+    # Those of orbax, forty for three lines of ours, are asked for by name.
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)
     try:
       compiled_programs.keep_by_flag()
       main(argv)

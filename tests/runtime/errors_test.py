@@ -99,3 +99,22 @@ def test_a_program_ends_with_one_line_and_status_2(
   else:
     assert done.stderr == f'error: {message}\n'
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'shown'), [([], 'heed\n'), (['--verbosity=0'], 'all\nheed\n')]
+)
+def test_messages_of_others_are_shown_from_warnings_on(arguments, shown):
+  code = (
+    'from absl import logging; from hiar_jax.runtime import errors; '
+    'logging.get_absl_handler().setFormatter(None); '
+    'errors.run_main(lambda argv: (logging.info("all"), '
+    'logging.warning("heed"))and None)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code, *arguments],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stderr == shown
