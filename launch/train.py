@@ -3,7 +3,9 @@
 hiar-jax train --config=bouncing:teacher
 
 SIGTERM saves the iteration under way and ends with status 143; start the same
-command again to go on.
+command again to go on. More --config.iterations, or folders that were moved,
+are no other run; a config that learns otherwise is refused unless
+--allow_config_change is given, which the checkpoints from then on tell.
 """
 
 import jax
@@ -24,6 +26,11 @@ _STEP_TIMEOUT = flags.DEFINE_float(
   None,
   'Seconds without a finished iteration after which all stacks are printed and '
   'the process exits with status 124; more than the longest compilation.',
+)
+_ALLOW_CHANGE = flags.DEFINE_bool(
+  'allow_config_change',
+  False,
+  'Goes on with a run although the config changes what it learns.',
 )
 distributed.define_flags()
 
@@ -49,6 +56,7 @@ def main(argv):
     _CONFIG.value,
     profile=_profile_window(),
     step_timeout=_STEP_TIMEOUT.value,
+    allow_config_change=_ALLOW_CHANGE.value,
   )
 
 

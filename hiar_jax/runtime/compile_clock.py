@@ -1,5 +1,7 @@
 """How long this process has traced, lowered and compiled programs of jax."""
 
+from typing import Any
+
 import jax
 
 _seconds = 0.0
@@ -19,7 +21,7 @@ def seconds() -> float:
   return _seconds
 
 
-def _on_event(event: str, duration: float, **unused) -> None:
+def _on_event(event: str, duration_secs: float, **unused: Any) -> None:
   global _seconds
   if event.startswith('/jax/core/compile/'):
-    _seconds += duration
+    _seconds += duration_secs

@@ -57,7 +57,7 @@ def settings(
     del made_of[name]
   given = None
   if initial_frames is not None:
-    given = hashlib.sha256(np.ascontiguousarray(initial_frames)).hexdigest()
+    given = hashlib.sha256(initial_frames.tobytes()).hexdigest()
   return provenance.jsonable(
     {
       'weights': pipeline.identity,
@@ -124,7 +124,12 @@ def write(
       done(jobs[i])
 
 
-def _write_one(pipeline, job, latents_FhwC, made_with) -> None:
+def _write_one(
+  pipeline: video_pipeline.VideoPipeline,
+  job: Job,
+  latents_FhwC: np.ndarray,
+  made_with: dict[str, Any],
+) -> None:
   frames = []
   with video_io.VideoWriter(
     job.path, fps=pipeline.fps, scale=made_with['scale']

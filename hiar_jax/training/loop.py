@@ -17,15 +17,17 @@ import ml_collections
 
 from hiar_jax.models import flops
 from hiar_jax.runtime import profiling, provenance, stopping, watchdog
-from hiar_jax.training import checkpoint, guards, phases, run_log, samples
+from hiar_jax.training import (
+  checkpoint,
+  continuation,
+  guards,
+  phases,
+  run_log,
+  samples,
+)
 from hiar_jax.training.loop_config import LoopConfig
 from hiar_jax.training.network_files import WEIGHTS
 from hiar_jax.weights import networks
-
-# What may differ between a run and its continuation.
-_FREE_KEYS = (
-  *('workdir', 'log_every', 'checkpoint_every', 'loop', 'mesh', 'measures'),
-)
 
 
 def train(
@@ -33,6 +35,7 @@ def train(
   *,
   profile: tuple[int, int] | None = None,
   step_timeout: float | None = None,
+  allow_config_change: bool = False,
 ) -> pathlib.Path:
   """Runs one phase to its end, from its last checkpoint if there is one.
 
@@ -43,6 +46,8 @@ def train(
       jax.profiler into `workdir/profile`.
     step_timeout: seconds without a finished iteration after which the process
       dumps all stacks and exits, see `watchdog`.
+    allow_config_change: go on although the config changes what is learnt; the
+      checkpoints from then on say so.
 
   Returns:
     The exported weights.
@@ -70,7 +75,9 @@ def train(
       best=loop.best,
     )
   ) as manager:
-    state, batches, iteration = _restore(config, phase, manager)
+    state, batches, iteration, kept = _restore(
+      config, phase, manager, allow_config_change
+    )
     with (
       run_log.RunLog(
         *(workdir, config.to_dict(), loop),
@@ -84,7 +91,7 @@ def train(
       trace,
       stopping.StopSignals() as stop,
     ):
-      book = _Book(config, loop, phase, manager, log, dog)
+      book = _Book(config, kept, loop, phase, manager, log, dog)
       while iteration < config.iterations:
         batch = dict(next(batches))
         elements = batch.pop('index', None)
@@ -107,19 +114,29 @@ def train(
   return weights
 
 
-def _restore(config, phase, manager):
-  """State, data iterator and number of iterations done."""
+def _restore(config, phase, manager, allow_change):
+  """State, data iterator, iterations done, and what checkpoints keep."""
   iteration = checkpoint.latest_step(manager) or 0
   if not iteration:
-    return phase.state, phase.batches, 0
-  changed = provenance.config_differences(
-    checkpoint.restore_config(manager, iteration),
-    config.to_dict(),
-    ignore=_FREE_KEYS,
-  )
-  if changed:
+    return (
+      *(phase.state, phase.batches, 0),
+      continuation.record(config.to_dict()),
+    )
+  saved = checkpoint.restore_config(manager, iteration)
+  kept = continuation.record(config.to_dict(), saved)
+  changed = continuation.differences(saved, kept)
+  if changed and not allow_change:
     raise ValueError(
-      f'{config.workdir} was made by another config: ' + '; '.join(changed)
+      f'{config.workdir} was made by another config: {"; ".join(changed)}. '
+      '--allow_config_change goes on with this one; another --config.workdir '
+      'begins anew'
+    )
+  if changed:
+    kept = continuation.note_change(kept, iteration, changed)
+    print(
+      f'warning: goes on with another config: {"; ".join(changed)}',
+      file=sys.stderr,
+      flush=True,
     )
   changed = provenance.config_differences(
     checkpoint.restore_version(manager, iteration), provenance.code_version()
@@ -135,14 +152,15 @@ def _restore(config, phase, manager):
     manager, iteration, networks.abstract(phase.state), phase.batches
   )
   print(f'{config.workdir}: goes on after iteration {iteration}', flush=True)
-  return state, batches, iteration
+  return state, batches, iteration, kept
 
 
 class _Book:
   """What is due after some iterations: a line, samples, a checkpoint."""
 
-  def __init__(self, config, loop, phase, manager, log, dog):
-    self._config, self._loop, self._phase = config, loop, phase
+  def __init__(self, config, kept, loop, phase, manager, log, dog):
+    self._config, self._kept = config, kept
+    self._loop, self._phase = loop, phase
     self._manager, self._log, self._dog = manager, log, dog
     self._guard = guards.Guard(loop.max_skipped)
     self._version = provenance.code_version()
@@ -180,7 +198,7 @@ class _Book:
         iteration,
         state,
         batches,
-        config.to_dict(),
+        self._kept,
         version=self._version,
         metrics=values,
       )

@@ -201,13 +201,38 @@ def test_a_changed_config_is_refused_by_name(count):
   weights = count()
   first = weights.read_bytes()
   with pytest.raises(ValueError) as caught:
-    count(iterations=20, optimiser=dict(learning_rate=0.5))
+    count(iterations=8, optimiser=dict(learning_rate=0.5))
   message = errors.users_mistake(caught.value)
   assert 'was made by another config' in message
-  assert 'iterations: 10 -> 20' in message
+  assert 'iterations: 10 -> 8' in message
+  assert '--allow_config_change goes on' in message
   rate = tiny.config('teacher', '').optimiser.learning_rate
   assert f'optimiser.learning_rate: {rate} -> 0.5' in message
   assert weights.read_bytes() == first
+
+
+def test_more_iterations_go_on_with_the_run(count, tmp_path):
+  count()
+  longer = count(iterations=14)
+  whole = count(iterations=14, workdir=str(tmp_path / 'whole'))
+  assert longer.read_bytes() == whole.read_bytes()
+  assert metrics_of(longer)[14] == metrics_of(whole)[14]
+
+
+def test_a_change_that_is_allowed_stays_known(count, tmp_path, capsys):
+  count()
+  capsys.readouterr()
+  change = dict(optimiser=dict(learning_rate=0.5))
+  allowed = dict(kwargs=dict(allow_config_change=True))
+  count(iterations=12, **change, **allowed)
+  assert 'warning: goes on with another config' in capsys.readouterr().err
+  count(iterations=14, **change)
+  with contextlib.closing(
+    checkpoint.make_manager(tmp_path / 'teacher' / 'checkpoints')
+  ) as manager:
+    (change,) = checkpoint.restore_config(manager, 14)['_changes']
+  assert change['after_iteration'] == 10
+  assert change['changed'][0].endswith('learning_rate: 0.01 -> 0.5')
 
 
 def test_how_often_is_logged_and_where_may_change(count, tmp_path):
