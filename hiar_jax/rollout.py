@@ -29,82 +29,17 @@ import jax.numpy as jnp
 from hiar_jax import noise_schedule
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import kv_cache
-from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.rollout_config import CONTEXTS as CONTEXTS
+from hiar_jax.models.rollout_config import STEPPINGS as STEPPINGS
+from hiar_jax.models.rollout_config import RolloutConfig
 from hiar_jax.models.transformer import TextKV
 
-STEPPINGS = ('sde', 'ode')
-CONTEXTS = ('matched', 'shared', 'clean')
 ORDERS = ('step_first', 'block_first', 'hybrid')
 
 # (level j, block b) -> standard normal [B, f, h, w, C]; level 0 is the initial
 # noise, level j >= 1 the noise that takes x0 to t_j. Both may be traced.
 Noise = Callable[[jax.Array | int, jax.Array | int], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-  """How blocks are denoised.
-
-  Attributes:
-    levels: S + 1 falling sigmas, from `noise_schedule.warped_levels`; the last
-      is 0.
-    frames_per_block: latent frames of a block.
-    window: latent frames that attention sees, own block and sink included.
-    sink: first frames that stay visible for ever.
-    stepping: 'sde' re-noises x0 with fresh noise (what the public weights were
-      trained with), 'ode' makes the deterministic Euler step.
-    context: level of the past in step-first orders. 'matched' (HiAR): t_{j+1};
-      'clean' (ablation): x0 at level 0; 'shared': the K/V of D(b, j+1) serve as
-      the context of step j.
-    context_level: level that the network is told for clean context; no noise
-      is added. 0 unless the weights were trained otherwise.
-
-  Raises:
-    ValueError: naming the value that does not fit.
-  """
-
-  levels: tuple[float, ...]
-  frames_per_block: int = 3
-  window: int = 21
-  sink: int = 0
-  stepping: str = 'sde'
-  context: str = 'matched'
-  context_level: float = 0.0
-
-  def __post_init__(self):
-    if self.levels[-1] != 0 or len(self.levels) < 2:
-      raise ValueError(f'levels={self.levels} do not end with 0 (clean)')
-    if self.frames_per_block < 1:
-      raise ValueError(f'frames_per_block={self.frames_per_block} is below 1')
-    if self.window < 1 or self.window % self.frames_per_block:
-      raise ValueError(
-        f'window={self.window} is not a positive multiple of '
-        f'frames_per_block={self.frames_per_block}'
-      )
-    if not 0 <= self.sink <= self.past_frames:
-      raise ValueError(
-        f'sink={self.sink} is not within 0..{self.past_frames}, the frames '
-        f'that window={self.window} leaves beside one block'
-      )
-    if self.stepping not in STEPPINGS:
-      raise ValueError(f'stepping={self.stepping!r} is not one of {STEPPINGS}')
-    if self.context not in CONTEXTS:
-      raise ValueError(f'context={self.context!r} is not one of {CONTEXTS}')
-
-  @property
-  def num_steps(self) -> int:
-    return len(self.levels) - 1
-
-  @property
-  def past_frames(self) -> int:
-    """Frame slots of the cache."""
-    return self.window - self.frames_per_block
-
-  def block_shape(self, model: WanConfig) -> tuple[int, int, int, int]:
-    """(f, h, w, C): a block's latents."""
-    frame = (model.latent_height, model.latent_width, model.channels)
-    return (self.frames_per_block, *frame)
 
 
 def named_noise(
@@ -309,9 +244,18 @@ def block_first(
     [B, F, h, w, C], given frames included.
   """
   past = _anchored(sampler, initial)
-  blocks = jnp.arange(num_blocks)
-  x, _ = _block_first_from(sampler, noise, blocks, past, commit_last=False)
-  return _with_initial(initial, join_blocks(x))
+  blocks, made = jnp.arange(num_blocks), []
+  if sampler.config.first_levels:
+    first = dataclasses.replace(sampler, config=sampler.config.of_block(0))
+    x, past = _block_first_from(
+      first, noise, blocks[:1], past, commit_last=num_blocks > 1
+    )
+    blocks, made = blocks[1:], [x]
+    sampler = dataclasses.replace(sampler, config=sampler.config.of_block(1))
+  if len(blocks):
+    x, _ = _block_first_from(sampler, noise, blocks, past, commit_last=False)
+    made.append(x)
+  return _with_initial(initial, join_blocks(jnp.concatenate(made)))
 
 
 def _block_first_from(sampler, noise, blocks, past, *, commit_last):

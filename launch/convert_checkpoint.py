@@ -18,13 +18,19 @@ Arrays go from file to file one at a time. Torch is needed for pickles (.pt,
 .pth) alone.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
 
 from hiar_jax import rollout
 from hiar_jax.runtime import errors, metrics
-from hiar_jax.weights import conversion, releases
+from hiar_jax.weights import (
+  conversion,
+  families,
+  released_family,
+  releases,
+)
 
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, 'a folder, a file or owner/name of a hub', required=True
@@ -54,8 +60,14 @@ _HEIGHT = flags.DEFINE_integer(
 _WIDTH = flags.DEFINE_integer(
   'width', 832, 'of the videos to make, in pixels', lower_bound=16
 )
+_FAMILY = flags.DEFINE_enum(
+  'family',
+  None,
+  list(families.FAMILIES),
+  'what the weights were trained for; default: what their names tell',
+)
 _ORDER = flags.DEFINE_enum(
-  'order', 'step_first', rollout.ORDERS, 'that the weights were trained for'
+  'order', None, rollout.ORDERS, "of denoising; default: the family's"
 )
 _HEAD_DIM = flags.DEFINE_integer(
   'head_dim', 128, "width of the transformer's heads where no config.json says"
@@ -140,7 +152,13 @@ def _to_ours(out: pathlib.Path, bar: _Bar) -> None:
     format=_FORMAT.value,
     shard_bytes=int(_SHARD_GB.value * 1e9),
   )
-  sections = {'generate': {'order': _ORDER.value, 'fps': 16.0}}
+  sections = None
+  if release.transformer is not None:
+    given = _FAMILY.value and families.get(_FAMILY.value)
+    family = released_family.find(_WEIGHTS.value, release, given or None)
+    if _ORDER.value is not None:
+      family = dataclasses.replace(family, order=_ORDER.value)
+    sections = family.sections()
   conversion.to_ours(
     release,
     out,

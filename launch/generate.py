@@ -42,7 +42,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from absl import flags
 
-from hiar_jax import rollout
 from hiar_jax.data import given_frames
 from hiar_jax.runtime import (
   compile_clock,
@@ -54,6 +53,7 @@ from hiar_jax.runtime import (
 )
 from hiar_jax.sampling import (
   calls,
+  choice_flags,
   loading,
   seeds,
   streaming,
@@ -89,17 +89,12 @@ _SEED = flags.DEFINE_multi_integer(
   'names the noise; given as often as there are videos, each has its own',
   lower_bound=0,
 )
-_ORDER = flags.DEFINE_enum(
-  'order', None, rollout.ORDERS, "of denoising; default: the config's"
-)
+_CHOICES = choice_flags.ChoiceFlags()
 _ANCHOR_BLOCKS = flags.DEFINE_integer(
   'anchor_blocks', 0, 'order hybrid: first blocks that are finished first'
 )
 _BLOCK_FIRST_STEPS = flags.DEFINE_integer(
   'block_first_steps', 0, 'order hybrid: first steps that go block by block'
-)
-_CONTEXT = flags.DEFINE_enum(
-  'context', None, rollout.CONTEXTS, "of step-first; default: the config's"
 )
 _WEIGHTS = flags.DEFINE_string(
   'weights',
@@ -193,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
   pipeline = _load(watch)
   request = calls.Request(
     num_blocks=_NUM_BLOCKS.value,
-    order=_ORDER.value or pipeline.order,
+    order=pipeline.order,
     anchor_blocks=_ANCHOR_BLOCKS.value,
     block_first_steps=_BLOCK_FIRST_STEPS.value,
   )
@@ -240,7 +235,7 @@ def _seed() -> int | list[int]:
 
 
 def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
-  """The pipeline asked for, with --context and --fps in it."""
+  """The pipeline asked for, run as the flags say."""
   text = {
     'text_encoder': _TEXT_ENCODER.value,
     'text_cache': _TEXT_CACHE.value,
@@ -255,18 +250,14 @@ def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
       pipeline = loading.from_config(
         config.to_dict(), weights=weights, codec=codec, **text
       )
+      pipeline = _CHOICES.apply(pipeline)
     else:
       if _WEIGHTS.value is not None:
         raise ValueError('--weights goes with --config, not with --pipeline')
-      pipeline = loading.load(_PIPELINE.value, **text)
-  changes = {}
+      pipeline = _CHOICES.load(_PIPELINE.value, **text)
   if _FPS.value is not None:
-    changes['fps'] = _FPS.value
-  if _CONTEXT.value:
-    changes['rollout'] = dataclasses.replace(
-      pipeline.rollout, context=_CONTEXT.value
-    )
-  return dataclasses.replace(pipeline, **changes)
+    pipeline = dataclasses.replace(pipeline, fps=_FPS.value)
+  return pipeline
 
 
 def _initial_frames(
@@ -291,9 +282,8 @@ def _initial_frames(
 def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   """Writes one video block by block until its end or Ctrl-C."""
   switches = _switches()
-  for flag, default in ((_ORDER, None), (_CONTEXT, None), (_NUM_VIDEOS, 1)):
-    if flag.value != default:
-      raise ValueError(f'--{flag.name} does not go with --stream')
+  if _NUM_VIDEOS.value != 1:
+    raise ValueError('--num_videos does not go with --stream')
   if len(prompts) > 1:
     raise ValueError(
       f'--stream makes one video, not {len(prompts)}; change the prompt with '

@@ -110,8 +110,8 @@ def sample(
   Raises:
     ValueError: if the request and the config do not go together.
   """
-  static = {'denoiser': denoiser, 'config': config}
   sweeps, shared = _plan(request, config), _is_shared(request, config)
+  static = {'denoiser': denoiser, 'config': config.of_block(1)}
   begin = _begin_shared if shared else _begin
   params = denoiser.unstack_layers(params)
   text, anchored = begin(params, states_BLD, initial, **static)
@@ -127,6 +127,7 @@ def sample(
       report(sweep.num_steps + 1)
 
   for sweep in sweeps:
+    static['config'] = config.of_block(0 if sweep.is_first else 1)
     # The working past is donated, block after block; the anchored one stays.
     past = _copy(anchored)
     for block in sweep.blocks:
@@ -201,12 +202,14 @@ class _Sweep:
     first_step: of the sweep.
     num_steps: of the sweep.
     anchors: the blocks come out clean and stand in the past of later sweeps.
+    is_first: by the levels of a video's first block, where it has others.
   """
 
   blocks: range
   first_step: int
   num_steps: int
   anchors: bool = False
+  is_first: bool = False
 
   @property
   def passes(self) -> int:
@@ -221,6 +224,17 @@ def _is_shared(request: Request, config: rollout.RolloutConfig) -> bool:
 def _plan(request: Request, config: rollout.RolloutConfig) -> list[_Sweep]:
   """The sweeps of an order; the rollout's functions say what they mean."""
   num_steps, blocks = config.num_steps, range(request.num_blocks)
+  if config.first_levels and request.order != 'block_first':
+    raise ValueError(
+      "levels of a first block's own go with order 'block_first', not with "
+      f'{request.order!r}; steps=... gives all blocks the same'
+    )
+  if config.first_levels:
+    first = config.of_block(0).num_steps
+    return [
+      _Sweep(blocks[:1], 0, first, anchors=True, is_first=True),
+      _Sweep(blocks[1:], 0, num_steps),
+    ]
   if request.order == 'block_first' or _is_shared(request, config):
     return [_Sweep(blocks, 0, num_steps)]
   if config.context == 'shared':

@@ -14,24 +14,26 @@ from typing import Any
 
 import jax
 
-from hiar_jax import noise_schedule, rollout
+from hiar_jax import rollout
 from hiar_jax.codecs import linear
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
-from hiar_jax.sampling import taught
+from hiar_jax.sampling import choices, taught
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 from hiar_jax.text import encoders
 from hiar_jax.text import umt5 as text_umt5
 from hiar_jax.weights import (
   conversion,
   conversion_cache,
+  families,
   hub,
   layouts,
   networks,
   parts,
+  released_family,
   releases,
   safetensors_io,
 )
@@ -55,8 +57,10 @@ def load(
   name_or_path: Path | Sequence[Path],
   *,
   base: Path | Sequence[Path] | None = None,
+  family: str | None = None,
   text_encoder: str | pathlib.Path = 'keep',
   text_cache: str | pathlib.Path | None = None,
+  **chosen: Any,
 ) -> VideoPipeline:
   """Reads a pipeline with its trained weights.
 
@@ -74,30 +78,40 @@ def load(
       several of them that have different parts.
     base: published weights that have the parts which the others lack, such as
       the VAE and the text encoder of Wan2.1.
+    family: what the weights were trained for, one of families.FAMILIES; None:
+      what names and config.json tell, which is said in a line.
     text_encoder: see `from_config`.
     text_cache: likewise.
+    **chosen: order, window, sink, height, width, ..., instead of what the
+      weights were trained for: see `choices.Choices`.
 
   Raises:
-    ValueError: if there is no such pipeline, or a file of it is damaged.
+    ValueError: if there is no such pipeline, or a file of it is damaged, or it
+      is not told what the weights were trained for.
     FileNotFoundError: if a file is missing from the folder.
   """
   compiled_programs.keep()
+  choices.Choices(**chosen)  # What is wrong is said before files are read.
+  known = None if family is None else families.get(family)
   folder = None if base is not None else _own_folder(name_or_path)
   if folder is None:
     needs = ['transformer', 'vae']
     if text_encoder in text_umt5.CHOICES:
       needs += ['text_encoder', 'tokenizer']
-    folder = _converted(name_or_path, base, needs)
+    folder, known = _converted(name_or_path, base, needs, known)
   config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
-  if config.get(layouts.IS_BASE_MODEL):
+  if config.get(layouts.IS_BASE_MODEL) and (known is None or known.is_base):
     print(f'note: {_BASE_MODEL_NOTE.format(name_or_path)}', file=sys.stderr)
-  return from_config(
+  if known is not None:
+    config |= known.sections()
+  pipeline = from_config(
     config,
     weights=folder / layouts.STUDENT_FILE,
     codec=folder / layouts.codec_file(config),
     text_encoder=text_encoder,
     text_cache=text_cache,
   )
+  return choices.apply(pipeline, **chosen)
 
 
 def _own_folder(name: Path | Sequence[Path]) -> pathlib.Path | None:
@@ -121,12 +135,19 @@ def _converted(
   name: Path | Sequence[Path],
   base: Path | Sequence[Path] | None,
   needs: Sequence[str],
-) -> pathlib.Path:
-  """The converted folder of published weights."""
+  family: families.Family | None,
+) -> tuple[pathlib.Path, families.Family]:
+  """The converted folder of published weights, and what they are."""
   names = releases.split_names(name)
   for one in names if len(names) == 1 else ():
     _check_named(one)
-  return conversion_cache.cached(name, base=base, needs=needs)
+  known = []
+
+  def look(release: releases.Release) -> None:
+    known.append(released_family.find(name, release, family))
+
+  folder = conversion_cache.cached(name, base=base, needs=needs, check=look)
+  return folder, known[0]
 
 
 def _check_named(name: Path) -> None:
@@ -189,13 +210,14 @@ def from_config(
     )
   else:
     encoder = encoders.open_encoder(config['text'])
-  levels = noise_schedule.warped_levels(**config['schedule'])
   if encoder.dim != denoiser.config.text_dim:
     raise ValueError(
       f'{weights} takes text states of {denoiser.config.text_dim} numbers a '
       f'token, its text encoder gives {encoder.dim}'
     )
-  rollout_config = rollout.RolloutConfig(levels=levels, **config['rollout'])
+  rollout_config = rollout.RolloutConfig(
+    **choices.levels(config['schedule']), **config['rollout']
+  )
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
   dtype = config.get('weights_dtype', 'float32')
@@ -213,6 +235,7 @@ def from_config(
     ),
     codec=_load_codec(codec, config),
     rollout=rollout_config,
+    schedule=config['schedule'],
     identity=_identity(weights, codec),
     **config['generate'],
   )

@@ -12,7 +12,7 @@ A pipeline is a folder of three files: a config, weights and a codec.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,14 @@ from hiar_jax import rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.runtime import metrics
-from hiar_jax.sampling import calls, decoding, memory, seeds, streaming
+from hiar_jax.sampling import (
+  calls,
+  choices,
+  decoding,
+  memory,
+  seeds,
+  streaming,
+)
 from hiar_jax.sampling.video import Video
 
 # Videos that are sampled together. More of them need memory in proportion and
@@ -43,6 +50,7 @@ class VideoPipeline:
     rollout: how blocks are denoised.
     order: that the weights were trained for, one of rollout.ORDERS.
     fps: frames a second of the videos.
+    schedule: the config's section that the levels of `rollout` are of.
     identity: differs between weights; '' if nothing is known of them.
   """
 
@@ -54,6 +62,7 @@ class VideoPipeline:
   rollout: rollout.RolloutConfig
   order: str
   fps: float
+  schedule: Mapping[str, Any]
   identity: str = ''
 
   def __repr__(self) -> str:
@@ -77,12 +86,11 @@ class VideoPipeline:
     num_blocks: int = 7,
     num_videos: int = 1,
     seed: int | Sequence[int] = 0,
-    order: str | None = None,
     anchor_blocks: int = 0,
     block_first_steps: int = 0,
-    context: str | None = None,
     initial_frames: np.ndarray | Video | None = None,
     progress: bool = True,
+    **chosen: Any,
   ) -> Video | list[Video]:
     """Makes videos.
 
@@ -96,14 +104,14 @@ class VideoPipeline:
       num_videos: of each prompt.
       seed: another seed gives other videos; or one for each video, prompt by
         prompt.
-      order: one of rollout.ORDERS; None is the one trained for.
       anchor_blocks: 'hybrid' only: first blocks that are finished first.
       block_first_steps: 'hybrid' only: first steps that go block by block.
-      context: one of rollout.CONTEXTS; None is the one trained for.
       initial_frames: uint8 [F, H, W, 3], one picture [H, W, 3], or a Video,
         that the videos go on from. They come first in the result, as the
         codec sees them.
       progress: show a bar of the network passes.
+      **chosen: order, context, window, sink, steps, ..., instead of what the
+        weights were trained for: see `choices.Choices`.
 
     Returns:
       A Video for one prompt and num_videos=1, else a list, prompt by prompt.
@@ -111,20 +119,16 @@ class VideoPipeline:
     Raises:
       ValueError: naming the value that does not fit.
     """
+    pipeline = choices.apply(self, **chosen)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     request = calls.Request(
       num_blocks=num_blocks,
       num_videos=num_videos,
       seed=seed,
-      order=self.order if order is None else order,
+      order=pipeline.order,
       anchor_blocks=anchor_blocks,
       block_first_steps=block_first_steps,
     )
-    pipeline = self
-    if context is not None:
-      pipeline = dataclasses.replace(
-        self, rollout=dataclasses.replace(self.rollout, context=context)
-      )
     latents = pipeline.sample(
       prompts, request, initial_frames=initial_frames, progress=progress
     )

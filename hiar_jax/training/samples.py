@@ -61,6 +61,7 @@ class Sampler:
       encoder=encoder,
       codec=inputs.open_codec(config),
       rollout=phase_parts.rollout_config(config),
+      schedule=config.schedule.to_dict(),
       **config.generate,
     )
 

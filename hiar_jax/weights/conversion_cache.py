@@ -10,12 +10,19 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
-from hiar_jax.weights import conversion, identity, layouts, releases
+from hiar_jax.weights import (
+  conversion,
+  families,
+  foreign,
+  identity,
+  layouts,
+  releases,
+)
 from hiar_jax.weights.conversion import Options, Report
 from hiar_jax.weights.releases import Path, Release
 
@@ -43,6 +50,7 @@ def cached(
   options: Options = _DEFAULT,
   needs: Collection[str] = (),
   report: Report | None = None,
+  check: Callable[[Release], None] | None = None,
 ) -> pathlib.Path:
   """A folder of ours for a release, converted unless it was before.
 
@@ -57,6 +65,7 @@ def cached(
     options: see there.
     needs: parts of a Release that must be there.
     report: see Report.
+    check: is shown what was found before it is converted.
 
   Raises:
     FileNotFoundError, ValueError: see `releases.locate` and
@@ -73,6 +82,8 @@ def cached(
       assert isinstance(config, WanConfig)
       options = dataclasses.replace(options, head_dim=config.head_dim)
   _check_parts(name, base, release, needs)
+  if check is not None:
+    check(release)
   kept = compiled_programs.cache_folder()
   folder = kept / f'{_slug(name)}-{_fingerprint(release, options)}'
   if (folder / layouts.CONFIG_FILE).exists():
@@ -104,12 +115,23 @@ def _check_parts(
     # A hub's name is a folder by now: that of what was found.
     folders = {str(p.parent) for p in vars(release).values() if p is not None}
     sources = f'{name}' if base is None else f'{name} and base {base}'
-    ending = '' if base is not None else '; base=... may name what has it'
+    ending = '' if base is not None else _hint(release)
     missing = part.replace('_', ' ')
     raise FileNotFoundError(
       f'{sources}: no {missing}. Looked for {_LOOKED_FOR[part]}; '
       f'the other parts are in {", ".join(sorted(folders))}{ending}'
     )
+
+
+def _hint(release: Release) -> str:
+  """Which other release has what this one lacks."""
+  known = None
+  if release.transformer is not None:
+    shapes = foreign.StateDict(release.transformer).shapes
+    known = families.base_of(shapes.get('patch_embedding.weight', (0,))[0])
+  if known is None:
+    return '; base=... (--base) may name what has it'
+  return f'; base={known!r} (--base={known}) has it, and so has a copy of that'
 
 
 @contextlib.contextmanager

@@ -105,9 +105,14 @@ def open_network(
     raise ValueError(
       f'{state.path} is not what a {kind} needs: {tables.report(problems)}'
     )
-  is_base_model = kind == 'transformer' and bool(known)
-  is_base_model &= _class_of(state.path) != 'CausalWanModel'
-  return Network(kind, naming, config, state, expected, is_base_model)
+  is_base = kind == 'transformer' and is_base_model(state.path)
+  return Network(kind, naming, config, state, expected, is_base)
+
+
+def is_base_model(path: pathlib.Path) -> bool:
+  """Whether a config.json beside a transformer is that of Wan2.1's own."""
+  known = _config_sizes(path, 'transformer')
+  return bool(known) and _class_of(path) != 'CausalWanModel'
 
 
 def recognise(state: foreign.StateDict) -> tuple[str, str, list[Rule]]:

@@ -66,6 +66,7 @@ def pipe(context='matched', sink=0):
     ),
     order='step_first',
     fps=8.0,
+    schedule={'shift': 5.0, 'indices': (1000, 500)},
   )
 
 

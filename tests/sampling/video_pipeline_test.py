@@ -18,7 +18,13 @@ from hiar_jax.codecs import linear, pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import video_io
-from hiar_jax.sampling import calls, loading, seeds, video_pipeline
+from hiar_jax.sampling import (
+  calls,
+  choices,
+  loading,
+  seeds,
+  video_pipeline,
+)
 from hiar_jax.weights import layouts
 
 _CONFIG = {
@@ -124,6 +130,33 @@ def test_every_order_is_the_rollouts_own(
   decoded = pixels.from_float(pipe.codec.decode(expected[None]))[0]
   # A value on the edge of rounding may fall to either side.
   assert np.abs(video.frames.astype(int) - decoded).max() <= 1
+
+
+def test_a_first_block_may_have_levels_of_its_own(pipe):
+  own = _with_rollout(pipe, first_levels=(1.0, 0.9, 0.5, 0.0))
+  video = own(_PROMPT, num_blocks=5, seed=5, order='block_first')
+  np.testing.assert_allclose(
+    video.latents, _defined(own, 'block_first'), rtol=1e-5, atol=1e-5
+  )
+  plain = pipe(_PROMPT, num_blocks=5, seed=5, order='block_first')
+  assert np.abs(video.latents - plain.latents)[:2].max() > 0.1
+  # Its own steps, and the others' no more than before.
+  request = calls.Request(num_blocks=5, order='block_first')
+  assert calls.num_passes(request, own.rollout) == (3 + 1) + 4 * (2 + 1)
+  with pytest.raises(ValueError, match="go with order 'block_first', not"):
+    own(_PROMPT, num_blocks=5)
+
+
+def test_sizes_and_steps_are_chosen_in_a_call(pipe):
+  video = pipe(
+    _PROMPT, num_blocks=2, height=8, width=24, steps=3, progress=False
+  )
+  assert video.shape == (4, 8, 24, 3)
+  again = choices.apply(pipe, steps=(1000, 667, 333), height=8, width=24)
+  np.testing.assert_array_equal(
+    again(_PROMPT, num_blocks=2, progress=False).latents, video.latents
+  )
+  assert again.params is pipe.params
 
 
 def test_context_can_be_chosen_in_the_call(pipe):

@@ -1,0 +1,108 @@
+"""The flags of what a caller chooses, for every program that makes videos.
+
+--family self-forcing --window 12 --sink 3 --steps 1000,500 --height 720 ...
+"""
+
+from typing import Any
+
+from absl import flags
+
+from hiar_jax import rollout
+from hiar_jax.sampling import choices, loading
+from hiar_jax.weights import families
+
+
+class ChoiceFlags:
+  """Those of `choices.Choices`, and of `loading.load` what names the weights.
+
+  Made once a program, before its flags are parsed.
+  """
+
+  def __init__(self):
+    self._base = flags.DEFINE_string(
+      'base',
+      None,
+      'with --pipeline: weights that have the parts which it lacks, such as '
+      'Wan-AI/Wan2.1-T2V-1.3B',
+    )
+    self._family = flags.DEFINE_enum(
+      'family',
+      None,
+      list(families.FAMILIES),
+      'with --pipeline: what the weights were trained for; default: what their '
+      'names tell',
+    )
+    trained = "default: the weights'"
+    self._steps = flags.DEFINE_list(
+      'steps',
+      None,
+      'of denoising: how many, or their falling indices such as 1000,500; '
+      + trained,
+    )
+    self._chosen = {
+      'order': flags.DEFINE_enum(
+        'order', None, rollout.ORDERS, f'of denoising; {trained}'
+      ),
+      'context': flags.DEFINE_enum(
+        'context', None, rollout.CONTEXTS, f'of step-first; {trained}'
+      ),
+      'shift': flags.DEFINE_float(
+        'shift', None, f'of the schedule of the steps; {trained}'
+      ),
+    }
+    for name, text in (
+      ('window', 'latent frames that attention sees, sink included'),
+      ('sink', 'first latent frames that stay visible for ever'),
+      ('frames_per_block', 'latent frames of a block'),
+      ('height', 'of the frames in px'),
+      ('width', 'of the frames in px'),
+    ):
+      self._chosen[name] = flags.DEFINE_integer(
+        name, None, f'{text}; {trained}', lower_bound=0
+      )
+
+  @property
+  def made(self) -> dict[str, Any]:
+    """What was chosen, as arguments of `choices.Choices`.
+
+    Raises:
+      ValueError: naming the flag that does not fit.
+    """
+    made: dict[str, Any] = {
+      name: flag.value
+      for name, flag in self._chosen.items()
+      if flag.value is not None
+    }
+    if self._steps.value:
+      made['steps'] = _steps(self._steps.value)
+    choices.Choices(**made)
+    return made
+
+  def load(self, name: str, **options: Any) -> Any:
+    """`loading.load` of --pipeline, run as chosen."""
+    return loading.load(
+      name,
+      base=self._base.value,
+      family=self._family.value,
+      **options,
+      **self.made,
+    )
+
+  def apply(self, pipeline: Any) -> Any:
+    """A pipeline that --config names, run as chosen.
+
+    Raises:
+      ValueError: if a flag goes with --pipeline alone, or does not fit.
+    """
+    for flag in (self._base, self._family):
+      if flag.value is not None:
+        raise ValueError(f'--{flag.name} goes with --pipeline')
+    return choices.apply(pipeline, **self.made)
+
+
+def _steps(values: list[str]) -> int | tuple[int, ...]:
+  if not all(value.strip().isdecimal() for value in values):
+    raise ValueError(f'--steps={",".join(values)} are no whole numbers')
+  steps = tuple(map(int, values))
+  # One index alone would be that of pure noise: a number of steps it is not.
+  return steps[0] if len(steps) == 1 and steps[0] < 1000 else steps

@@ -1,0 +1,135 @@
+"""What a caller chooses of how a video is made; the rest is the weights' own.
+
+One list of names for `load`, a call, a stream and the flags of `generate`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hiar_jax import noise_schedule, rollout
+
+_TRAIN_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+  """None of a value: as the weights were trained, or their config says.
+
+  Attributes:
+    order: one of rollout.ORDERS.
+    context: of the past in step-first orders, one of rollout.CONTEXTS.
+    window: latent frames that attention sees, own block and sink included.
+    sink: first frames that stay visible for ever.
+    steps: how many, evenly spaced, or their falling indices in (0, 1000]; the
+      same for every block.
+    shift: of the schedule that the steps are of.
+    frames_per_block: latent frames of a block.
+    height: of the frames in px, a multiple of 16 for Wan's weights.
+    width: likewise.
+
+  Raises:
+    TypeError: naming a choice that there is not.
+    ValueError: naming the value that does not fit.
+  """
+
+  order: str | None = None
+  context: str | None = None
+  window: int | None = None
+  sink: int | None = None
+  steps: int | Sequence[int] | None = None
+  shift: float | None = None
+  frames_per_block: int | None = None
+  height: int | None = None
+  width: int | None = None
+
+  def __post_init__(self):
+    if self.order is not None and self.order not in rollout.ORDERS:
+      raise ValueError(f'order={self.order!r} is not one of {rollout.ORDERS}')
+    if isinstance(self.steps, int) and not 1 <= self.steps <= _TRAIN_STEPS:
+      raise ValueError(f'steps={self.steps} is not in 1..{_TRAIN_STEPS}')
+    if self.shift is not None and not self.shift > 0:
+      raise ValueError(f'shift={self.shift} is not positive')
+
+  @property
+  def made(self) -> dict[str, Any]:
+    """Those that are not None."""
+    return {k: v for k, v in vars(self).items() if v is not None}
+
+
+def apply(pipeline: Any, **choices: Any) -> Any:
+  """A pipeline that is run as chosen; the weights are the same arrays.
+
+  Args:
+    pipeline: a VideoPipeline.
+    **choices: see `Choices`.
+
+  Raises:
+    TypeError, ValueError: see there.
+  """
+  made = Choices(**choices).made
+  changes: dict[str, Any] = {}
+  if 'order' in made:
+    changes['order'] = made['order']
+  schedule = _schedule(pipeline.schedule, made)
+  if schedule != pipeline.schedule:
+    changes['schedule'] = schedule
+  config = {
+    name: made[name]
+    for name in ('context', 'window', 'sink', 'frames_per_block')
+    if name in made
+  }
+  if 'schedule' in changes:
+    config |= levels(schedule)
+  if config:
+    changes['rollout'] = dataclasses.replace(pipeline.rollout, **config)
+  if 'height' in made or 'width' in made:
+    changes['denoiser'] = _sized(pipeline, made)
+  return dataclasses.replace(pipeline, **changes) if changes else pipeline
+
+
+def levels(schedule: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+  """Levels of a RolloutConfig from a config's section 'schedule'."""
+  schedule = dict(schedule)
+  first = schedule.pop('first_indices', ())
+  made = {'levels': noise_schedule.warped_levels(**schedule)}
+  schedule['indices'] = first
+  made['first_levels'] = (
+    noise_schedule.warped_levels(**schedule) if len(first) else ()
+  )
+  return made
+
+
+def _schedule(
+  schedule: Mapping[str, Any], made: Mapping[str, Any]
+) -> Mapping[str, Any]:
+  if 'steps' not in made and 'shift' not in made:
+    return schedule
+  changed = dict(schedule)
+  if 'shift' in made:
+    changed['shift'] = made['shift']
+  if 'steps' in made:
+    steps = made['steps']
+    if isinstance(steps, int):
+      steps = [round(_TRAIN_STEPS * (steps - i) / steps) for i in range(steps)]
+    changed['indices'] = tuple(steps)
+    changed.pop('first_indices', None)
+  return changed
+
+
+def _sized(pipeline: Any, made: Mapping[str, Any]) -> Any:
+  """The denoiser for frames of another size."""
+  model, stride = pipeline.denoiser.config, pipeline.codec.spatial_stride
+  sizes = {}
+  for name, patch in zip(('height', 'width'), model.patch, strict=True):
+    if name not in made:
+      continue
+    size = made[name]
+    if size < 1 or size % (stride * patch):
+      raise ValueError(
+        f'{name}={size} is not a positive multiple of {stride * patch}'
+      )
+    sizes[f'latent_{name}'] = size // stride
+  return dataclasses.replace(
+    pipeline.denoiser, config=dataclasses.replace(model, **sizes)
+  )
