@@ -63,6 +63,7 @@ def settings(
       'weights': pipeline.identity,
       'rollout': dataclasses.asdict(pipeline.rollout),
       'fps': pipeline.fps,
+      'size': pipeline.frame_shape[:2],
       'scale': scale,
       'given': given,
       **made_of,
