@@ -74,7 +74,7 @@ def apply(pipeline: Any, **choices: Any) -> Any:
   schedule = _schedule(pipeline.schedule, made)
   if schedule != pipeline.schedule:
     changes['schedule'] = schedule
-  config = {
+  config: dict[str, Any] = {
     name: made[name]
     for name in ('context', 'window', 'sink', 'frames_per_block')
     if name in made
