@@ -1,13 +1,19 @@
-"""The small world is a test bed: the rest of the code does not know it."""
+"""The small worlds are test beds: the rest of the code does not know them."""
 
 import ast
 import pathlib
+import re
 
 import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
-# What it is made of.
-_OWN = ('configs/bouncing', 'hiar_jax/data/bouncing', 'hiar_jax/evaluation/bou')
+# What they are made of.
+_OWN = (
+  *('configs/bouncing', 'hiar_jax/data/bouncing', 'hiar_jax/evaluation/bou'),
+  *('configs/drifting', 'hiar_jax/data/drifting', 'hiar_jax/evaluation/drif'),
+)
+# The second one has a plain word for a name: as a module or a config alone.
+_WORLDS = re.compile(r'bouncing|(^|[./:])drifting(_\w+)?([./:]|$)', re.I)
 # Pages of help show a command that can be typed at once.
 _EXAMPLES = {'hiar_jax/__main__.py': 'hiar-jax generate --config=bouncing'}
 _FILES = [
@@ -18,7 +24,7 @@ _FILES = [
 
 
 def _names(source: str) -> list[str]:
-  """Lines of code, docstrings and comments apart, that name the world."""
+  """Lines of code, docstrings and comments apart, that name a world."""
   tree = ast.parse(source)
   docstrings = {
     id(node.body[0].value)
@@ -43,14 +49,14 @@ def _names(source: str) -> list[str]:
       words = [node.attr]
     elif isinstance(node, ast.FunctionDef | ast.ClassDef):
       words = [node.name]
-    found += [word for word in words if 'bouncing' in word.lower()]
+    found += [word for word in words if _WORLDS.search(word)]
   return found
 
 
 @pytest.mark.parametrize(
   'file', [file for file in _FILES if not file.startswith(_OWN)]
 )
-def test_no_other_code_names_the_small_world(file):
+def test_no_other_code_names_a_small_world(file):
   example = _EXAMPLES.get(file)
   found = _names((_ROOT / file).read_text())
   assert not [word for word in found if not example or example not in word]
@@ -65,18 +71,27 @@ def test_a_planted_name_is_found():
     'x = evaluation_bouncing.score()',
     'x = data.bouncing',
     'class BouncingVideos: pass',
+    'from hiar_jax.data import drifting',
+    'from hiar_jax.evaluation import drifting_frames',
+    "source = 'drifting'",
+    "base = 'drifting:distill'",
   ):
     assert _names(line), line
   assert not _names('"""Such as --config=bouncing."""\nx = 1  # bouncing')
+  assert not _names("prompt = 'a disc drifting fast'\n_DRIFTING = prompt")
 
 
-def test_its_own_files_are_few():
+def test_their_own_files_are_few():
   own = [file for file in _FILES if file.startswith(_OWN)]
   assert own == [
     'hiar_jax/data/bouncing.py',
     'hiar_jax/data/bouncing_words.py',
+    'hiar_jax/data/drifting.py',
     'hiar_jax/evaluation/bouncing.py',
     'hiar_jax/evaluation/bouncing_frames.py',
+    'hiar_jax/evaluation/drifting.py',
+    'hiar_jax/evaluation/drifting_frames.py',
     'configs/bouncing.py',
     'configs/bouncing_linear.py',
+    'configs/drifting.py',
   ]

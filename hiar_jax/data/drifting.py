@@ -1,0 +1,380 @@
+"""The drifting world: what its captions leave open, only the context can carry.
+
+A scene is a shape of one hue that moves over a still background of two hues
+with a texture. The caption names the shape and the kind of its motion; hues,
+gradient, texture, size and speed come from ranges, and nothing but the frames
+before says what they are. So a model that goes on block by block can drift,
+and how far it did is known exactly: every frame's truth follows from
+(seed, index), however many there are.
+
+Hues are angles in a plane of chroma (Cb, Cr) at a luma of their own: the same
+step of hue is the same step of colour, red to orange or green to cyan, and a
+gradient between two of them is a plane over the frame.
+
+Coordinates are (y, x) in pixels, y down; the frame spans [0, height] x
+[0, width] and pixel (i, j) has its centre at (i + 0.5, j + 0.5).
+
+F frames, H height, W width.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hiar_jax.runtime import provenance
+
+SHAPES = ('disc', 'square', 'triangle')
+MOTIONS = ('gliding', 'circling')
+TEXTURES = ('stripes', 'dots')
+
+# Luma in 0..1, and the length of the chroma: with the texture's amplitude no
+# colour leaves the range of a pixel, whatever the hue.
+OBJECT_LUMA, OBJECT_CHROMA = 0.72, 0.155
+GROUND_LUMA, GROUND_CHROMA = 0.38, 0.15
+TEXTURE_AMPLITUDE = 0.08
+# Rows are R, G, B; columns Y, Cb, Cr (BT.601, full range).
+RGB_OF_YCC = np.array(
+  [[1.0, 0.0, 1.402], [1.0, -0.344136, -0.714136], [1.0, 1.772, 0.0]]
+)
+# Of a shape's radius: the half side of the square.
+_SQUARE_HALF_SIDE = 0.85
+_WORDS = {'ball': 'disc', 'circle': 'disc', 'box': 'square'}
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+  """What the scenes are drawn from; ranges are [low, high), lengths in px.
+
+  Attributes:
+    height: of a frame.
+    width: of a frame.
+    num_frames: of a video.
+    radius: of the circle that a shape stays inside.
+    speed: px per frame, along the path.
+    orbit: radius of the circle that a circling shape's centre runs on.
+    period: of the texture.
+    hue_step: between the two hues of the background, in turns, either way.
+  """
+
+  height: int = 24
+  width: int = 24
+  num_frames: int = 15
+  radius: tuple[float, float] = (4.2, 5.8)
+  speed: tuple[float, float] = (0.5, 1.4)
+  orbit: tuple[float, float] = (3.0, 5.5)
+  period: tuple[float, float] = (6.0, 10.0)
+  hue_step: tuple[float, float] = (0.12, 0.38)
+
+  def __post_init__(self):
+    if self.num_frames < 1:
+      raise ValueError(f'num_frames={self.num_frames} is not positive')
+    for field in ('radius', 'speed', 'orbit', 'period', 'hue_step'):
+      low, high = getattr(self, field)
+      if not 0 < low <= high:
+        raise ValueError(f'{field}={(low, high)} does not rise from above 0')
+    widest = 2 * (self.radius[1] + self.orbit[1])
+    if widest >= min(self.height, self.width):
+      raise ValueError(
+        f'a circling shape needs {widest} px, and has no room to do so in a '
+        f'{self.height}x{self.width} frame'
+      )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scene:
+  """One video's truth. Angles are in turns, 0..1.
+
+  Attributes:
+    shape: one of SHAPES.
+    motion: one of MOTIONS.
+    hue: of the shape.
+    ground_hues: of the background, where the gradient begins and ends.
+    gradient_angle: the direction it runs in, from +x towards +y.
+    texture: one of TEXTURES.
+    texture_angle: of the stripes' normal, or of the dots' grid.
+    texture_period: in px.
+    texture_phase: [2], along that normal and across it.
+    radius: of the shape, px.
+    speed: px per frame.
+    positions: float64 [F, 2], the shape's centre (y, x) in px.
+    caption: shape and motion, and no more.
+  """
+
+  shape: str
+  motion: str
+  hue: float
+  ground_hues: tuple[float, float]
+  gradient_angle: float
+  texture: str
+  texture_angle: float
+  texture_period: float
+  texture_phase: np.ndarray
+  radius: float
+  speed: float
+  positions: np.ndarray
+  caption: str
+
+
+def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
+  """Draws scene number `index` of the world `seed`.
+
+  The draw is counter based (Philox keyed by seed and index): it does not depend
+  on what was drawn before, on the process, nor on cfg.num_frames: a longer
+  video of a scene begins with the shorter one.
+
+  Args:
+    cfg: the ranges to draw from.
+    seed: in [0, 2**64).
+    index: in [0, 2**64).
+
+  Raises:
+    ValueError: if seed or index is out of range.
+  """
+  if not (0 <= seed < 2**64 and 0 <= index < 2**64):
+    raise ValueError(f'seed={seed} and index={index} must be in [0, 2**64)')
+  key = np.array([seed, index], np.uint64)
+  # Uniform numbers only: numpy keeps their stream fixed across versions.
+  u = np.random.Generator(np.random.Philox(key=key)).random(18)
+  shape, motion = _pick(SHAPES, u[0]), _pick(MOTIONS, u[1])
+  step = _between(cfg.hue_step, u[4]) * (1 if u[5] < 0.5 else -1)
+  radius, speed = _between(cfg.radius, u[11]), _between(cfg.speed, u[12])
+  size = np.array([cfg.height, cfg.width], np.float64)
+  place = _glide if motion == 'gliding' else _circle
+  return Scene(
+    shape=shape,
+    motion=motion,
+    hue=float(u[2]),
+    ground_hues=(float(u[3]), float((u[3] + step) % 1)),
+    gradient_angle=float(u[6]),
+    texture=_pick(TEXTURES, u[7]),
+    texture_angle=float(u[8]),
+    texture_period=_between(cfg.period, u[9]),
+    texture_phase=np.array([u[10], u[17]]),
+    radius=radius,
+    speed=speed,
+    positions=place(
+      size, radius, speed, u[13:17], np.arange(cfg.num_frames), cfg
+    ),
+    caption=f'a {shape} {motion}',
+  )
+
+
+def _glide(size, radius, speed, u, time_F, cfg):
+  """Straight on, reflected by the edges: a triangle wave in each direction."""
+  del cfg
+  room = size - 2 * radius
+  angle = 2 * np.pi * u[0]
+  velocity = speed * np.array([np.sin(angle), np.cos(angle)])
+  path = room * u[1:3] + velocity * time_F[:, None]
+  return radius + room - np.abs(np.mod(path, 2 * room) - room)
+
+
+def _circle(size, radius, speed, u, time_F, cfg):
+  """Round a centre, at the scene's speed, one way or the other."""
+  orbit = _between(cfg.orbit, u[3])
+  centre = radius + orbit + (size - 2 * (radius + orbit)) * u[1:3]
+  turn = np.sign(u[0] - 0.5) * speed / orbit
+  angle = 4 * np.pi * u[0] + turn * time_F
+  return centre + orbit * np.stack([np.sin(angle), np.cos(angle)], -1)
+
+
+def render(scene: Scene, cfg: WorldConfig) -> np.ndarray:
+  """Draws a scene: uint8 [F, H, W, 3]."""
+  cover_FHW = coverage(
+    *(scene.shape, scene.positions, scene.radius),
+    height=cfg.height,
+    width=cfg.width,
+  )[..., None]
+  ground = background(scene, cfg)
+  video = ground + cover_FHW * (object_rgb(scene) - ground)
+  return np.rint(255 * np.clip(video, 0, 1)).astype(np.uint8)
+
+
+def object_rgb(scene: Scene) -> np.ndarray:
+  """The shape's colour: float32 [3] in 0..1."""
+  chroma = OBJECT_CHROMA * chroma_of_hue(scene.hue)
+  return _rgb(np.array([OBJECT_LUMA, *chroma]))
+
+
+def background(scene: Scene, cfg: WorldConfig) -> np.ndarray:
+  """What is behind the shape: float32 [H, W, 3] in 0..1."""
+  luma = GROUND_LUMA + TEXTURE_AMPLITUDE * texture(scene, cfg)
+  return _rgb(np.concatenate([luma[..., None], gradient(scene, cfg)], -1))
+
+
+def gradient(scene: Scene, cfg: WorldConfig) -> np.ndarray:
+  """Chroma (Cb, Cr) behind the shape, a plane over the frame: [H, W, 2]."""
+  y, x = _grid(cfg)
+  angle = 2 * np.pi * scene.gradient_angle
+  along = x * np.cos(angle) + y * np.sin(angle)
+  share = (along - along.min()) / (along.max() - along.min())
+  start, end = map(chroma_of_hue, scene.ground_hues)
+  return GROUND_CHROMA * (start + share[..., None] * (end - start))
+
+
+def texture(scene: Scene, cfg: WorldConfig) -> np.ndarray:
+  """The texture, -1..1: [H, W]."""
+  y, x = _grid(cfg)
+  angle = 2 * np.pi * scene.texture_angle
+  along = x * np.cos(angle) + y * np.sin(angle)
+  across = y * np.cos(angle) - x * np.sin(angle)
+  waves = [
+    np.sin(2 * np.pi * (way / scene.texture_period + phase))
+    for way, phase in zip((along, across), scene.texture_phase, strict=True)
+  ]
+  return waves[0] if scene.texture == 'stripes' else waves[0] * waves[1]
+
+
+def chroma_of_hue(hue: float | np.ndarray) -> np.ndarray:
+  """Unit (Cb, Cr) of a hue in turns: [..., 2]."""
+  angle = 2 * np.pi * np.asarray(hue)
+  return np.stack([np.cos(angle), np.sin(angle)], -1)
+
+
+def coverage(
+  shape: str,
+  positions_F2: np.ndarray,
+  radius: float | np.ndarray,
+  *,
+  height: int,
+  width: int,
+) -> np.ndarray:
+  """The share of each pixel that a shape covers, from its signed distance.
+
+  Args:
+    shape: one of SHAPES.
+    positions_F2: centres (y, x) in px.
+    radius: in px, a number or one per frame [F].
+    height: of the frame in px.
+    width: of the frame in px.
+
+  Returns:
+    float32 [F, H, W] in [0, 1].
+
+  Raises:
+    ValueError: if the shape is unknown.
+  """
+  positions_F2 = np.asarray(positions_F2, np.float32)
+  r = np.asarray(radius, np.float32)
+  r = r[:, None, None] if r.ndim else r
+  y = np.arange(height, dtype=np.float32) + 0.5 - positions_F2[:, :1]
+  x = np.arange(width, dtype=np.float32) + 0.5 - positions_F2[:, 1:]
+  y, x = y[:, :, None], np.abs(x[:, None, :])
+  if shape == 'disc':
+    distance = np.sqrt(y * y + x * x) - r
+  elif shape == 'square':
+    distance = np.maximum(np.abs(y), x) - np.float32(_SQUARE_HALF_SIDE) * r
+  elif shape == 'triangle':
+    # Equilateral, apex up, centroid at the centre: three half planes.
+    side = np.float32(np.sqrt(0.75)) * x - np.float32(0.5) * y
+    distance = np.maximum(y, side) - r / 2
+  else:
+    raise ValueError(f'shape={shape!r} is not one of {SHAPES}')
+  return np.clip(np.float32(0.5) - distance, 0, 1)
+
+
+def parse_prompt(prompt: str) -> tuple[str | None, str | None]:
+  """The shape and the motion that a prompt names; None where it names none."""
+  words = [_WORDS.get(word, word) for word in prompt.lower().split()]
+  return (
+    next((word for word in words if word in SHAPES), None),
+    next((word for word in words if word in MOTIONS), None),
+  )
+
+
+def unknown_words(prompt: str) -> list[str]:
+  """What a prompt lacks for a model of this world, a sentence each."""
+  found = parse_prompt(prompt)
+  return [
+    f'{prompt!r} names no {name} that the model was taught: {", ".join(known)}'
+    for value, name, known in zip(
+      found, ('shape', 'motion'), (SHAPES, MOTIONS), strict=True
+    )
+    if value is None
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+  """Captions of a world's scenes by number; see `data.prompts.Prompts`.
+
+  Attributes:
+    world: what the scenes are drawn from.
+    seed: of the scenes; another seed is another (held-out) set.
+    length: number of them.
+  """
+
+  world: WorldConfig
+  seed: int
+  length: int = 2**20
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, index: int) -> Any:
+    return sample_scene(self.world, self.seed, index).caption
+
+  def identity(self) -> dict[str, Any]:
+    """Without the length: more than are used change nothing."""
+    world = provenance.jsonable(self.world)
+    return {'source': 'drifting', 'world': world, 'seed': self.seed}
+
+
+class Scenes(Captions):
+  """Videos of a world's scenes by number; see `data.videos.Videos`."""
+
+  @property
+  def captions(self) -> Captions:
+    return Captions(self.world, self.seed, self.length)
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    return (self.world.num_frames, self.world.height, self.world.width, 3)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    return render(sample_scene(self.world, self.seed, index), self.world)
+
+
+def open_prompts(
+  options: Mapping[str, Any], config: Mapping[str, Any]
+) -> Captions:
+  """The captions of a config's world; the seam of `training.inputs`.
+
+  Args:
+    options: may have `seed` and `length`.
+    config: its section `world`, and `world_seed`, the seed unless given.
+  """
+  return Captions(**_scene_options(config, **options))
+
+
+def open_videos(
+  options: Mapping[str, Any], config: Mapping[str, Any]
+) -> Scenes:
+  """The videos of a config's world; arguments as `open_prompts`."""
+  return Scenes(**_scene_options(config, **options))
+
+
+def _scene_options(config, *, seed=None, length=2**20):
+  return {
+    'world': WorldConfig(**config['world']),
+    'seed': config['world_seed'] if seed is None else seed,
+    'length': length,
+  }
+
+
+def _grid(cfg):
+  return np.mgrid[: cfg.height, : cfg.width] + 0.5
+
+
+def _rgb(ycc):
+  return (ycc @ RGB_OF_YCC.T).astype(np.float32)
+
+
+def _pick(options: tuple[str, ...], u: float) -> str:
+  return options[int(u * len(options))]
+
+
+def _between(bounds: tuple[float, float], u: float) -> float:
+  return float(bounds[0] + (bounds[1] - bounds[0]) * u)
