@@ -6,6 +6,8 @@ import setuptools
 
 _PARITY = [
   'diffusers>=0.35',
+  # What diffusers reads LoRA files with.
+  'peft>=0.17',
   'sentencepiece>=0.2.3',
   'torch>=2.6',
   'transformers>=4.50',

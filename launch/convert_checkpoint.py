@@ -9,6 +9,9 @@
   # As orbax checkpoints, for pods whose hosts read their own shards:
   hiar-jax convert --weights Wan2.1-T2V-1.3B --out wan \
     --format orbax
+  # With LoRA files merged into the transformer, the second by half:
+  hiar-jax convert --weights Wan2.1-T2V-1.3B --out wan \
+    --lora causal.safetensors --lora style.safetensors:0.5
   # Back, for other programs; the last as Self-Forcing and HiAR keep the average
   # of a training, under generator_ema:
   hiar-jax convert --weights hiar --to diffusers --out there
@@ -28,6 +31,7 @@ from hiar_jax.runtime import errors, metrics
 from hiar_jax.weights import (
   conversion,
   families,
+  lora_files,
   released_family,
   releases,
 )
@@ -47,6 +51,12 @@ _FORMAT = flags.DEFINE_enum(
 )
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, conversion.DTYPES, "of the stored weights; default: each's own"
+)
+_LORA = flags.DEFINE_multi_string(
+  'lora',
+  [],
+  'PATH or PATH:SCALE of a LoRA file that is merged into the transformer; may '
+  'be given several times',
 )
 _MEMBER = flags.DEFINE_string(
   'member',
@@ -113,8 +123,9 @@ def main(argv):
       'safetensors'
     )
   bar = _Bar()
+  loras = [lora_files.parse_flag(value) for value in _LORA.value]
   if _TO.value == 'hiar_jax':
-    _to_ours(out, bar)
+    _to_ours(out, loras, bar)
   else:
     conversion.to_foreign(
       _WEIGHTS.value,
@@ -122,6 +133,7 @@ def main(argv):
       naming=_TO.value,
       dtype=_DTYPE.value,
       shard_bytes=int(_SHARD_GB.value * 1e9),
+      loras=loras,
       report=bar,
     )
   bar.close()
@@ -139,7 +151,9 @@ def _written(out: pathlib.Path) -> dict[pathlib.Path, int]:
   return sizes
 
 
-def _to_ours(out: pathlib.Path, bar: _Bar) -> None:
+def _to_ours(
+  out: pathlib.Path, loras: list[tuple[str, float]], bar: _Bar
+) -> None:
   release = releases.locate(_WEIGHTS.value)
   if _BASE.value is not None:
     release = release.over(releases.locate(_BASE.value, as_base=True))
@@ -165,6 +179,7 @@ def _to_ours(out: pathlib.Path, bar: _Bar) -> None:
     name=out.name,
     options=options,
     sections=sections,
+    loras=loras,
     report=bar,
   )
   for kind, path in vars(release).items():

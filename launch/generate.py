@@ -61,7 +61,7 @@ from hiar_jax.sampling import (
   video_files,
   video_pipeline,
 )
-from hiar_jax.weights import layouts, student_files
+from hiar_jax.weights import layouts, lora_files, student_files
 
 _CONFIG = config_flag.define()
 _PIPELINE = flags.DEFINE_string(
@@ -112,6 +112,12 @@ _TEXT_CACHE = flags.DEFINE_string(
   'text_cache',
   None,
   'a folder for the states of prompts, so that each is encoded once',
+)
+_LORA = flags.DEFINE_multi_string(
+  'lora',
+  [],
+  'PATH or PATH:SCALE of a LoRA file that is added to the weights; may be '
+  'given several times',
 )
 _FPS = flags.DEFINE_float('fps', None, "frames a second; default: the config's")
 _CONTINUE = flags.DEFINE_string(
@@ -236,9 +242,10 @@ def _seed() -> int | list[int]:
 
 def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
   """The pipeline asked for, run as the flags say."""
-  text = {
+  given = {
     'text_encoder': _TEXT_ENCODER.value,
     'text_cache': _TEXT_CACHE.value,
+    'loras': [lora_files.parse_flag(value) for value in _LORA.value],
   }
   with watch('load'):
     if _PIPELINE.value is None:
@@ -248,13 +255,13 @@ def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
         config, _WEIGHTS.value, config_flag.overrides().get('codec.path')
       )
       pipeline = loading.from_config(
-        config.to_dict(), weights=weights, codec=codec, **text
+        config.to_dict(), weights=weights, codec=codec, **given
       )
       pipeline = _CHOICES.apply(pipeline)
     else:
       if _WEIGHTS.value is not None:
         raise ValueError('--weights goes with --config, not with --pipeline')
-      pipeline = _CHOICES.load(_PIPELINE.value, **text)
+      pipeline = _CHOICES.load(_PIPELINE.value, **given)
   if _FPS.value is not None:
     pipeline = dataclasses.replace(pipeline, fps=_FPS.value)
   return pipeline

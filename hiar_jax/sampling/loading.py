@@ -3,6 +3,7 @@
 pipe = loading.load('bouncing')
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from hiar_jax.weights import (
   families,
   hub,
   layouts,
+  lora_files,
   networks,
   parts,
   released_family,
@@ -60,6 +62,7 @@ def load(
   family: str | None = None,
   text_encoder: str | pathlib.Path = 'keep',
   text_cache: str | pathlib.Path | None = None,
+  loras: Sequence[lora_files.Given] = (),
   **chosen: Any,
 ) -> VideoPipeline:
   """Reads a pipeline with its trained weights.
@@ -82,6 +85,7 @@ def load(
       what names and config.json tell, which is said in a line.
     text_encoder: see `from_config`.
     text_cache: likewise.
+    loras: likewise.
     **chosen: order, window, sink, height, width, ..., instead of what the
       weights were trained for: see `choices.Choices`.
 
@@ -110,6 +114,7 @@ def load(
     codec=folder / layouts.codec_file(config),
     text_encoder=text_encoder,
     text_cache=text_cache,
+    loras=loras,
   )
   return choices.apply(pipeline, **chosen)
 
@@ -179,6 +184,7 @@ def from_config(
   codec: str | pathlib.Path,
   text_encoder: str | pathlib.Path = 'keep',
   text_cache: str | pathlib.Path | None = None,
+  loras: Sequence[lora_files.Given] = (),
 ) -> VideoPipeline:
   """Builds a pipeline from a config and two files.
 
@@ -191,6 +197,8 @@ def from_config(
     codec: of `linear.save_linear_codec`, or of the VAE.
     text_encoder: 'keep', 'release' or a path, see `text_umt5.load_encoder`.
     text_cache: a folder for the states of prompts, see there.
+    loras: LoRA files that are added to the weights, each as a path or as (path,
+      scale); see weights/lora_files.py for what is read.
 
   Raises:
     ValueError: if a section is missing, a value is out of range, or a file is
@@ -204,6 +212,7 @@ def from_config(
     raise ValueError(f'the config has no {missing}; generation needs them')
   denoiser = Denoiser(WanConfig(**config['model']))
   _check_parts(config, denoiser, weights, codec)
+  added = lora_files.open_all(loras, denoiser.config)
   if 'umt5' in config or text_encoder not in text_umt5.CHOICES:
     encoder = text_umt5.load_encoder(
       config, pathlib.Path(weights).parent, text_encoder, text_cache
@@ -229,7 +238,13 @@ def from_config(
   return VideoPipeline(
     name=config['name'],
     denoiser=denoiser,
-    params=networks.load_weights(weights, abstract),
+    params=networks.load_weights(
+      weights,
+      abstract,
+      change=functools.partial(lora_files.merge_stacked, added)
+      if added
+      else None,
+    ),
     encoder=taught.TaughtEncoder(
       encoder, config.get('prompts', {}).get('source')
     ),

@@ -19,7 +19,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from hiar_jax.weights import (
   foreign,
   identity,
   layouts,
+  lora_files,
   networks,
   orbax_weights,
   parts,
@@ -112,6 +113,7 @@ def to_ours(
   name: str,
   options: Options = Options(),
   sections: Mapping[str, Any] | None = None,
+  loras: Sequence[lora_files.Given] = (),
   report: Report | None = None,
 ) -> None:
   """Writes a release as a folder of ours.
@@ -126,6 +128,7 @@ def to_ours(
     options: see there.
     sections: of config.json ('schedule', 'rollout', 'generate'); those not
       given are HiAR's.
+    loras: added to the transformer, see `lora_files.open_all`.
     report: see Report.
 
   Raises:
@@ -142,18 +145,29 @@ def to_ours(
   }
   if release.tokenizer is not None:
     wrong_files.check_tokenizer(tokenizer_file(release.tokenizer))
+  added = _open_loras(loras, opened.get('transformer'))
   out.mkdir(parents=True, exist_ok=True)
   _check_space(out, plans.values())
   try:
-    _write_release(release, opened, plans, out, name, options, sections, report)
+    _write_release(
+      *(release, opened, plans, out, name, options, sections, added, report)
+    )
   except BaseException:
     if is_new:
       shutil.rmtree(out, ignore_errors=True)
     raise
 
 
+def _open_loras(loras, network) -> list[lora_files.LoRA]:
+  if not loras:
+    return []
+  if network is None:
+    raise ValueError('a LoRA is for a transformer, and the release has none')
+  return lora_files.open_all(loras, network.config)
+
+
 def _write_release(
-  release, opened, plans, out, name, options, sections, report
+  release, opened, plans, out, name, options, sections, loras, report
 ) -> None:
   config: dict[str, Any] = {'name': name} | DEFAULTS
   for section in DEFAULTS:
@@ -161,7 +175,9 @@ def _write_release(
   for kind, network in opened.items():
     config[_SECTIONS[kind][0]] = dataclasses.asdict(network.config)
     _write_ours(
-      network, out / layouts.OWN_FILES[kind], plans[kind], options, report
+      *(network, out / layouts.OWN_FILES[kind], plans[kind], options),
+      loras if kind == 'transformer' else [],
+      report,
     )
   # Weights that are read in for sampling; the files keep what they have.
   config['weights_dtype'] = options.compute_dtype
@@ -221,6 +237,7 @@ def to_foreign(
   naming: str,
   dtype: str | None = None,
   shard_bytes: int = safetensors_io.SHARD_BYTES,
+  loras: Sequence[lora_files.Given] = (),
   report: Report | None = None,
 ) -> None:
   """Writes a folder of ours as others would: safetensors under their names.
@@ -233,6 +250,7 @@ def to_foreign(
       a training of Self-Forcing or HiAR keeps its average.
     dtype: of the stored weights, one of DTYPES; None keeps each array's own.
     shard_bytes: largest size of a file.
+    loras: added to the transformer, see `lora_files.open_all`.
     report: see Report.
 
   Raises:
@@ -252,6 +270,7 @@ def to_foreign(
       prefix=f'{foreign.AVERAGE}.model.',
       dtype=dtype,
       shard_bytes=shard_bytes,
+      loras=loras,
       report=report,
     )
     return
@@ -268,6 +287,7 @@ def to_foreign(
       naming=naming,
       dtype=dtype,
       shard_bytes=shard_bytes,
+      loras=loras if kind == 'transformer' else (),
       report=report,
     )
     written.append(kind)
@@ -291,6 +311,7 @@ def network_to_foreign(
   prefix: str = '',
   dtype: str | None = None,
   shard_bytes: int = safetensors_io.SHARD_BYTES,
+  loras: Sequence[lora_files.Given] = (),
   report: Report | None = None,
 ) -> None:
   """Writes one network's weights, and its config.json, under other names.
@@ -304,6 +325,7 @@ def network_to_foreign(
     prefix: of every name.
     dtype: see `to_foreign`.
     shard_bytes: likewise.
+    loras: likewise.
     report: see Report.
 
   Raises:
@@ -313,6 +335,7 @@ def network_to_foreign(
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   reader = open_ours(weights, config)
+  added = lora_files.open_all(loras, config) if loras else []
   foreign_config = layouts.config_of(config, naming)
   slots = identity.expected_slots(config, naming)
   arrays = {
@@ -333,6 +356,7 @@ def network_to_foreign(
         array = reader.read(slot.path)
       else:
         array = reader.read(slot.path, slice(slot.index, slot.index + 1))[0]
+      array = lora_files.merge(added, slot.path, slot.index, array)
       name = f'{prefix}{name}'
       writer.write(name, slot.to_foreign(array).astype(arrays[name][1]))
   if foreign_config:
@@ -424,6 +448,7 @@ def _write_ours(
   path: pathlib.Path,
   arrays: Mapping[str, tuple],
   options: Options,
+  loras: Sequence[lora_files.LoRA],
   report: Report | None,
 ) -> None:
   state, slots = network.state, network.slots
@@ -442,6 +467,7 @@ def _write_ours(
         report(network.kind, done, len(names))
       slot = slots[name]
       array = slot.to_ours(state.read(name))
+      array = lora_files.merge(loras, slot.path, slot.index, array)
       array = array.astype(arrays[slot.path][1], copy=False)
       counts[name] = finite.count(array), array.size
       writer.write(slot.path, array, slot.index)

@@ -7,7 +7,7 @@ Weights are shipped as safetensors, one file of nested names such as
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,7 +54,12 @@ def save_weights(
     partial.chmod(mode)
 
 
-def load_weights(path: str | os.PathLike, abstract_params: Any) -> Any:
+def load_weights(
+  path: str | os.PathLike,
+  abstract_params: Any,
+  *,
+  change: Callable[[str, np.ndarray, np.dtype], np.ndarray] | None = None,
+) -> Any:
   """Reads stored weights into the structure of `abstract_params`.
 
   One array at a time: beside the result, memory is needed for the largest.
@@ -63,6 +68,8 @@ def load_weights(path: str | os.PathLike, abstract_params: Any) -> Any:
     path: see `open_weights`.
     abstract_params: nested dict of arrays or ShapeDtypeStructs; values are
       cast to its dtypes and, where it has shardings, put onto the devices.
+    change: of an array by its path, told the dtype that it is cast to; None:
+      none.
 
   Returns:
     Nested dict of NumPy arrays, or jax.Arrays where there is a sharding.
@@ -86,11 +93,18 @@ def load_weights(path: str | os.PathLike, abstract_params: Any) -> Any:
   if isinstance(reader, orbax_weights.Reader):
     loaded = reader.load(wanted)
     counts = {k: (finite.count(a), a.size) for k, a in loaded.items()}
+    if change is not None:
+      for name, leaf in wanted.items():
+        array = np.asarray(loaded[name])
+        if (changed := change(name, array, leaf.dtype)) is not array:
+          loaded[name] = _place(changed, leaf)
   else:
     loaded, counts = {}, {}
     for name, leaf in wanted.items():
       array = reader.read(name)
       counts[name] = finite.count(array), array.size
+      if change is not None:
+        array = change(name, array, leaf.dtype)
       loaded[name] = _place(array, leaf)
   finite.check(path, counts)
   return _unflatten(loaded)

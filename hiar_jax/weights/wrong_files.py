@@ -143,9 +143,8 @@ _IMAGE = (
   "is not this network; diffusers' WanImageToVideoPipeline reads it"
 )
 _LORA = (
-  'a LoRA: an addition to a network, not a network. Merge it into its base '
-  "first, for example with diffusers' load_lora_weights, fuse_lora and "
-  'save_pretrained'
+  'a LoRA: an addition to a network, not a network. Give the network as the '
+  'weights, and this file as --lora, or as loras=[...] to hiar_jax.load'
 )
 _QUANTISED = 'take the bfloat16 or float16 file of the same release'
 # What is found in names -> what that file is. The first that is there counts.

@@ -127,7 +127,7 @@ def test_layers_that_peft_wraps_are_read_and_its_additions_refused(tmp_path):
   fake_release.write(
     path, _renamed(wrap) | {added: np.zeros((2, 24), np.float32)}
   )
-  with pytest.raises(ValueError, match='is a LoRA: .*Merge it into its'):
+  with pytest.raises(ValueError, match='is a LoRA: .*this file as --lora'):
     identity.open_network(path, head_dim=12)
 
 
