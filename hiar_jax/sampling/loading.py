@@ -235,15 +235,14 @@ def from_config(
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=device), abstract
   )
+  merge = functools.partial(lora_files.merge_stacked, added)
   return VideoPipeline(
     name=config['name'],
     denoiser=denoiser,
     params=networks.load_weights(
       weights,
       abstract,
-      change=functools.partial(lora_files.merge_stacked, added)
-      if added
-      else None,
+      change=merge if added else None,
     ),
     encoder=taught.TaughtEncoder(
       encoder, config.get('prompts', {}).get('source')
@@ -251,16 +250,20 @@ def from_config(
     codec=_load_codec(codec, config),
     rollout=rollout_config,
     schedule=config['schedule'],
-    identity=_identity(weights, codec),
+    identity=_identity(weights, codec, added),
     **config['generate'],
   )
 
 
-def _identity(weights: Path, codec: Path) -> str:
+def _identity(
+  weights: Path, codec: Path, loras: Sequence[lora_files.LoRA]
+) -> str:
   """Differs between weights, by a part of them."""
   digest = hashlib.sha256(networks.open_weights(weights).digest().encode())
   with pathlib.Path(codec).open('rb') as file:
     digest.update(file.read(_DIGEST_BYTES))
+  for one in loras:
+    digest.update(f'{one.digest()} {one.scale}'.encode())
   return digest.hexdigest()
 
 

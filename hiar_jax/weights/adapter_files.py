@@ -45,8 +45,8 @@ def save(
   if naming not in NAMINGS:
     raise ValueError(f'naming={naming!r} is not one of {NAMINGS}')
   flat = {k: np.asarray(v) for k, v in tables.flatten(adapters).items()}
-  alpha = np.float32(config.rank if config.alpha is None else config.alpha)
-  arrays = {}
+  alpha = np.asarray(config.scale * config.rank)
+  arrays: dict[str, np.ndarray] = {}
   for name, slot in identity.expected_slots(model, _SLOTS[naming]).items():
     of_layer = lambda a, i=slot.index: a if i is None else a[i]
     module, _, last = name.rpartition('.')

@@ -21,6 +21,7 @@ R.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -67,6 +68,7 @@ _KOHYA = re.compile('lora_(?:unet|transformer)_+')
 _OTHERS = re.compile(
   r'\.(hada_|lokr_|dora_scale|lora_mid|lora_magnitude_vector|oft_|boft_|ia3_)'
 )
+_PIECE = 2**20  # Bytes.
 _METADATA = 'lora_adapter_metadata'
 
 
@@ -148,6 +150,14 @@ class LoRA:
     up = self._read(module.names['up'])
     down = module.slots['weight'].to_ours(down)
     return down, up.reshape(len(up), -1).T, self._factor(name)
+
+  def digest(self) -> str:
+    """Differs between files."""
+    digest = hashlib.sha256()
+    with self.path.open('rb') as file:
+      for piece in iter(lambda: file.read(_PIECE), b''):
+        digest.update(piece)
+    return digest.hexdigest()
 
   def _factor(self, name: str) -> float:
     """alpha / R of a module."""
