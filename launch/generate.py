@@ -46,6 +46,7 @@ from hiar_jax.data import given_frames
 from hiar_jax.runtime import (
   compile_clock,
   config_flag,
+  contact_sheets,
   errors,
   interrupts,
   metrics,
@@ -321,11 +322,11 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   ):
     frames = next(stream)[0]
     interrupts.check()
+    writer = video_io.VideoWriter(
+      path, fps=pipeline.fps, scale=scale, keeps=True
+    )
     # The writer inside: it closes before Ctrl-C is an error again.
-    with (
-      _ends_on_request() as end,
-      video_io.VideoWriter(path, fps=pipeline.fps, scale=scale) as writer,
-    ):
+    with _tells_what_is_kept(writer), _ends_on_request() as end, writer:
       if stream.given is not None:
         writer.append(stream.given[0])
         shown.append(stream.given[0])
@@ -337,11 +338,28 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
         if end() or block + 1 == limit:
           break
         frames = next(stream)[0]
-  video_io.contact_sheet(
-    path.with_suffix('.png'), np.concatenate(shown), captions=prompts[0]
+  named = [f'; from block {b} on: {p}' for b, p in switches if b <= block]
+  contact_sheets.write(
+    path.with_suffix('.png'),
+    np.concatenate(shown),
+    captions=''.join([prompts[0], *named]),
   )
   print(f'wrote {path} and {path.with_suffix(".png").name}, seed {seed}')
   print(watch)
+
+
+@contextlib.contextmanager
+def _tells_what_is_kept(writer: video_io.VideoWriter) -> Iterator[None]:
+  """Says after an error where the video is as far as it came."""
+  try:
+    yield
+  finally:
+    if writer.kept:
+      print(
+        f'note: {writer.path} has what was made before the error, up to frame '
+        f'{writer.num_frames}',
+        file=sys.stderr,
+      )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Videos as files: mp4 out and in, contact sheets, a tag for notebooks.
+"""Videos as files: mp4 out and in, a tag for notebooks.
 
 The ffmpeg binary comes inside the imageio-ffmpeg wheel, so that Python alone is
 enough to write H.264. Frames are handed over block by block as they are made:
@@ -14,25 +14,28 @@ the length of a video costs no memory.
 
 import base64
 import contextlib
+import errno
 import math
 import os
 import pathlib
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NoReturn, Self
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-
-from hiar_jax.runtime import files
 
 # F frames, H height, W width; pixels are uint8 RGB, [F, H, W, 3].
 
 _FFMPEG = 'IMAGEIO_FFMPEG_EXE'
 # Macroblocks of a frame, and along a side, at H.264's highest level 6.2.
 _MAX_BLOCKS, _MAX_BLOCKS_ALONG = 139_264, 1055
+# Each of some 2 s plays without those after it.
+_FRAGMENTS = (
+  '+empty_moov+default_base_moof+frag_keyframe',
+  *('-frag_duration', '2000000'),
+)
 _FILTERS = {'nearest': 'neighbor', 'lanczos': 'lanczos'}
 
 
@@ -45,6 +48,14 @@ class VideoWriter:
   so a browser starts before it has all of it. (A fragmented file would play
   when cut short, but many players cannot seek in one; and what was written
   before an interruption is never under the final name anyway.)
+
+  What took hours, a stream, is written with `keeps`: in fragments, which play
+  whatever happens after them, and made one file when it closes. An error then
+  ends the video where it is; of a process that was killed the fragments lie in
+  `.NAME.mp4.PROCESS.part`, which plays as well.
+
+  Attributes:
+    kept: after an error, that the file has what was written before it.
   """
 
   def __init__(
@@ -55,6 +66,7 @@ class VideoWriter:
     scale: int = 1,
     resampling: str = 'nearest',
     crf: int = 14,
+    keeps: bool = False,
   ):
     """Checks the arguments; ffmpeg starts with the first frames.
 
@@ -65,6 +77,7 @@ class VideoWriter:
       resampling: of the enlargement: 'nearest' shows the pixels as they are,
         'lanczos' smooths.
       crf: x264's quality, 0 (lossless) to 51; 14 shows no loss.
+      keeps: an error leaves what was written before it, under the name.
 
     Raises:
       ValueError: if an argument is out of its range.
@@ -87,7 +100,7 @@ class VideoWriter:
     self._fps = fps
     self._scale = scale
     self._resampling = resampling
-    self._crf = crf
+    self._crf, self._keeps, self.kept = crf, keeps, False
     self._size: tuple[int, int] | None = None
     self._partial = self.path.with_name(f'.{self.path.name}.{os.getpid()}.part')
     self._process: subprocess.Popen[bytes] | None = None
@@ -101,6 +114,11 @@ class VideoWriter:
   ) -> None:
     if error_type is None:
       self.close()
+    elif self._keeps and self._process is not None:
+      # The error is what is told, not what comes of saving what there is.
+      with contextlib.suppress(OSError):
+        self.close()
+        self.kept = True
     else:
       self.discard()
 
@@ -149,6 +167,9 @@ class VideoWriter:
     if self._process.wait():
       self._fail()
     self._close_messages()
+    self._process = None
+    if self._keeps:
+      self._join()
     self._partial.replace(self.path)
 
   def discard(self) -> None:
@@ -159,7 +180,24 @@ class VideoWriter:
         _stdin(self._process).close()
       self._process.wait()
       self._close_messages()
+      self._process = None
     self._partial.unlink(missing_ok=True)
+
+  def _join(self) -> None:
+    """Makes one file of fragments, if there is room for it beside them."""
+    import imageio_ffmpeg
+
+    joined = self._partial.with_suffix('.joined')
+    command = [
+      *(imageio_ffmpeg.get_ffmpeg_exe(), '-nostdin', '-v', 'error', '-y'),
+      *('-i', str(self._partial.absolute()), '-c', 'copy'),
+      *('-movflags', '+faststart', '-f', 'mp4', str(joined.absolute())),
+    ]
+    done = subprocess.run(command, capture_output=True, start_new_session=True)
+    if done.returncode:
+      joined.unlink(missing_ok=True)
+    else:
+      joined.replace(self._partial)
 
   def _start(self, height: int, width: int) -> None:
     import imageio_ffmpeg
@@ -179,7 +217,8 @@ class VideoWriter:
       *('-r', f'{self._fps:g}', '-i', 'pipe:0', '-vf', filters, '-an'),
       # At this quality half the processor time of 'medium' for the same size.
       *('-c:v', 'libx264', '-preset', 'veryfast', '-crf', str(self._crf)),
-      *('-pix_fmt', 'yuv420p', '-movflags', '+faststart', '-f', 'mp4'),
+      *('-pix_fmt', 'yuv420p', '-f', 'mp4', '-movflags'),
+      *(_FRAGMENTS if self._keeps else ('+faststart',)),
       str(self._partial.absolute()),
     ]
     # A file, not a pipe: nobody reads while frames are written.
@@ -202,7 +241,15 @@ class VideoWriter:
     self._process.wait()
     self._messages.seek(0)
     message = self._messages.read().decode(errors='replace').strip()
-    self.discard()
+    full = os.strerror(errno.ENOSPC)
+    message = full if full in message else message
+    if self._keeps and self._partial.exists():
+      self._close_messages()
+      self._process = None
+      self._partial.replace(self.path)
+      self.kept = True
+    else:
+      self.discard()
     raise OSError(f'ffmpeg could not write {self.path}: {message}')
 
 
@@ -338,56 +385,6 @@ def check_writable(path: str | pathlib.Path) -> None:
     ) from error
 
 
-def contact_sheet(
-  path: str | pathlib.Path,
-  videos: np.ndarray | Sequence[np.ndarray],
-  *,
-  captions: str | Sequence[str] = (),
-  columns: int = 7,
-  scale: int = 2,
-  texts: Mapping[str, str] = {},
-) -> None:
-  """Saves evenly spaced, numbered frames of each video as one PNG.
-
-  Args:
-    path: of the PNG.
-    videos: uint8 [F, H, W, 3], or a list of them, or [B, F, H, W, 3]; a video
-      fills up to four rows, fewer if it has fewer frames.
-    captions: a line above each video.
-    columns: frames in a row, >= 1.
-    scale: whole factor of enlargement of a frame.
-    texts: kept in the PNG, by keyword.
-
-  Raises:
-    ValueError: if nothing is given, or captions and videos differ in number.
-    OSError: if the file cannot be written.
-  """
-  if isinstance(videos, np.ndarray) and videos.ndim == 4:
-    videos = [videos]
-  captions = [captions] if isinstance(captions, str) else list(captions)
-  if not len(videos) or any(not len(video) for video in videos):
-    raise ValueError('a contact sheet needs at least one frame')
-  if captions and len(captions) != len(videos):
-    raise ValueError(f'{len(captions)} captions for {len(videos)} videos')
-  check_writable(path)
-  strips = [
-    _strip(np.asarray(video), caption, columns, scale)
-    for video, caption in zip(videos, captions or [''] * len(videos))
-  ]
-  width = max(strip.width for strip in strips)
-  height = sum(strip.height for strip in strips)
-  sheet = Image.new('RGB', (width, height), 'white')
-  top = 0
-  for strip in strips:
-    sheet.paste(strip, (0, top))
-    top += strip.height
-  kept = PngImagePlugin.PngInfo()
-  for keyword, text in texts.items():
-    kept.add_itxt(keyword, text)
-  with files.whole_file(path) as partial:
-    sheet.save(partial, format='PNG', pnginfo=kept)
-
-
 def to_html(
   video: np.ndarray, *, fps: float, scale: int = 4, caption: str = ''
 ) -> str:
@@ -411,50 +408,3 @@ def to_html(
     f'src="data:video/mp4;base64,{data}"></video>'
     f'<figcaption>{escaped}</figcaption></figure>'
   )
-
-
-def _strip(
-  video: np.ndarray, caption: str, columns: int, scale: int
-) -> Image.Image:
-  """One video's rows of frames, its caption above."""
-  num_frames, height, width = video.shape[:3]
-  shown = min(num_frames, 4 * columns)
-  columns = min(columns, shown)
-  picked = np.linspace(0, num_frames - 1, shown).round().astype(int)
-  gap, label = 4, 14
-  title = _wrap(caption, columns * (width * scale + gap))
-  head = 18 * len(title)
-  rows = -(-shown // columns)
-  cell = (width * scale + gap, height * scale + label + gap)
-  strip = Image.new(
-    'RGB', (columns * cell[0] + gap, head + rows * cell[1] + gap), 'white'
-  )
-  draw = ImageDraw.Draw(strip)
-  for line, text in enumerate(title):
-    draw.text((gap, 2 + 18 * line), text, 'black', ImageFont.load_default(14))
-  for place, frame in enumerate(picked):
-    left = gap + place % columns * cell[0]
-    top = gap + head + place // columns * cell[1]
-    image = Image.fromarray(video[frame]).resize(
-      (width * scale, height * scale), Image.Resampling.NEAREST
-    )
-    strip.paste(image, (left, top))
-    draw.text(
-      (left, top + height * scale + 1),
-      str(frame),
-      'gray',
-      ImageFont.load_default(10),
-    )
-  return strip
-
-
-def _wrap(text: str, width: int) -> list[str]:
-  """Words in lines that fit `width` pixels."""
-  font = ImageFont.load_default(14)
-  lines: list[str] = []
-  for word in text.split():
-    if lines and font.getlength(f'{lines[-1]} {word}') <= width:
-      lines[-1] += f' {word}'
-    else:
-      lines.append(word)
-  return lines

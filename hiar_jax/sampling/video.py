@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hiar_jax.runtime import video_io
+from hiar_jax.runtime import contact_sheets, video_io
 
 _WATCHABLE_HEIGHT = 512  # px; smaller frames are enlarged to at least this.
 
@@ -92,7 +92,7 @@ class Video:
     """Evenly spaced frames in one picture, also written to `path` as PNG."""
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / 'sheet.png' if path is None else path
-      video_io.contact_sheet(
+      contact_sheets.write(
         path, self.frames, captions=self.prompt, columns=columns, scale=scale
       )
       with Image.open(path) as sheet:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hiar_jax.runtime import provenance, video_io
+from hiar_jax.runtime import contact_sheets, provenance, video_io
 from hiar_jax.sampling import calls, video_pipeline
 
 # Prompts that are encoded together, so that an encoder which is released after
@@ -140,7 +140,7 @@ def _write_one(
       writer.append(block)
       frames.append(block)
   # After the video: a sheet vouches for it.
-  video_io.contact_sheet(
+  contact_sheets.write(
     job.sheet,
     np.concatenate(frames),
     captions=job.prompt,

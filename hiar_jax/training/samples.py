@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.evaluation import measures
 from hiar_jax.models.config import WanConfig
-from hiar_jax.runtime import video_io
+from hiar_jax.runtime import contact_sheets
 from hiar_jax.sampling import calls, streaming, video, video_pipeline
 from hiar_jax.training import inputs, phase_parts
 from hiar_jax.training.loop_config import LoopConfig
@@ -101,7 +101,7 @@ class Sampler:
       scale = max(1, min(scale, _MAX_WIDTH // joined.shape[2]))
       video.Video(joined, pipeline.fps).save(path, scale=scale)
       sheets[order] = path.with_suffix('.png')
-      video_io.contact_sheet(
+      contact_sheets.write(
         sheets[order],
         frames,
         captions=self._prompts,

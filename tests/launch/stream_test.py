@@ -108,6 +108,10 @@ def test_the_block_under_way_is_the_last_one_when_stopped(tmp_path):
   assert len(frames) == 5 * _FRAMES
   wanted = 40 * (1 + np.arange(5).repeat(_FRAMES))
   np.testing.assert_allclose(frames.mean((1, 2, 3)), wanted, atol=3)
+  with Image.open(tmp_path / 'video.png') as sheet:
+    assert sheet.text['Description'] == (
+      f'{_PROMPT.partition("=")[2]}; from block 3 on: {_OTHER}'
+    )
   assert sorted(path.name for path in tmp_path.iterdir()) == [
     *('video.mp4', 'video.png')
   ]

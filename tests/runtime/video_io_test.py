@@ -1,13 +1,15 @@
 """Files that play: what goes in comes out, and nothing is lost on the way."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
+import sys
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from PIL import Image
 
 from hiar_jax.runtime import video_io
 
@@ -63,6 +65,70 @@ def test_a_failed_run_leaves_the_earlier_file_alone(tmp_path):
     raise RuntimeError('killed')
   assert path.read_bytes() == b'precious'
   assert os.listdir(tmp_path) == ['video.mp4']
+
+
+def test_a_video_that_keeps_has_its_frames_after_an_error(tmp_path):
+  path = tmp_path / 'video.mp4'
+  writer = video_io.VideoWriter(path, fps=8, keeps=True)
+  with pytest.raises(RuntimeError, match='no memory'), writer:
+    writer.append(_frames())
+    raise RuntimeError('no memory')
+  assert writer.kept and os.listdir(tmp_path) == ['video.mp4']
+  frames, fps = video_io.read_video(path)
+  assert len(frames) == 12 and fps == 8
+
+
+def test_a_video_that_keeps_is_closed_as_any_other(tmp_path):
+  for name, keeps in (('plain.mp4', False), ('keeps.mp4', True)):
+    with video_io.VideoWriter(tmp_path / name, fps=12, keeps=keeps) as writer:
+      for _ in range(5):
+        writer.append(_frames())
+  plain, kept = (
+    video_io.read_video(tmp_path / name) for name in ('plain.mp4', 'keeps.mp4')
+  )
+  np.testing.assert_array_equal(plain[0], kept[0])
+  assert plain[1] == kept[1] == 12
+  data = (tmp_path / 'keeps.mp4').read_bytes()
+  assert b'moof' not in data and data.index(b'moov') < data.index(b'mdat')
+  assert sorted(os.listdir(tmp_path)) == ['keeps.mp4', 'plain.mp4']
+
+
+_FULL = """
+import resource, sys
+import numpy as np
+from hiar_jax.runtime import video_io
+limit = 300_000  # Bytes of a file, as a disk that is full.
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+rng = np.random.default_rng(0)
+writer = video_io.VideoWriter(sys.argv[1], fps=8, keeps=True)
+try:
+  with writer:
+    for _ in range(60):
+      writer.append(rng.integers(0, 255, (8, 32, 32, 3), np.uint8))
+except OSError as error:
+  print(error)
+print(writer.kept, writer.num_frames)
+"""
+
+
+def test_a_full_disk_leaves_what_was_written_playable(tmp_path):
+  path = tmp_path / 'video.mp4'
+  done = subprocess.run(
+    [sys.executable, '-c', _FULL, path],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  message, told = done.stdout.splitlines()
+  assert message.startswith(f'ffmpeg could not write {path}')
+  kept, num_frames = told.split()
+  assert kept == 'True' and os.listdir(tmp_path) == ['video.mp4']
+  with av.open(path) as video:
+    played = 0
+    with contextlib.suppress(av.error.InvalidDataError):  # Its end is cut.
+      for _ in video.decode(video=0):
+        played += 1
+  assert 8 < played < int(num_frames)
 
 
 def test_a_video_without_frames_is_refused(tmp_path):
@@ -195,27 +261,6 @@ def test_a_cut_video_is_named(tmp_path):
   path.write_bytes(path.read_bytes()[:900])
   with pytest.raises(ValueError, match=r'video\.mp4'):
     video_io.read_video(path)
-
-
-def test_contact_sheet_holds_every_video_in_rows(tmp_path):
-  path = tmp_path / 'sheet.png'
-  videos = [_frames(12), _frames(3)]
-  video_io.contact_sheet(
-    path, videos, captions=['a red square', 'a short one'], columns=6, scale=2
-  )
-  with Image.open(path) as sheet:
-    pixels = np.asarray(sheet.convert('RGB'))
-  assert pixels.shape[1] == 6 * (24 * 2 + 4) + 4
-  blue = (pixels == (0, 0, 160)).all(-1).sum()
-  expected = sum((video == (0, 0, 160)).all(-1).sum() for video in videos)
-  assert blue == 4 * expected
-
-
-def test_contact_sheet_needs_a_caption_for_each_video(tmp_path):
-  with pytest.raises(ValueError, match='1 captions for 2 videos'):
-    video_io.contact_sheet(
-      tmp_path / 's.png', [_frames(), _frames()], captions=['one']
-    )
 
 
 def test_html_carries_the_video_and_escapes_the_caption():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hiar_jax import rollout
-from hiar_jax.runtime import video_io
+from hiar_jax.runtime import contact_sheets, video_io
 from hiar_jax.sampling import calls, video_files
 
 _REQUEST = calls.Request(num_blocks=2)
@@ -99,7 +99,7 @@ def test_what_was_made_with_the_same_settings_is_told_from_the_rest(tmp_path):
 def test_a_sheet_that_says_nothing_vouches_for_nothing(tmp_path):
   pipeline, (job,) = _Pipeline(), _jobs(tmp_path, 1)
   made_with = _write(pipeline, [job])
-  video_io.contact_sheet(job.sheet, np.zeros((2, 8, 8, 3), np.uint8))
+  contact_sheets.write(job.sheet, np.zeros((2, 8, 8, 3), np.uint8))
   assert not video_files.is_made(job, made_with)
   job.sheet.write_text('no picture')
   assert not video_files.is_made(job, made_with)
