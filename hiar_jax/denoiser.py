@@ -75,7 +75,7 @@ class Denoiser:
     self,
     params: dict,
     x_BFhwC: jax.Array,
-    sigma: jax.Array,
+    sigma: jax.Array | float,
     text: TextKV,
     *,
     positions_F: jax.Array | None = None,

@@ -22,6 +22,7 @@ video does not depend on the order or placement of the work.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,15 @@ import jax.numpy as jnp
 from hiar_jax import noise_schedule
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import kv_cache
-from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.rollout_config import CONTEXTS as CONTEXTS
 from hiar_jax.models.rollout_config import STEPPINGS as STEPPINGS
 from hiar_jax.models.rollout_config import RolloutConfig
 from hiar_jax.models.transformer import TextKV
 
 ORDERS = ('step_first', 'block_first', 'hybrid')
+
+Past = KVCache | Picked
 
 # (level j, block b) -> standard normal [B, f, h, w, C]; level 0 is the initial
 # noise, level j >= 1 the noise that takes x0 to t_j. Both may be traced.
@@ -98,14 +101,16 @@ class Sampler:
       self.origin,
     )
 
-  def denoise(self, x: jax.Array, past: KVCache, step) -> tuple[jax.Array, KV]:
+  def denoise(
+    self, x: jax.Array, past: Past, step: Any
+  ) -> tuple[jax.Array, KV]:
     """D: flow of a block at level t_step, and the block's K/V."""
     return self.denoiser.flow(
       self.params, x, self.levels[step], self.text, past=past
     )
 
   def advance(
-    self, x: jax.Array, flow: jax.Array, noise: Noise, step, block
+    self, x: jax.Array, flow: jax.Array, noise: Noise, step: Any, block: Any
   ) -> tuple[jax.Array, jax.Array]:
     """Takes a block from level t_step to t_{step+1}.
 
@@ -121,11 +126,14 @@ class Sampler:
       x_next = noise_schedule.add_noise(x0, eps, sigma_next)
     return x_next, x0
 
-  def commit_kv(self, x: jax.Array, past: KVCache, level, wanted=True) -> KV:
+  def commit_kv(
+    self, x: jax.Array, past: Past, level: Any, wanted: Any = True
+  ) -> KV:
     """C: K/V of a block told to be at `level`; not `wanted` (traced): zeros."""
     if wanted is not True:
-      cut = isinstance(past, kv_cache.Picked)
-      own = jax.eval_shape(past.cut_out) if cut else past
+      own: Any = past
+      if isinstance(past, Picked):
+        own = jax.eval_shape(past.cut_out)
       shape = list(own.k.shape)
       shape[-3] = x.shape[1] * own.tokens_per_frame
       return jax.lax.cond(
@@ -174,7 +182,7 @@ def sweep(
   blocks: jax.Array,
   past: KVCache,
   *,
-  first_step,
+  first_step: jax.Array | int,
   num_steps: int,
   commit_last: bool = True,
 ) -> tuple[jax.Array, KVCache]:
@@ -216,7 +224,7 @@ def sweep(
 
 
 def context_of(
-  sampler: Sampler, x_next: jax.Array, x0: jax.Array, step_next
+  sampler: Sampler, x_next: jax.Array, x0: jax.Array, step_next: Any
 ) -> tuple[jax.Array, jax.Array]:
   """What C sees, and its level, after a sweep that ends at t_{step_next}."""
   if sampler.config.context == 'clean':
@@ -354,7 +362,9 @@ def hybrid(
   else:
     x, _ = sweep(
       *(sampler, noise, x, blocks, past),
-      **dict(first_step=0, num_steps=steps, commit_last=False),
+      first_step=0,
+      num_steps=steps,
+      commit_last=False,
     )
     x = _step_first_from(sampler, noise, x, blocks, past, steps)
   return _with_initial(initial, join_blocks(x))
@@ -399,8 +409,8 @@ def shared_block(
   sampler: Sampler,
   noise: Noise,
   pasts: KVCache,
-  block,
-  commit=True,
+  block: Any,
+  commit: jax.Array | bool = True,
 ) -> tuple[jax.Array, KVCache, tuple[jax.Array, jax.Array, KV]]:
   """One block of `shared_context`; without `commit` it leaves no context.
 
@@ -410,7 +420,7 @@ def shared_block(
   """
 
   def one_step(x, step):
-    past = kv_cache.Picked(pasts, step)
+    past = Picked(pasts, step)
     flow, kv = sampler.denoise(x, past, step)
     x_next, x0 = sampler.advance(x, flow, noise, step, block)
     return x_next, (x, x0, kv)
@@ -420,7 +430,7 @@ def shared_block(
   x, (inputs, x0s, kvs) = jax.lax.scan(
     one_step, noise(0, block), jnp.arange(sampler.config.num_steps)
   )
-  last = kv_cache.Picked(pasts, jnp.int32(sampler.config.num_steps - 1))
+  last = Picked(pasts, jnp.int32(sampler.config.num_steps - 1))
   clean = sampler.commit_kv(x, last, jnp.zeros(()), commit)
   context = jax.tree.map(
     lambda kv, c: jnp.concatenate([kv[1:], c[None]]), kvs, clean

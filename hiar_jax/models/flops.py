@@ -69,7 +69,7 @@ def seen_frames(frame_mask: np.ndarray) -> float:
   return float(frame_mask.sum() / len(frame_mask))
 
 
-def pass_flops(model: WanConfig, frames: int, key_frames: float) -> PassFlops:
+def pass_flops(model: WanConfig, frames: float, key_frames: float) -> PassFlops:
   """Of one pass of one video's frames over keys of so many frames.
 
   With T tokens in the frames, S in the keys, L of text, width D, feed-forward
@@ -88,7 +88,7 @@ def pass_flops(model: WanConfig, frames: int, key_frames: float) -> PassFlops:
   )
 
 
-def forward_flops(model: WanConfig, frames: int, key_frames: float) -> float:
+def forward_flops(model: WanConfig, frames: float, key_frames: float) -> float:
   """All of `pass_flops`."""
   return float(pass_flops(model, frames, key_frames).total)
 

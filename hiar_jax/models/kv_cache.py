@@ -8,6 +8,7 @@ once, by the rollout; the network only reads.
 
 # N layers, B batch, S past tokens, T new tokens, H heads, K head width
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -103,7 +104,7 @@ class KVCache:
     self, k: jax.Array, v: jax.Array, new: Any, live: Any
   ) -> 'KVCache':
     frames = self.frames + jnp.where(live, self._num_frames(new), 0)
-    return self.replace(k=k, v=v, frames=frames)
+    return dataclasses.replace(self, k=k, v=v, frames=frames)
 
   def _slot(self, index: Any) -> tuple[jax.Array, jax.Array | bool]:
     """Slot of a frame, and whether there is one."""

@@ -113,14 +113,14 @@ class SelfAttention(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x_BFPD,
-    past,
-    rotation,
-    length,
-    mask_FPS,
+    x_BFPD: jax.Array,
+    past: Any,
+    rotation: Any,
+    length: jax.Array | None,
+    mask_FPS: Any,
     visible: attention.Visible | None,
     same_frames: tuple[int, int] | None,
-  ):
+  ) -> Any:
     cfg = self.config
     batch, num_frames, tokens, _ = x_BFPD.shape
     heads = (batch, num_frames, tokens, cfg.num_heads, cfg.head_dim)
@@ -340,7 +340,9 @@ class WanTransformer(nn.Module):
     )(nn.silu(time))
     modulation = modulation.reshape(*time.shape[:2], 6, cfg.dim)
 
-    length, past_kv, picked = None, None, None
+    length: jax.Array | None = None
+    picked: Picked | None = None
+    past_kv: Any = None
     if isinstance(past, Picked):
       length, picked = past.length, past
       past_kv = jnp.arange(cfg.num_layers)  # Where each layer's keys are.

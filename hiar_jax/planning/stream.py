@@ -282,7 +282,9 @@ def _of(engine: streaming.Engine, run: Any) -> Callable[..., Any]:
   return functools.partial(run.__wrapped__, engine=engine)
 
 
-def _engine(denoiser, config, topology, mode) -> streaming.Engine:
+def _engine(
+  denoiser: Any, config: Any, topology: str, mode: str
+) -> streaming.Engine:
   mesh = stage_mesh(topology, config.num_steps)
   if mesh.size > 1 and mode != 'batched':
     raise ValueError(
@@ -365,7 +367,7 @@ def compile_program(run: Any, arguments: tuple) -> Program:
 
 
 def _block_arguments(
-  engine: streaming.Engine, topology: str, batch_size: int, weights_dtype
+  engine: streaming.Engine, topology: str, batch_size: int, weights_dtype: Any
 ) -> tuple:
   """Abstract, placed arguments of `run_turns` or `run_shared_block`."""
   denoiser, config, stages = engine.denoiser, engine.config, engine.stages
@@ -388,7 +390,7 @@ def _block_arguments(
   device = SingleDeviceSharding(chips.describe(topology).devices[0])
 
   def place(tree: Any, *axes: str | None) -> Any:
-    sharding = device
+    sharding: jax.sharding.Sharding = device
     if engine.mesh is not None:
       sharding = NamedSharding(engine.mesh, PartitionSpec(*axes))
     return jax.tree.map(

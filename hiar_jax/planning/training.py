@@ -257,7 +257,7 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
   return dataclasses.replace(plan, proposal=propose(training, topology, size))
 
 
-def _on_topology(training, topology) -> tuple[Mesh, Training]:
+def _on_topology(training: Training, topology: str) -> tuple[Mesh, Training]:
   devices = chips.describe(topology).devices
   filled = training.mesh.filled(len(devices))
   mesh = sharding.make_mesh(filled, devices)
@@ -275,7 +275,7 @@ def _check_networks(training: Training, mesh: Mesh) -> None:
     sharding.shardings(_params(denoiser), mesh)
 
 
-def _program(training: Training, part: str, mesh: Mesh):
+def _program(training: Training, part: str, mesh: Mesh) -> tuple:
   """A jitted function, its abstract arguments, and some of those by name."""
   steps = training.steps
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -292,12 +292,8 @@ def _program(training: Training, part: str, mesh: Mesh):
   if part == 'trajectory':
     return _trajectory_program(training, teacher, array)
   negative = (1, steps.teacher.config.text_len, steps.teacher.config.text_dim)
-  frozen = training_steps.Frozen(
-    teacher=teacher,
-    negative_text=jax.ShapeDtypeStruct(
-      negative, jnp.float32, sharding=everywhere
-    ),
-  )
+  null: Any = jax.ShapeDtypeStruct(negative, jnp.float32, sharding=everywhere)
+  frozen = training_steps.Frozen(teacher=teacher, negative_text=null)
   lengths = steps.lengths(training.num_blocks, training.num_blocks)
   size, model = training.batch_size, steps.student.config
   text = array(size, model.text_len, model.text_dim)
@@ -337,7 +333,7 @@ def _program(training: Training, part: str, mesh: Mesh):
   )
 
 
-def _trajectory_program(training: Training, teacher: Any, array):
+def _trajectory_program(training: Training, teacher: Any, array: Any) -> tuple:
   denoiser, size = training.steps.teacher, training.trajectory_batch
   model = denoiser.config
   levels, kept = trajectories.solver_levels(

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def sample(
     _first_noise(keys_B, np.int32(block), **static)
     for block in range(request.num_blocks)
   ]
-  under_way = collections.deque()
+  under_way: collections.deque[jax.Array] = collections.deque()
 
   def finish(sweep, all_but):
     while len(under_way) > all_but:
@@ -255,7 +256,7 @@ def _plan(request: Request, config: rollout.RolloutConfig) -> list[_Sweep]:
   return sweeps
 
 
-def _noise(keys_B, denoiser, config) -> rollout.Noise:
+def _noise(keys_B: Any, denoiser: Any, config: Any) -> rollout.Noise:
   return rollout.named_noise(keys_B, config.block_shape(denoiser.config))
 
 

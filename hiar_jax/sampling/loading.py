@@ -213,6 +213,7 @@ def from_config(
   denoiser = Denoiser(WanConfig(**config['model']))
   _check_parts(config, denoiser, weights, codec)
   added = lora_files.open_all(loras, denoiser.config)
+  encoder: Any
   if 'umt5' in config or text_encoder not in text_umt5.CHOICES:
     encoder = text_umt5.load_encoder(
       config, pathlib.Path(weights).parent, text_encoder, text_cache
@@ -224,9 +225,8 @@ def from_config(
       f'{weights} takes text states of {denoiser.config.text_dim} numbers a '
       f'token, its text encoder gives {encoder.dim}'
     )
-  rollout_config = rollout.RolloutConfig(
-    **choices.levels(config['schedule']), **config['rollout']
-  )
+  given: dict[str, Any] = dict(choices.levels(config['schedule']))
+  rollout_config = rollout.RolloutConfig(**given, **config['rollout'])
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
   dtype = config.get('weights_dtype', 'float32')
@@ -267,9 +267,12 @@ def _identity(
   return digest.hexdigest()
 
 
-def _check_parts(config, denoiser, weights, codec) -> None:
+def _check_parts(
+  config: Mapping[str, Any], denoiser: Denoiser, weights: Any, codec: Any
+) -> None:
   """Raises ValueError if sizes in a config do not go together."""
-  configs, names = {'transformer': denoiser.config}, {'transformer': weights}
+  configs: dict[str, Any] = {'transformer': denoiser.config}
+  names = {'transformer': weights}
   if 'vae' in config:
     configs['vae'], names['vae'] = vae.VAEConfig(**config['vae']), codec
   if 'umt5' in config:
@@ -307,7 +310,7 @@ def export(
     json.dumps(sections, indent=2, default=dict) + '\n'
   )
   path = folder / layouts.codec_file(config)
-  if 'vae' in config:
+  if isinstance(codec, codecs_vae.VAECodec):
     networks.save_weights(path, codec.params, dtype=dtype)
   else:
     linear.save_linear_codec(codec, path)

@@ -21,7 +21,7 @@ tokens: `fused=True`. D(b, j) then runs at tick b + j.
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -305,7 +305,7 @@ class Pipeline(Stages):
     )
 
   def _run_local(self, params, bank, slots_tL, keys_B, state, stages):
-    tick = self._fused_tick if self.fused else self._tick
+    tick: Callable[..., Any] = self._fused_tick if self.fused else self._tick
 
     def one_tick(state, slots):
       def one_stage(args, past):

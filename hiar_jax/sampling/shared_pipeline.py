@@ -31,7 +31,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.models.kv_cache import KV, KVCache
+from hiar_jax.models.kv_cache import KVCache
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
 from hiar_jax.sampling import pipeline
@@ -58,7 +58,7 @@ class SharedPipeline(pipeline.Stages):
   """P passes of a block per stage; makes what rollout.shared_context makes.
 
   Attributes:
-    passes: P, at least 2; None: the fewest from 2 on whose stages divide over
+    passes: P, at least 2; 0: the fewest from 2 on whose stages divide over
       the devices. A stage holds P pasts, and the last one has idle passes
       unless P divides S + 1.
 
@@ -68,7 +68,7 @@ class SharedPipeline(pipeline.Stages):
     ValueError: if the context is another one, or there are no such stages.
   """
 
-  passes: int | None = None
+  passes: int = 0
 
   def __post_init__(self):
     if self.config.context != 'shared':
@@ -76,7 +76,7 @@ class SharedPipeline(pipeline.Stages):
         f'context {self.config.context!r} needs pipeline.Pipeline'
       )
     most = self.config.num_steps + 1
-    if self.passes is None:
+    if not self.passes:
       fitting = [
         passes
         for passes in range(2, most + 1)
@@ -177,10 +177,8 @@ class SharedPipeline(pipeline.Stages):
     inbox = self._shift(x, 1)
     return SharedState(state.turn + 1, inbox, tuple(pasts)), finished
 
-  def _pass(
-    self, params, bank, keys_B, step, slot, block, x, past
-  ) -> tuple[jax.Array, KV]:
-    """D(block, step), or the commit where step is S."""
+  def _pass(self, params, bank, keys_B, step, slot, block, x, past):
+    """D(block, step), or the commit where step is S: latents and K/V."""
     sampler, noise = self._stage(params, bank, keys_B, slot)
     block = jnp.maximum(block, 0)
     x = jnp.where(step == 0, noise(0, block), x)

@@ -123,7 +123,9 @@ class Engine:
 
     return jax.tree.map(one, tree)
 
-  def sampler(self, params, text, origin=0) -> rollout.Sampler:
+  def sampler(
+    self, params: dict, text: TextKV, origin: Any = 0
+  ) -> rollout.Sampler:
     return rollout.Sampler(self.denoiser, params, text, self.config, origin)
 
 
@@ -143,7 +145,7 @@ def estimate_memory(
   devices = 1 if stages is None else stages.num_devices
   num_stages = config.num_steps if stages is None else stages.num_stages
   pasts = config.num_steps
-  if engine.mode == 'shared' and stages is not None:
+  if isinstance(stages, shared_pipeline.SharedPipeline):
     pasts = stages.passes * num_stages
   past = memory.past_bytes(model, config, batch_size)
   one_pass = memory.pass_temporaries(model, config, batch_size)
@@ -260,14 +262,15 @@ class Stream:
     self._closed = False
     self._engine, self._codec = engine, codec
     params = engine.place(engine.denoiser.unstack_layers(params))
-    self._params = params
+    self._params: Any = params
     self._encode_text, self._keys = encode_text, engine.place(keys_B)
     text = _project(params, encode_text(prompts), denoiser=engine.denoiser)
-    self._bank = _new_bank(text, size=engine.bank_size)
+    self._bank: Any = _new_bank(text, size=engine.bank_size)
     # Which slot of the bank serves from which block on, oldest first.
     self._slots = [(0, 0)]
     self._coming: dict[int, np.ndarray] = {}
-    self._state = _begin(params, text, initial, origin, engine=engine)
+    self._state: Any = _begin(params, text, initial, origin, engine=engine)
+    self._decoder: Any
     self.given, self._decoder = None, codec.init_decode_state(len(prompts))
     if initial is not None:
       if engine.mesh is not None:  # Where the blocks will be decoded.
@@ -291,7 +294,7 @@ class Stream:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused_error) -> None:
+  def __exit__(self, *unused_error: Any) -> None:
     self.close()
 
   def close(self) -> None:
@@ -398,7 +401,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames='denoiser')
-def _project(params, states, *, denoiser) -> TextKV:
+def _project(params: Any, states: Any, *, denoiser: Any) -> TextKV:
   return denoiser.project_text(params, states)
 
 
@@ -429,7 +432,7 @@ def _begin(params, text, initial, origin, *, engine):
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='state')
 def run_turns(
-  params, bank, slots_tS, keys_B, state, *, engine
+  params: Any, bank: Any, slots_tS: Any, keys_B: Any, state: Any, *, engine: Any
 ) -> tuple[Any, jax.Array]:
   """The turns of `Engine.turns`: the next state and the finished latents."""
   stages = engine.stages
@@ -446,7 +449,14 @@ def _constrain(array, mesh, spec):
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='pasts')
 def run_shared_block(
-  params, bank, slots_tS, keys_B, pasts, block, *, engine
+  params: Any,
+  bank: Any,
+  slots_tS: Any,
+  keys_B: Any,
+  pasts: Any,
+  block: Any,
+  *,
+  engine: Any,
 ) -> tuple[Any, jax.Array]:
   """`run_turns` for shared context on one device, where pasts are the state."""
   text = jax.tree.map(lambda a: a[slots_tS[0, 0]], bank)

@@ -219,7 +219,7 @@ class VideoPipeline:
     streaming.check_prompts(prompts)
     keys = seeds.keys(seeds.of_videos(seed, len(prompts)))
     config = self.rollout
-    chosen = {}
+    chosen: dict[str, Any] = {}
     if mode == streaming.AUTO:
       mode, chosen['reason'] = streaming.choose_mode(
         self.denoiser, config, self.params, len(prompts), mesh

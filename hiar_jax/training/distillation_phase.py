@@ -1,6 +1,7 @@
 """The phase of the distillation: HiAR's, and Self-Forcing's."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def build(config: Config) -> Phase:
     raise ValueError(f'rollout_blocks={(low, high)} do not rise from 1')
   encoder = inputs.open_text(config, mesh)
   states = inputs.open_states(config, inputs.open_prompts(config), encoder)
-  source = states
+  source: Any = states
   if numbers.forward_kl_weight:
     source = StatesAndTrajectories(
       states, phase_parts.trajectory_source(config, encoder)

@@ -100,7 +100,7 @@ class Guard:
               f'iteration {iteration}'
             )
       clean.append({k: v for k, v in values.items() if k not in bad})
-    result = metrics.means(clean)
+    result: dict[str, Any] = dict(metrics.means(clean))
     for name in result:
       if name.endswith(_SKIPPED):
         result[name] = sum(int(v.get(name, 0)) for v in clean)

@@ -179,8 +179,10 @@ class _Book:
       or iteration == config.iterations
       or iteration % config.checkpoint_every == 0
     )
-    sample = self._sampler is not None and iteration % every == 0
-    if not (save or sample or iteration % config.log_every == 0):
+    sampler = self._sampler
+    if sampler is not None and iteration % every:
+      sampler = None
+    if not (save or sampler or iteration % config.log_every == 0):
       return
     try:
       report = self._guard.report()
@@ -189,8 +191,8 @@ class _Book:
         f'{error}; {config.workdir} keeps its last checkpoint'
       ) from None
     values = report.values
-    if sample:
-      values |= self._sample(iteration, state)
+    if sampler is not None:
+      values |= self._sample(sampler, iteration, state)
     self._log.write(iteration, values)
     if save or report.exhausted:
       checkpoint.save(
@@ -208,11 +210,9 @@ class _Book:
         f'{iteration}'
       )
 
-  def _sample(self, iteration, state):
+  def _sample(self, sampler, iteration, state):
     with self._dog.paused():
-      values, sheets = self._sampler.sample(
-        self._phase.weights(state), iteration
-      )
+      values, sheets = sampler.sample(self._phase.weights(state), iteration)
     for name, path in sheets.items():
       self._log.sheet(iteration, f'samples/{name}', path)
     return values

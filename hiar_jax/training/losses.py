@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hiar_jax import noise_schedule
 
@@ -70,7 +71,9 @@ def reverse_kl_direction(
 
 
 def reverse_kl_along(
-  x0: jax.Array, direction: jax.Array, mask: jax.Array | None = None
+  x0: jax.Array,
+  direction: jax.Array,
+  mask: jax.Array | np.ndarray | None = None,
 ) -> jax.Array:
   """A loss whose gradient in x0 is `direction` / n, and its size that of DMD.
 

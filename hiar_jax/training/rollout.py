@@ -69,13 +69,14 @@ class _Seen:
 
   @property
   def in_ring(self) -> bool:
-    known = self.before is not None
-    return known and self.before + self.kept <= self.config.past_frames
+    if self.before is None:
+      return False
+    return self.before + self.kept <= self.config.past_frames
 
   @property
   def same_frames(self) -> tuple[int, int]:
     """Where the context of the blocks themselves lies."""
-    start = self.before if self.in_ring else 0
+    start = (self.before or 0) if self.in_ring else 0
     return start, start + self.kept
 
   def mask(self) -> np.ndarray:
@@ -423,7 +424,7 @@ def _commit(sampler, past, context, level, wanted):
 # --- The orders. `total` blocks may be traced, and are at most `most`.
 
 
-def _step_first(sampler, noise, exit_step, past, total, most) -> _Loop:
+def _step_first(sampler, noise, exit_step, past, total, most):
   """Sweeps up to the exit step; then that step, block by block."""
 
   def one_block(x, past, step, b):
@@ -451,9 +452,7 @@ def _step_first(sampler, noise, exit_step, past, total, most) -> _Loop:
   return _Loop(past, block)
 
 
-def _block_first(
-  sampler, noise, exit_step, past, total, most, context
-) -> _Loop:
+def _block_first(sampler, noise, exit_step, past, total, most, context):
   """Every block to its exit step; what it is there is its context."""
   exits = jnp.broadcast_to(jnp.asarray(exit_step), (most,))
 
@@ -475,7 +474,7 @@ def _block_first(
   return _Loop(past, block)
 
 
-def _shared(sampler, noise, exit_step, past, total) -> _Loop:
+def _shared(sampler, noise, exit_step, past, total):
   """Whole shared-context rollout: its context of a step is the next step's."""
   size = sampler.config.num_steps
   pasts = jax.tree.map(lambda a: jnp.stack([a] * size), past)

@@ -61,7 +61,8 @@ class RunLog:
     """
     workdir = pathlib.Path(workdir)
     self._stack = contextlib.ExitStack()
-    self._files, self._services = [], []
+    self._files: list[metrics.MetricsFile] = []
+    self._services: list[TensorBoard | WeightsAndBiases] = []
     self._progress = None
     self._speed = profiling.Speed(
       restored_step, flops, peak, videos=videos, tokens=tokens
@@ -73,11 +74,11 @@ class RunLog:
         file = metrics.MetricsFile(workdir / name, restored_step=restored_step)
         self._files.append(stack.enter_context(file))
       if loop.tensorboard:
-        service = TensorBoard(workdir / 'tensorboard', restored_step)
-        self._services.append(stack.enter_context(service))
+        board = TensorBoard(workdir / 'tensorboard', restored_step)
+        self._services.append(stack.enter_context(board))
       if loop.wandb:
-        service = WeightsAndBiases(workdir, config)
-        self._services.append(stack.enter_context(service))
+        run = WeightsAndBiases(workdir, config)
+        self._services.append(stack.enter_context(run))
       self._progress = stack.enter_context(
         metrics.Progress(
           config['iterations'], start=restored_step, label=config['phase']
@@ -88,7 +89,7 @@ class RunLog:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *error) -> None:
+  def __exit__(self, *error: Any) -> None:
     self._stack.__exit__(*error)
 
   def progress(self, step: int) -> None:
@@ -171,7 +172,7 @@ class WeightsAndBiases:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, error_type, *unused) -> None:
+  def __exit__(self, error_type: Any, *unused: Any) -> None:
     self._run.finish(exit_code=0 if error_type is None else 1)
 
 

@@ -85,7 +85,8 @@ class Sampler:
         return {}, {}
     params = jax.device_put(params, jax.local_devices()[0])
     self._folder.mkdir(parents=True, exist_ok=True)
-    values, sheets = {}, {}
+    values: dict[str, float] = {}
+    sheets: dict[str, pathlib.Path] = {}
     for order in ORDERS:
       pipeline = dataclasses.replace(self._pipeline, params=params)
       latents = pipeline.sample(

@@ -211,6 +211,6 @@ def where(finite: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
-def ema_update(ema: Any, params: Any, decay: jax.Array) -> Any:
+def ema_update(ema: Any, params: Any, decay: jax.Array | float) -> Any:
   """decay * ema + (1 - decay) * params."""
   return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

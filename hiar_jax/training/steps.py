@@ -23,6 +23,7 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention
 from hiar_jax.models.transformer import TextKV
+from hiar_jax.rollout import Sampler
 from hiar_jax.training import losses, microbatches, recoding
 from hiar_jax.training import rollout as training_rollout
 from hiar_jax.training import state as training_state
@@ -153,7 +154,8 @@ class Distillation:
       state.iteration < self.config.ema_start, 0.0, self.config.ema_decay
     )
     ema = training_state.ema_update(state.ema, student.params, decay)
-    state = state.replace(
+    state = dataclasses.replace(
+      state,
       student=training_state.where(finite, student, state.student),
       ema=training_state.where(finite, ema, state.ema),
     )
@@ -199,7 +201,8 @@ class Distillation:
     critic = state.critic.update(grads, self.critic_optimiser)
     norm = optax.tree.norm(grads)
     finite = training_state.finite_update(norm, *metrics.values())
-    state = state.replace(
+    state = dataclasses.replace(
+      state,
       critic=training_state.where(finite, critic, state.critic),
       iteration=state.iteration + 1,
     )
@@ -210,8 +213,8 @@ class Distillation:
     }
     return state, metrics
 
-  def _sampler(self, params, text: TextKV) -> rollout.Sampler:
-    return rollout.Sampler(self.student, params, text, self.rollout)
+  def _sampler(self, params: Any, text: TextKV) -> Sampler:
+    return Sampler(self.student, params, text, self.rollout)
 
   def _draws(self, key, batch, num_blocks):
     """All chance of a step: its exit step, and what is drawn per sample.

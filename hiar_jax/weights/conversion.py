@@ -158,7 +158,7 @@ def to_ours(
     raise
 
 
-def _open_loras(loras, network) -> list[lora_files.LoRA]:
+def _open_loras(loras, network):
   if not loras:
     return []
   if network is None:
@@ -168,7 +168,7 @@ def _open_loras(loras, network) -> list[lora_files.LoRA]:
 
 def _write_release(
   release, opened, plans, out, name, options, sections, loras, report
-) -> None:
+):
   config: dict[str, Any] = {'name': name} | DEFAULTS
   for section in DEFAULTS:
     config[section] = dict((sections or {}).get(section, DEFAULTS[section]))
@@ -335,7 +335,10 @@ def network_to_foreign(
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   reader = open_ours(weights, config)
-  added = lora_files.open_all(loras, config) if loras else []
+  added: list[lora_files.LoRA] = []
+  if loras:
+    assert isinstance(config, WanConfig), 'a LoRA is for a transformer'
+    added = lora_files.open_all(loras, config)
   foreign_config = layouts.config_of(config, naming)
   slots = identity.expected_slots(config, naming)
   arrays = {

@@ -1,5 +1,6 @@
 """The linear codec: faithful, whitened, streamable, storable."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +123,7 @@ def test_stored_codec_is_bit_exact_and_small(codec, tmp_path):
   path = tmp_path / 'codec.npz'
   linear.save_linear_codec(codec, path)
   loaded = linear.load_linear_codec(path)
-  jax.tree.map(np.testing.assert_array_equal, loaded, codec)
+  chex.assert_trees_all_equal(loaded, codec)
   assert path.stat().st_size < 200_000
 
 

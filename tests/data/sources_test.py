@@ -1,5 +1,6 @@
 """The grain pipelines: exact resume, on any hosts, truth that is true."""
 
+import chex
 import grain
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ def prompts(**kwargs):
 
 
 def assert_equal_trees(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+  chex.assert_trees_all_equal(a, b)
 
 
 def test_a_batch_has_the_stated_shapes():

@@ -6,6 +6,7 @@ import json
 import re
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -583,7 +584,7 @@ def test_restored_iterator_gives_the_exact_next_batches(whole, num_threads):
   restored = batches()
   restored.set_state(state)
   for batch in expected:
-    jax.tree.map(np.testing.assert_array_equal, next(restored), batch)
+    chex.assert_trees_all_equal(next(restored), batch)
 
 
 def test_hosts_read_disjoint_trajectories(whole):

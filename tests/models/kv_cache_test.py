@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +79,7 @@ def test_a_dead_write_changes_nothing():
   after = jax.jit(lambda c, kv, live: c.write(kv, live))(
     cache, kv_of_frames(3, 3), False
   )
-  jax.tree.map(np.testing.assert_array_equal, after, cache)
+  chex.assert_trees_all_equal(after, cache)
 
 
 def test_writing_in_a_scan_equals_writing_one_by_one():
@@ -90,7 +91,7 @@ def test_writing_in_a_scan_equals_writing_one_by_one():
     jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
   )
   looped = functools.reduce(write, blocks, empty)
-  jax.tree.map(np.testing.assert_array_equal, scanned, looped)
+  chex.assert_trees_all_equal(scanned, looped)
 
 
 def test_the_cache_has_the_compute_dtype():

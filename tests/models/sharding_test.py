@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import chex
 import grain
 import jax
 import jax.numpy as jnp
@@ -248,7 +249,7 @@ def test_a_checkpoint_is_restored_on_fewer_devices(tmp_path):
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:count])
     like = sharding.abstract(state, mesh)
     restored, _, _ = checkpoint.restore(manager, 1, like, data)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    chex.assert_trees_all_equal(restored, state)
     assert_placed(restored, sharding.shardings(state, mesh))
   manager.close()
 
@@ -307,7 +308,7 @@ def test_a_config_with_a_mesh_trains_as_one_without(name, config, tmp_path):
     networks.abstract(ends[0][0]),
   ):
     restored, _, _ = checkpoint.restore(manager, 1, like, data)
-    jax.tree.map(np.testing.assert_array_equal, restored, ends[1][0])
+    chex.assert_trees_all_equal(restored, ends[1][0])
   manager.close()
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -192,7 +192,7 @@ def test_an_ended_phase_ends_bit_equal(
     config.iterations = _ITERATIONS
     config.workdir = str(folder)
     states.append(last_state(config))
-  jax.tree.map(np.testing.assert_array_equal, *states)
+  chex.assert_trees_all_equal(*states)
   whole, cut = (
     {
       name: (folder / name).read_bytes()

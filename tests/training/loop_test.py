@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def watched(*, like=None, cut_before=None):
 
 
 def assert_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+  chex.assert_trees_all_equal(a, b)
 
 
 # Self-Forcing is the distillation's program in another order.
