@@ -96,7 +96,8 @@ def evaluate_prompts(
     cfg: the world; its num_frames plays no part.
 
   Returns:
-    The numbers of `VideoScore` by name, quarters as `ideal_db_q1` ..
+    The numbers of `VideoScore` by name, `no_video`, how many are none of this
+    world, quarters as `ideal_db_q1` ..
     `ideal_db_q4`, and their drift as `ideal_db_drift`. A number that no
     prompt asks for is NaN.
 
@@ -112,6 +113,7 @@ def evaluate_prompts(
   result = {
     name: _mean([getattr(score, name) for score in scores]) for name in _SCALARS
   }
+  result['no_video'] = sum(not _is_of_world(score.visible) for score in scores)
   for name in _BY_QUARTER:
     quarters = np.stack([getattr(s, f'{name}_by_quarter') for s in scores])
     for quarter in range(4):
@@ -259,6 +261,10 @@ def evaluate_video(
   pair_visible = frames.visible_F[1:] & frames.visible_F[:-1]
   steps = np.linalg.norm(np.diff(frames.centre_F2, axis=0), axis=-1)
   steps = np.where(pair_visible, steps, np.nan)
+  # Of noise, where something is seen now and then, nothing moves.
+  if not _is_of_world(frames.visible_F.mean()):
+    steps[:] = np.nan
+    pair_visible[:] = False
   motion = _median(steps)
   known = steps[pair_visible]
   return VideoScore(
@@ -281,6 +287,11 @@ def evaluate_video(
   )
 
 
+def _is_of_world(visible: float) -> bool:
+  """Whether a video shows an object on a flat background most of the time."""
+  return visible >= 0.5
+
+
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
   """Lays out results of `evaluate_prompts`: a row each, numbers side by side.
 
@@ -299,6 +310,12 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
       cell = '-' if np.isnan(value) else format(value, style)
       cells.append(cell.rjust(len(heading)))
     lines.append('  '.join(cells))
+  for label, numbers in results.items():
+    if numbers['no_video']:
+      lines.append(
+        f'{label}: {numbers["no_video"]:.0f} videos are none of this world: no '
+        'object on a flat background in most of their frames'
+      )
   return '\n'.join(lines)
 
 

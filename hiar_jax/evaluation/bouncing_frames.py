@@ -39,7 +39,8 @@ class FrameMeasures:
     centre_F2: (y, x) in px, as in `data.bouncing`; the frame's middle if no
       object is visible.
     area_F: px the object covers.
-    visible_F: whether there is an object of plausible area and contrast.
+    visible_F: whether there is an object of plausible area and contrast, over
+      a flat background.
   """
 
   background_F3: np.ndarray
@@ -74,7 +75,9 @@ def measure_frames(
     if not inside.any():  # The level is that of something smaller elsewhere.
       inside = mask
     count = mask.sum()
-    is_object = level > _MIN_CONTRAST and least < count < most
+    # An object never fills more than a quarter of the border.
+    is_flat = np.quantile(contrast_HW[border], 0.7) < _MIN_CONTRAST
+    is_object = level > _MIN_CONTRAST and least < count < most and is_flat
     background.append(behind)
     area.append(count)
     visible.append(is_object)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from hiar_jax.codecs import linear, pixels
 from hiar_jax.data import bouncing
@@ -189,6 +190,27 @@ def test_noise_and_emptiness_have_no_object():
     assert score.visible == 0.0
     assert score.motion_correct == 0.0
     assert np.isnan(score.motion)
+
+
+@pytest.mark.parametrize('kind', ['white', 'grey', 'smooth'])
+def test_noise_is_no_video_of_this_world(kind):
+  rng = np.random.default_rng(0)
+  noise = rng.normal(0, 1, (24, 64, 64, 3))
+  if kind == 'smooth':
+    noise = scipy.ndimage.gaussian_filter(noise, (0, 4, 4, 0))
+  if kind == 'grey':
+    noise = noise / 4
+  noise = np.clip(128 + 60 * noise / noise.std(), 0, 255)
+  if kind == 'grey':
+    noise = 128 + (noise - 128) / 2
+  prompt = 'a large red disc drifting fast over black'
+  scores = evaluation_bouncing.evaluate_prompts(
+    [noise.astype(np.uint8)], [prompt]
+  )
+  assert scores['no_video'] == 1 and scores['motion_correct'] == 0
+  assert np.isnan(scores['motion']) and np.isnan(scores['steadiness'])
+  table = evaluation_bouncing.format_table({'noise': scores})
+  assert table.splitlines()[-1].startswith('noise: 1 videos are none of this')
 
 
 def test_a_missing_object_costs_what_an_object_is_worth():
