@@ -111,7 +111,7 @@ def describe(topology: str) -> Any:
 
   Args:
     topology: chip and shape. 'v5e:2x2' or 'v5p:2x2x1': rows and columns of
-      chips. 'h100:1x1x4': partitions of the network (1 where all GPUs have
+      chips, 'v5e:1x1' or 'v5p:1x1x1' one. 'h100:1x1x4': partitions of the network (1 where all GPUs have
       NVLink to each other), hosts in each, GPUs in each host.
 
   Raises:
@@ -151,8 +151,13 @@ def _describe_tpu(topology: str) -> Any:
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   # No chip is touched, so another process may use libtpu at the same time.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  shape = {}
+  if sides := re.fullmatch(r'.*?:(\d+)x(\d+)(?:x\d+)?', topology):
+    # A host has 2x2 chips unless libtpu is told otherwise.
+    x, y = (1 if int(side) == 1 else 2 for side in sides.groups())
+    shape = {'chips_per_host_bounds': (x, y, 1)}
   try:
-    return topologies.get_topology_desc(topology, 'tpu')
+    return topologies.get_topology_desc(topology, 'tpu', **shape)
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0].rstrip('.')
     raise ValueError(

@@ -36,3 +36,18 @@ def test_the_compiler_takes_what_it_is_told_of_each_gpu(kind):
   devices = chips.describe(f'{kind}:1x1x2').devices
   assert len(devices) == 2
   assert {d.device_kind for d in devices} == {chips.CHIPS[kind].gpu.name}
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='needs the extra tpu'
+)
+@pytest.mark.parametrize(
+  ('topology', 'count'),
+  [
+    *(('v5e:1x1', 1), ('v6e:1x1', 1), ('v5p:1x1x1', 1)),
+    *(('v5e:1x2', 2), ('v5e:2x1', 2), ('v5p:2x1x1', 2)),
+    *(('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v5e:4x4', 16)),
+  ],
+)
+def test_less_than_a_host_of_chips_has_a_name(topology, count):
+  assert len(chips.describe(topology).devices) == count
