@@ -156,7 +156,9 @@ def _to_ours(
 ) -> None:
   release = releases.locate(_WEIGHTS.value)
   if _BASE.value is not None:
-    release = release.over(releases.locate(_BASE.value, as_base=True))
+    has = [kind for kind, path in vars(release).items() if path is not None]
+    base = releases.locate(_BASE.value, as_base=True, has=has)
+    release = release.over(base)
   options = conversion.Options(
     dtype=_DTYPE.value,
     member=_MEMBER.value,

@@ -111,8 +111,9 @@ def describe(topology: str) -> Any:
 
   Args:
     topology: chip and shape. 'v5e:2x2' or 'v5p:2x2x1': rows and columns of
-      chips, 'v5e:1x1' or 'v5p:1x1x1' one. 'h100:1x1x4': partitions of the network (1 where all GPUs have
-      NVLink to each other), hosts in each, GPUs in each host.
+      chips, 'v5e:1x1' or 'v5p:1x1x1' one. 'h100:1x1x4': partitions of the
+      network (1 where all GPUs have NVLink to each other), hosts in each, GPUs
+      in each host.
 
   Raises:
     ValueError: in one sentence, if the compiler is missing or the topology

@@ -74,13 +74,16 @@ def cached(
   """
   release = releases.locate(name)
   if base is not None:
-    below = releases.locate(base, as_base=True)
+    has = [kind for kind, path in vars(release).items() if path is not None]
+    below = releases.locate(base, as_base=True, has=has)
     release = release.over(below)
     if below.transformer not in (None, release.transformer):
       # A training's checkpoint has no config.json; the base tells its heads.
       config = identity.open_network(below.transformer).config
       assert isinstance(config, WanConfig)
       options = dataclasses.replace(options, head_dim=config.head_dim)
+    elif width := releases.head_dim(below):
+      options = dataclasses.replace(options, head_dim=width)
   _check_parts(name, base, release, needs)
   if check is not None:
     check(release)

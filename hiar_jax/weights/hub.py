@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 _TRUE = ('1', 'ON', 'YES', 'TRUE')
@@ -34,13 +34,17 @@ EXPERTS = (
 _VARIANT = re.compile(r'\.(fp16|bf16|fp32|fp8\w*|ema|non_ema)(?=[.-])')
 
 
-def download(name: str, *, as_base: bool = False) -> pathlib.Path:
+def download(
+  name: str, *, as_base: bool = False, has: Collection[str] = ()
+) -> pathlib.Path:
   """The folder or file of a hub's release, fetched unless it was before.
 
   Args:
     name: 'owner/name', or 'owner/name/...' for a folder or file in it. With
       HF_HUB_OFFLINE=1 only what is there is used.
     as_base: of two transformers none is needed.
+    has: kinds of parts that are there already, as `releases.Release` names
+      them: weights of theirs are not fetched.
 
   Raises:
     ValueError: if it cannot be had, it is unclear which of its networks is
@@ -62,7 +66,7 @@ def download(name: str, *, as_base: bool = False) -> pathlib.Path:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
   except (ValueError, OSError) as error:
     raise _unavailable(name, _first_line(error)) from error
-  files = choose(sizes, repo, inner, as_base=as_base)
+  files = choose(sizes, repo, inner, as_base=as_base, has=has)
   _check_space(huggingface_hub, name, sum(sizes[file] for file in files))
   total = sum(sizes[file] for file in files) / 1e9
   print(
@@ -80,7 +84,12 @@ def download(name: str, *, as_base: bool = False) -> pathlib.Path:
 
 
 def choose(
-  sizes: Mapping[str, int], repo: str, inner: str = '', *, as_base: bool = False
+  sizes: Mapping[str, int],
+  repo: str,
+  inner: str = '',
+  *,
+  as_base: bool = False,
+  has: Collection[str] = (),
 ) -> list[str]:
   """The files of one release in a repository.
 
@@ -89,6 +98,7 @@ def choose(
     repo: 'owner/name', for messages.
     inner: folder or file in it.
     as_base: of two transformers none is needed.
+    has: see `download`.
 
   Raises:
     ValueError: if there is none, or it is unclear which.
@@ -132,11 +142,16 @@ def choose(
       if _is_weights(f) and f not in parts and not f.startswith('models_clip')
     ]
   )
+  if 'transformer' in has and any(map(_is_weights, chosen)):
+    rest = []
   sets = {_stem(f) for f in rest}
   if len(sets) > 1:
     raise _several(repo, root, rest, inside)
   chosen += rest
   chosen += [f for f in top if f == 'config.json' or _is_tokenizer(f)]
+  chosen = [
+    f for f in chosen if not (_is_weights(f) and _kind(f) in has)
+  ] or chosen
   if not any(_is_weights(f) for f in chosen):
     raise _several(repo, root, [f for f in inside if _is_weights(f)], inside)
   return sorted(root + f for f in set(chosen))
@@ -208,6 +223,17 @@ def _check_space(huggingface_hub: Any, name: str, needed: int) -> None:
       f'{name} needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} '
       'GB free; HF_HUB_CACHE names another folder'
     )
+
+
+def _kind(file: str) -> str:
+  """The kind of part that a file of weights is of."""
+  folder, _, name = file.rpartition('/')
+  if folder:
+    return folder
+  vae, text_encoder = _PARTS
+  if fnmatch.fnmatch(name, vae):
+    return 'vae'
+  return 'text_encoder' if fnmatch.fnmatch(name, text_encoder) else ''
 
 
 def _under(files: Iterable[str], folder: str) -> list[str]:

@@ -115,6 +115,14 @@ def is_base_model(path: pathlib.Path) -> bool:
   return bool(known) and _class_of(path) != 'CausalWanModel'
 
 
+def config_head_dim(folder: pathlib.Path) -> int | None:
+  """Width of a transformer's heads, from a config.json in a folder."""
+  sizes = _config_sizes(folder / 'weights', 'transformer')
+  if 'dim' not in sizes or 'num_heads' not in sizes:
+    return None
+  return sizes['dim'] // sizes['num_heads']
+
+
 def recognise(state: foreign.StateDict) -> tuple[str, str, list[Rule]]:
   """Kind, naming and table of an open file.
 

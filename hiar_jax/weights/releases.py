@@ -16,7 +16,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from hiar_jax.weights import (
   foreign,
@@ -98,6 +98,8 @@ def find(path: Path, *, as_base: bool = False) -> Release:
     if kind == 'transformer' and experts:
       continue
     for folder in (path / name for name in folders):
+      if as_base and kind == 'transformer' and not _has_weights(folder):
+        continue  # Its config.json alone was fetched.
       if folder.is_dir() and kind not in parts:
         parts[kind] = weights_file(folder)
   for kind, pattern in _NAMES:
@@ -123,13 +125,19 @@ def find(path: Path, *, as_base: bool = False) -> Release:
   return Release(**parts)
 
 
-def locate(name: Path | Sequence[Path], *, as_base: bool = False) -> Release:
+def locate(
+  name: Path | Sequence[Path],
+  *,
+  as_base: bool = False,
+  has: Collection[str] = (),
+) -> Release:
   """Finds the parts of a file, a folder, a hub's 'owner/name', or several.
 
   Args:
     name: or a list of them, or their names with commas between; each has other
       parts.
     as_base: see `find`.
+    has: kinds of parts that no hub needs to be asked for.
 
   Raises:
     FileNotFoundError, ValueError: see `find` and `hub.download`; ValueError as
@@ -137,10 +145,10 @@ def locate(name: Path | Sequence[Path], *, as_base: bool = False) -> Release:
   """
   names = split_names(name)
   if len(names) == 1:
-    return _locate_one(names[0], as_base)
+    return _locate_one(names[0], as_base, has)
   found = Release()
   for one in names:
-    other = _locate_one(one, as_base)
+    other = _locate_one(one, as_base, has)
     for kind, path in vars(other).items():
       mine = getattr(found, kind)
       if path is not None and mine is not None:
@@ -162,10 +170,10 @@ def split_names(name: Path | Sequence[Path]) -> list[Path]:
   return [name]
 
 
-def _locate_one(name: Path, as_base: bool) -> Release:
+def _locate_one(name: Path, as_base: bool, has: Collection[str]) -> Release:
   path = pathlib.Path(name).expanduser()
   if not path.exists() and hub.is_name(str(name)):
-    path = hub.download(str(name), as_base=as_base)
+    path = hub.download(str(name), as_base=as_base, has=has)
   return find(path, as_base=as_base)
 
 
@@ -200,6 +208,24 @@ def holds_weights(folder: pathlib.Path) -> bool:
     if f.is_dir()
     for file in f.iterdir()
   )
+
+
+def head_dim(base: Release) -> int | None:
+  """Width of the heads of a base's transformer, of which its config is there.
+
+  None if none is.
+  """
+  paths = [path for path in (base.vae, base.text_encoder) if path is not None]
+  for folder in (f for path in paths for f in list(path.parents)[:2]):
+    for part in ('.', 'transformer'):
+      width = identity.config_head_dim(folder / part)
+      if width is not None:
+        return width
+  return None
+
+
+def _has_weights(folder: pathlib.Path) -> bool:
+  return folder.is_dir() and any(_is_weights(f) for f in folder.iterdir())
 
 
 def files_of(path: pathlib.Path) -> list[pathlib.Path]:

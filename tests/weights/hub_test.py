@@ -98,6 +98,39 @@ def test_two_experts_are_refused_before_they_are_fetched():
   ]
 
 
+def test_of_a_base_only_the_parts_that_are_lacking_are_fetched():
+  has = ('transformer',)
+  chosen = hub.choose(WAN, 'a/b', as_base=True, has=has)
+  assert 'config.json' in chosen and 'Wan2.1_VAE.pth' in chosen
+  assert not [f for f in chosen if f.startswith('diffusion_pytorch_model')]
+  chosen = hub.choose(DIFFUSERS, 'a/b', as_base=True, has=has)
+  assert [f for f in chosen if f.startswith('transformer/')] == [
+    'transformer/config.json'
+  ]
+  chosen = hub.choose(
+    DIFFUSERS, 'a/b', as_base=True, has=('transformer', 'text_encoder')
+  )
+  assert [f for f in chosen if hub._is_weights(f)] == [
+    'vae/diffusion_pytorch_model.safetensors'
+  ]
+  # Several transformers in one folder are then no question.
+  sizes = WAN | {'another.safetensors': 28 * GB}
+  assert hub.choose(sizes, 'a/b', has=has) == hub.choose(WAN, 'a/b', has=has)
+
+
+@pytest.mark.parametrize('naming', ['wan', 'diffusers'])
+def test_a_training_s_weights_take_their_heads_from_a_base_without_weights(
+  naming, tmp_path
+):
+  fake_release.write_release(tmp_path, naming)
+  folder = tmp_path if naming == 'wan' else tmp_path / 'transformer'
+  for file in folder.glob('diffusion_pytorch_model*'):
+    file.unlink()
+  base = releases.locate(tmp_path, as_base=True)
+  assert base.transformer is None and base.vae is not None
+  assert releases.head_dim(base) == 12
+
+
 class _Api:
   sizes = WAN
 
