@@ -214,7 +214,10 @@ def sweep(
     steps = first_step + jnp.arange(num_steps)
     x_next, x0s = jax.lax.scan(one_step, x, steps)
     after = first_step + num_steps
-    context, level = context_of(sampler, x_next, x0s[-1], after)
+    # Of several steps in a sweep the input is not the context's, whatever the
+    # config says: their order has one of its own.
+    seen = x if num_steps == 1 else None
+    context, level = context_of(sampler, x_next, x0s[-1], after, seen)
     wanted = True if commit_last else block != blocks[-1]
     kv = sampler.commit_kv(context, past, level, wanted)
     return past.write(kv, wanted), x_next
@@ -224,11 +227,25 @@ def sweep(
 
 
 def context_of(
-  sampler: Sampler, x_next: jax.Array, x0: jax.Array, step_next: Any
+  sampler: Sampler,
+  x_next: jax.Array,
+  x0: jax.Array,
+  step_next: Any,
+  x: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """What C sees, and its level, after a sweep that ends at t_{step_next}."""
+  """What C sees, and its level, after a sweep that ends at t_{step_next}.
+
+  Args:
+    sampler: the verbs.
+    x_next: the block at that level.
+    x0: the estimate that it was made of.
+    step_next: may be traced.
+    x: what the sweep's only step saw; None: it had several.
+  """
   if sampler.config.context == 'clean':
     return x0, jnp.zeros(())
+  if sampler.config.context == 'input' and x is not None:
+    return x, sampler.levels[step_next - 1]
   return x_next, sampler.levels[step_next]
 
 
@@ -325,7 +342,7 @@ def hybrid(
   """Block-first for the first blocks, or for the first steps; then step-first.
 
   Args:
-    sampler: the verbs; context 'matched' or 'clean'.
+    sampler: the verbs; context of any kind but 'shared'.
     noise: by name.
     num_blocks: blocks to make.
     initial: clean latents that come first.

@@ -114,9 +114,12 @@ class PlainLoop:
   def sweep(self, blocks, steps, past, context='matched'):
     for block in blocks:
       for step in steps:
+        seen = self.x[block]
         self.x[block], x0, _ = self.denoise(block, step, past)
       if context == 'clean':
         self.commit(block, x0, 0.0, past)
+      elif context == 'input':
+        self.commit(block, seen, LEVELS[steps[-1]], past)
       else:
         self.commit(block, self.x[block], LEVELS[steps[-1] + 1], past)
 
@@ -208,6 +211,13 @@ two_steps_before = functools.partial(rollout.hybrid, block_first_steps=2)
       NARROW,
       'clean',
     ),
+    (
+      rollout.step_first,
+      functools.partial(plain_step_first, context='input'),
+      NARROW | IMAGE,
+      'input',
+    ),
+    (rollout.block_first, plain_block_first, WIDE, 'input'),
     (rollout.step_first, plain_shared, WIDE, 'shared'),
     (rollout.step_first, plain_shared, NARROW | IMAGE, 'shared'),
     (rollout.block_first, plain_block_first, NARROW | IMAGE, 'matched'),
@@ -267,6 +277,7 @@ BY_BLOCK = sorted(BY_STEP)
 LAST_STEP = [(b, STEPS - 1) for b in range(BLOCKS)]
 REACHED = lambda step: LEVELS[step + 1]
 CLEAN = lambda step: 0.0
+OWN = lambda step: LEVELS[step]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +308,7 @@ class LevelsAsKV:
   [
     (rollout.step_first, 'matched', BY_STEP, BY_STEP, REACHED),
     (rollout.step_first, 'clean', BY_STEP, BY_STEP, CLEAN),
+    (rollout.step_first, 'input', BY_STEP, BY_STEP, OWN),
     (rollout.step_first, 'shared', BY_BLOCK, LAST_STEP, REACHED),
     (rollout.block_first, 'matched', BY_BLOCK, LAST_STEP, CLEAN),
   ],

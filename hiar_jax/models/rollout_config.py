@@ -10,7 +10,7 @@ import dataclasses
 from hiar_jax.models.config import WanConfig
 
 STEPPINGS = ('sde', 'ode')
-CONTEXTS = ('matched', 'shared', 'clean')
+CONTEXTS = ('matched', 'shared', 'clean', 'input')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,9 @@ class RolloutConfig:
     stepping: 'sde' re-noises x0 with fresh noise (what the public weights were
       trained with), 'ode' makes the deterministic Euler step.
     context: level of the past in step-first orders. 'matched' (HiAR): t_{j+1};
-      'clean' (ablation): x0 at level 0; 'shared': the K/V of D(b, j+1) serve as
-      the context of step j.
+      'clean' (ablation): x0 at level 0; 'input' (ablation): what D(b, j) itself
+      saw, at t_j; 'shared': the K/V of D(b, j+1) serve as the context of step
+      j.
     context_level: level that the network is told for clean context; no noise
       is added. 0 unless the weights were trained otherwise.
     first_levels: of a video's first block, in the block-first order alone; ():

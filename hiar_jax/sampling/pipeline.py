@@ -249,8 +249,7 @@ class Pipeline(Stages):
   The others are those of `Stages`; the context must be 'matched' or 'clean'.
 
   Raises:
-    ValueError: if the stages do not divide over the mesh, or the context is
-      'shared'.
+    ValueError: if the stages do not divide over the mesh, or by the context.
   """
 
   fused: bool = False
@@ -259,6 +258,8 @@ class Pipeline(Stages):
   def __post_init__(self):
     if self.config.context == 'shared':
       raise ValueError("context 'shared' needs shared_pipeline.SharedPipeline")
+    if self.config.context == 'input':
+      raise ValueError("context 'input' has no pipeline")
     super().__post_init__()
 
   @property

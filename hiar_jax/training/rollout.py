@@ -430,7 +430,7 @@ def _step_first(sampler, noise, exit_step, past, total, most):
   def one_block(x, past, step, b):
     flow, _ = sampler.denoise(x, past, step)
     x_next, x0 = sampler.advance(x, flow, noise, step, b)
-    context, level = rollout.context_of(sampler, x_next, x0, step + 1)
+    context, level = rollout.context_of(sampler, x_next, x0, step + 1, x)
     past, kv = _commit(sampler, past, context, level, b < total - 1)
     return past, x_next, x0, kv
 

@@ -28,6 +28,7 @@ SHAPE = (SIZE, 2, 4, 2)
 # Blocks that carry gradient, by order and context.
 GRAD_BLOCKS = {
   ('step_first', 'matched'): BLOCKS,
+  ('step_first', 'input'): 3,
   ('step_first', 'shared'): 2,
   ('block_first', 'matched'): BLOCKS,
   ('block_first', 'clean'): 3,
@@ -149,7 +150,7 @@ def anchored():
   return write(past, commit(IMAGE, past, 0.0))
 
 
-def serial_step_first(exit_step):
+def serial_step_first(exit_step, context='matched'):
   """Inputs and pasts of the exit step's D passes, sweep after sweep."""
   x = [NOISE(0, b) for b in range(BLOCKS)]
   for step in range(exit_step + 1):
@@ -157,7 +158,10 @@ def serial_step_first(exit_step):
     for b in range(BLOCKS):
       inputs.append((x[b], past, step))
       x[b], _, _ = denoise_and_advance(x[b], past, step, b)
-      past = write(past, commit(x[b], past, LEVELS[step + 1]))
+      if context == 'input':
+        past = write(past, commit(inputs[-1][0], past, LEVELS[step]))
+      else:
+        past = write(past, commit(x[b], past, LEVELS[step + 1]))
   return inputs
 
 
@@ -204,6 +208,9 @@ def serial(inputs, grad_blocks):
 
 SERIAL = {
   ('step_first', 'matched'): serial_step_first,
+  ('step_first', 'input'): functools.partial(
+    serial_step_first, context='input'
+  ),
   ('step_first', 'shared'): serial_shared,
   **{
     ('block_first', context): functools.partial(
