@@ -41,9 +41,10 @@ _WITH_TEACHER = flags.DEFINE_bool('with_teacher', False, 'add the teacher')
 def main(argv):
   del argv
   config = _CONFIG.value
-  reads = {*loading.SECTIONS, 'codec', 'vae', 'prompts', 'workdir'}
-  # A linear codec that is not there is fitted to videos.
-  reads |= {'world', 'world_seed'}
+  reads = {*loading.SECTIONS, 'prompts', 'workdir'}
+  if 'codec' in config:
+    # A linear codec that is not there is fitted to videos.
+    reads |= {*inputs.read_by_codec(config)}
   if _WITH_TEACHER.value:
     reads.add('teacher_weights')
   config_flag.refuse_overrides_but(*reads)

@@ -129,18 +129,20 @@ def main(argv: Sequence[str]) -> None:
     print(f'wrote {path} and {path.with_suffix(".png").name}')
 
 
+_SAMPLER_KEYS = ('num_steps', 'shift', 'guidance', 'num_frames')
+
+
 def _defaults(config) -> sampling_teacher.SamplingConfig:
   """How the config's trajectories are sampled, solver apart."""
   reads = {*loading.READS} - {'generate', 'rollout', 'schedule'}
   config_flag.refuse_overrides_but(
     *(
       *reads,
-      'world.num_frames',
       'generate.fps',
       'teacher_weights',
       'codec.path',
     ),
-    *(f'trajectories.{key}' for key in ('num_steps', 'shift', 'guidance')),
+    *(f'trajectories.{key}' for key in _SAMPLER_KEYS),
   )
   for section in ('trajectories', 'generate'):
     if section not in config:

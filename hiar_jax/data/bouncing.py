@@ -31,6 +31,9 @@ from hiar_jax.runtime import provenance
 reword = bouncing_words.reword
 unknown_words = bouncing_words.unknown_words
 
+# What the sources here read of a config beside their own section.
+READS = ('world', 'world_seed')
+
 # Of a shape's radius: the half side of the square, the hole of the ring.
 _SQUARE_HALF_SIDE = 0.85
 _RING_HOLE = 0.5

@@ -50,6 +50,20 @@ def optional_function(
   return getattr(_import(path), verb, None)
 
 
+def reads(
+  room: str, name: str, *, aliases: Mapping[str, str] = {}
+) -> tuple[str, ...]:
+  """Sections of a config that a module says it reads beside its own: `READS`.
+
+  Args:
+    room: see `function`.
+    name: likewise.
+    aliases: likewise.
+  """
+  found: Any = optional_function(room, aliases.get(name, name), 'READS')
+  return tuple(found or ())
+
+
 def _import(path: str) -> Any:
   if not all(part.isidentifier() for part in path.split('.')):
     return None

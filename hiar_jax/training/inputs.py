@@ -436,6 +436,14 @@ class CaptionedVideos:
     return {'videos': self.videos.identity()} | self.states.identity()
 
 
+def read_by_codec(config: Config) -> tuple[str, ...]:
+  """All sections that `open_codec` reads, its source's of videos included."""
+  section = _section('codec', config)
+  source = section.get('videos', {}).get('source', '')
+  own = seams.reads('data', source, aliases=_ALIASES) if source else ()
+  return ('codec', 'vae', *own)
+
+
 def _open(
   room: str,
   section: Mapping[str, Any],

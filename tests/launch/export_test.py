@@ -28,3 +28,24 @@ def test_an_override_that_would_change_nothing_is_refused(tmp_path):
     assert last.startswith('error: ')
     assert told in last
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_its_codecs_videos_are_drawn_from_may_be_said(tmp_path):
+  """Of a codec that is fitted; the one of `bouncing` reads no world."""
+  for config, told in (
+    ('bouncing', '--config.world.height would change nothing'),
+    ('bouncing_linear', 'student_start'),
+  ):
+    done = subprocess.run(
+      [
+        *(sys.executable, _PROGRAM, f'--config={config}:distill'),
+        *('--config.world.height=32', f'--out={tmp_path / "out"}'),
+        f'--config.workdir={tmp_path / "student_start"}',
+      ],
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()[-1]

@@ -29,3 +29,9 @@ def test_anyones_module_is_found_by_its_path(tmp_path, monkeypatch):
 def test_another_name_is_refused_with_those_there_are(name):
   with pytest.raises(ValueError, match=r"source='.*' is not one of .*bouncing"):
     seams.function('data', name, 'open_prompts', **KEY)
+
+
+def test_a_source_says_which_sections_it_reads_beside_its_own():
+  aliases = KEY['aliases']
+  assert seams.reads('data', 'bouncing', aliases=aliases) == bouncing.READS
+  assert seams.reads('data', 'file', aliases=aliases) == ()
