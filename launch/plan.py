@@ -9,12 +9,14 @@ hold and to do, and how long that takes at best. Compiling takes half a minute
 of one core. `--part=vae` and `--part=text` compile the decoding of a block and
 the encoding of a prompt for one chip instead.
 
-`--part=generator`, `critic` and `trajectory` compile what training runs on all
-chips, divided as `config.mesh` says; `--part=training` both steps, and sums
-them up:
+`--part=generator` and `critic` compile what training runs on all chips, divided
+as `config.mesh` says; `--part=training` both steps, and sums them up.
+`--part=trajectory` is the sampling of `config.trajectories` by the chips that
+work together: give the topology of one host, or of all with `together`.
 
   hiar-jax plan --config=hiar_1_3b --topology v5p:4x4x4 \\
     --part=training --config.mesh.context=2
+  hiar-jax plan --config=hiar_1_3b --topology v5p:2x2x1 --part=trajectory
 """
 
 import os
@@ -32,7 +34,7 @@ from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning import training as planning_training
 from hiar_jax.runtime import config_flag, errors
 from hiar_jax.sampling import streaming
-from hiar_jax.training import distillation_phase, phase_parts
+from hiar_jax.training import distillation_phase, network_files, phase_parts
 
 _CONFIG = config_flag.define(required=True)
 _TOPOLOGY = flags.DEFINE_string(
@@ -56,7 +58,9 @@ _READS = {
 _READS_OF_TRAINING = (
   *('name', 'model', 'schedule', 'rollout', 'plan.topology', 'teacher'),
   *('distill', 'optimiser', 'critic_optimiser', 'iterations', 'batch_size'),
-  *('rollout_blocks', 'trajectories', 'mesh'),
+  *('rollout_blocks', 'trajectories', 'mesh', 'teacher_weights'),
+  *('critic', 'critic_weights'),
+  *('trajectory_teacher', 'trajectory_teacher_weights'),
 )
 _PART = flags.DEFINE_enum(
   'part',
@@ -113,6 +117,7 @@ def main(argv):
 
 def _plan_training(config, topology):
   """Prints the table of every part asked for as soon as it is known."""
+  sampled = network_files.find(config, 'trajectory_teacher', 'teacher')
   training = planning_training.Training(
     steps=distillation_phase.distillation(config),
     mesh=sharding.MeshConfig(**config.mesh),
@@ -121,14 +126,21 @@ def _plan_training(config, topology):
     iterations=config.iterations,
     teacher_dtype=config.teacher.dtype,
     trajectory=phase_parts.trajectory_config(config),
-    # All hosts together, at least one to a chip.
-    trajectory_batch=config.batch_size,
+    trajectory_batch=config.trajectories.batch_size,
+    trajectory_teacher=sampled.denoiser,
+    trajectory_dtype=sampled.config.dtype,
+    # As `hiar-jax trajectories` does: else every chip has a teacher of its own.
+    trajectory_mesh=sharding.MeshConfig(
+      **config.trajectories.get('mesh', {'data': -1})
+    ),
   )
   parts = (_PART.value,)
   if _PART.value == 'training':
     parts = ('generator', 'critic')
   print(
-    f'{config.name}, {training.batch_size} videos in '
+    f'{config.name}, {training.trajectory_batch} trajectories at a time'
+    if parts == ('trajectory',)
+    else f'{config.name}, {training.batch_size} videos in '
     f'{training.microbatches} parts'
   )
   plans = []

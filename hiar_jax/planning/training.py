@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hiar_jax.data import trajectories
+from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import chips, roofline, traffic
@@ -46,6 +47,9 @@ class Training:
     teacher_dtype: in which the frozen teacher is held.
     trajectory: how the teacher's trajectories are sampled.
     trajectory_batch: of them at a time.
+    trajectory_teacher: network that they are sampled from.
+    trajectory_dtype: in which that one is held.
+    trajectory_mesh: how the chips that sample together are divided.
   """
 
   steps: training_steps.Distillation
@@ -56,6 +60,9 @@ class Training:
   teacher_dtype: str
   trajectory: trajectories.TrajectoryConfig
   trajectory_batch: int
+  trajectory_teacher: Denoiser
+  trajectory_dtype: str
+  trajectory_mesh: sharding.MeshConfig
 
   @property
   def num_frames(self) -> int:
@@ -86,7 +93,8 @@ def part_flops(training: Training, part: str) -> dict[str, float]:
     )
     passes = 2 * (len(levels) - 1) * training.trajectory_batch
     frames = training.num_frames
-    one = flops.forward_flops(steps.teacher.config, frames, frames)
+    teacher = training.trajectory_teacher.config
+    one = flops.forward_flops(teacher, frames, frames)
     return {'teacher': passes * one}
   return training_flops.distillation_flops(
     *(steps, part, training.batch_size, training.num_blocks), recompute=True
@@ -228,7 +236,9 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
   """
   if part not in PARTS:
     raise ValueError(f'part {part!r} is not one of {PARTS}')
-  mesh, training = _on_topology(training, topology)
+  if part == 'trajectory':
+    training = dataclasses.replace(training, mesh=training.trajectory_mesh)
+  mesh, training = _on_topology(training, part, topology)
   run, arguments, named = _program(training, part, mesh)
   with jax.set_mesh(mesh):
     program = planning_stream.compile_program(run, arguments)
@@ -250,19 +260,26 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
     compile_seconds=program.compile_seconds,
     refusal=program.refusal,
   )
-  if plan.fits:
+  if plan.fits or part == 'trajectory':
     return plan
   # A refusal does not say how much it would have taken: more than there is.
   size = max(plan.total, plan.chip.hbm)
   return dataclasses.replace(plan, proposal=propose(training, topology, size))
 
 
-def _on_topology(training: Training, topology: str) -> tuple[Mesh, Training]:
+def _on_topology(
+  training: Training, part: str, topology: str
+) -> tuple[Mesh, Training]:
   devices = chips.describe(topology).devices
   filled = training.mesh.filled(len(devices))
   mesh = sharding.make_mesh(filled, devices)
-  _check_networks(training, mesh)
-  sharding.check_batch(training.batch_size, training.microbatches, mesh)
+  if part == 'trajectory':
+    teacher = training.trajectory_teacher
+    sharding.check_model('trajectory_teacher', teacher.config, mesh)
+    sharding.check_batch(training.trajectory_batch, 1, mesh)
+  else:
+    _check_networks(training, mesh)
+    sharding.check_batch(training.batch_size, training.microbatches, mesh)
   return mesh, dataclasses.replace(training, mesh=filled)
 
 
@@ -286,11 +303,11 @@ def _program(training: Training, part: str, mesh: Mesh) -> tuple:
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+  if part == 'trajectory':
+    return _trajectory_program(training, mesh, array)
   teacher = sharding.abstract(
     _params(steps.teacher), mesh, jnp.dtype(training.teacher_dtype)
   )
-  if part == 'trajectory':
-    return _trajectory_program(training, teacher, array)
   negative = (1, steps.teacher.config.text_len, steps.teacher.config.text_dim)
   null: Any = jax.ShapeDtypeStruct(negative, jnp.float32, sharding=everywhere)
   frozen = training_steps.Frozen(teacher=teacher, negative_text=null)
@@ -333,8 +350,11 @@ def _program(training: Training, part: str, mesh: Mesh) -> tuple:
   )
 
 
-def _trajectory_program(training: Training, teacher: Any, array: Any) -> tuple:
-  denoiser, size = training.steps.teacher, training.trajectory_batch
+def _trajectory_program(training: Training, mesh: Mesh, array: Any) -> tuple:
+  denoiser, size = training.trajectory_teacher, training.trajectory_batch
+  teacher = sharding.abstract(
+    _params(denoiser), mesh, jnp.dtype(training.trajectory_dtype)
+  )
   model = denoiser.config
   levels, kept = trajectories.solver_levels(
     training.trajectory, training.steps.rollout.levels

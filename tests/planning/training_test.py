@@ -33,6 +33,9 @@ def tiny(**mesh) -> planning_training.Training:
     teacher_dtype='bfloat16',
     trajectory=trajectories.TrajectoryConfig(num_steps=4),
     trajectory_batch=4,
+    trajectory_teacher=sharded_update.STUDENT,
+    trajectory_dtype='bfloat16',
+    trajectory_mesh=sharding.MeshConfig(data=-1),
   )
 
 
@@ -45,7 +48,6 @@ def full_size(**mesh) -> planning_training.Training:
     num_blocks=c.rollout_blocks[1],
     iterations=c.iterations,
     trajectory=phase_parts.trajectory_config(c),
-    trajectory_batch=c.batch_size,
   )
 
 
@@ -183,15 +185,22 @@ def test_an_iteration_has_a_part_of_a_generator_step():
   ],
 )
 def test_a_small_distillation_is_compiled_for_a_pod(part):
-  plan = planning_training.plan_part(tiny(fsdp=2, context=2), part, 'v5e:2x2')
+  training = dataclasses.replace(
+    tiny(fsdp=2, context=2),
+    # A size and a mesh of its own.
+    trajectory_mesh=sharding.MeshConfig(fsdp=2, tensor=2),
+  )
+  plan = planning_training.plan_part(training, part, 'v5e:2x2')
   assert plan.fits and not plan.proposal
   assert {'all-gather'} <= {t.kind for t in plan.traffic}
-  # In bfloat16, over two chips that divide parameters.
+  # In bfloat16, over the chips that divide parameters.
+  network, ways = sharded_update.TEACHER, 2
+  if part == 'trajectory':
+    network, ways = sharded_update.STUDENT, 4
   whole = sum(
-    2 * a.size
-    for a in jax.tree.leaves(planning_training._params(sharded_update.TEACHER))
+    2 * a.size for a in jax.tree.leaves(planning_training._params(network))
   )
-  assert 0.5 <= plan.held['teacher'] / whole < 0.75
+  assert 1 <= plan.held['teacher'] / whole * ways < 1.5
   assert f'{part} on v5e:2x2' in plan.table()
 
 
@@ -247,7 +256,7 @@ def test_no_collective_is_larger_than_a_layer_or_a_samples_keys(part):
   training = dataclasses.replace(
     tiny(fsdp=8), steps=steps, batch_size=8, num_blocks=2
   )
-  mesh, training = planning_training._on_topology(training, 'v5e:2x4')
+  mesh, training = planning_training._on_topology(training, part, 'v5e:2x4')
   run, arguments, _ = planning_training._program(training, part, mesh)
   # Not the precision of the tests, in which the kernel has no 16-bit products.
   with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
