@@ -81,6 +81,9 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     shift=8.0,
     guidance=6.0,
     points='student',
+    # True: all hosts sample together, for a teacher larger than one of them;
+    # `mesh` in this section says how it is divided.
+    together=False,
   )
 
   # One sample to a chip of 64, parameters divided over all of them.

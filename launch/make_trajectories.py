@@ -8,9 +8,14 @@ processes of a pod, found as in `hiar-jax train`, share the files among them; so
 do any others with --shard_index=0 --num_shards=4 and so on. They never wait for
 each other: one that was killed is started again alone. --verify re-reads every
 trajectory.
+
+A teacher that is larger than a host: --config.trajectories.together=True
+samples every batch on the devices of all processes, as `trajectories.mesh`
+divides them.
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
 
@@ -22,7 +27,13 @@ from absl import flags
 from hiar_jax import noise_schedule
 from hiar_jax.data import trajectories, trajectory_files
 from hiar_jax.models import sharding
-from hiar_jax.runtime import config_flag, errors, shares, stopping
+from hiar_jax.runtime import (
+  config_flag,
+  distributed,
+  errors,
+  shares,
+  stopping,
+)
 from hiar_jax.sampling import trajectories as sampling_trajectories
 from hiar_jax.training import inputs, network_files, phase_parts
 
@@ -41,8 +52,14 @@ _VERIFY = flags.DEFINE_bool('verify', False, 'Re-read everything instead.')
 
 
 def _open_mesh(settings: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
-  """The devices of this process, which share every batch."""
-  devices = jax.local_devices()
+  """The devices that share every batch: this process's, or all."""
+  together = settings.get('together', False)
+  devices = jax.devices() if together else jax.local_devices()
+  if together and 'mesh' not in settings:
+    raise ValueError(
+      'trajectories.together=True: trajectories.mesh has to say how the '
+      f'{len(devices)} devices of all processes are divided'
+    )
   if 'mesh' in settings:
     return sharding.make_mesh(sharding.MeshConfig(**settings.mesh), devices)
   # As many as divide it, each with a teacher of its own.
@@ -54,7 +71,11 @@ def _open_mesh(settings: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
 
 def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   settings = config.trajectories
-  share = shares.by_flags()
+  together = settings.get('together', False)
+  if together:
+    share = shares.all_together()
+  else:
+    share = shares.by_flags()
   mesh = _open_mesh(settings)
   teacher = network_files.find(config, 'trajectory_teacher', 'teacher')
   if _WEIGHTS.value is not None:
@@ -91,10 +112,15 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
     f'devices {1 if mesh is None else mesh.size}',
     flush=True,
   )
+  batches = itertools.count(1)
   with (
-    stopping.StopSignals(together=False) as stop,
+    stopping.StopSignals(together=together) as stop,
     tqdm.tqdm(
-      total=total, unit='trajectory', dynamic_ncols=True, smoothing=0.05
+      total=total,
+      unit='trajectory',
+      dynamic_ncols=True,
+      smoothing=0.05,
+      disable=together and not distributed.is_writer(),
     ) as bar,
   ):
     done = sampling_trajectories.make(
@@ -108,7 +134,7 @@ def _sample(config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
       batch_size=settings.batch_size,
       mesh=mesh,
       progress=bar.update,
-      should_stop=lambda: stop.requested(bar.n),
+      should_stop=lambda: stop.requested(next(batches)),
       **share._asdict(),
     )
     if not done:

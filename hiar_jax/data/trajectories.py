@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from hiar_jax import noise_schedule
 from hiar_jax.data import trajectory_files
@@ -190,9 +191,15 @@ def make_manifest(
 
 
 def weights_sha256(params: Any) -> str:
-  """Checksum of a parameter tree: names, shapes, dtypes and values."""
+  """Checksum of a parameter tree: names, shapes, dtypes and values.
+
+  Of arrays that are divided over processes, all of these call it.
+  """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      # One at a time, or a host would have to hold all of them.
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
     array = np.asarray(leaf)
     name = jax.tree_util.keystr(path)
     digest.update(f'{name} {array.shape} {array.dtype}\n'.encode())

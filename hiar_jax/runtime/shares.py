@@ -38,6 +38,23 @@ def define_flags() -> None:
   distributed.define_flags()
 
 
+def all_together() -> Share:
+  """The one share of processes that do everything together, after joining.
+
+  Raises:
+    ValueError: if the flags ask for another share.
+    OSError: see `distributed.start`.
+  """
+  values = flags.FLAGS
+  if (values.shard_index or 0, values.num_shards or 1) != (0, 1):
+    raise ValueError(
+      f'--shard_index={values.shard_index} --num_shards={values.num_shards}: '
+      'processes that work together have no shares'
+    )
+  distributed.start_by_flags()
+  return Share(0, 1)
+
+
 def by_flags() -> Share:
   """This process's share; before jax looks for devices.
 

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from hiar_jax.data import trajectory_files
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding
 from hiar_jax.models.transformer import TextKV
+from hiar_jax.runtime import distributed
 from hiar_jax.sampling import solvers
 
 
@@ -110,10 +112,12 @@ def make(
     states: text states of the prompts, see `training.inputs.States`.
     negative_1LD: those of the manifest's negative prompt.
     batch_size: trajectories sampled at once.
-    mesh: over devices of this process; None: its first device.
+    mesh: over devices of this process; None: its first device. Over those of
+      several processes these sample together, all call this alike, and process
+      0 writes: so a teacher may be larger than what one host has room for.
     shard_index: this process, in [0, num_shards).
     num_shards: number of processes, which share the files among them and never
-      speak with each other.
+      speak with each other; 1 where they sample together.
     progress: called with the number of trajectories just sampled.
     should_stop: asked before every batch; True drops the file under way.
 
@@ -132,7 +136,12 @@ def make(
   todo = manifest.missing(
     directory, shard_index=shard_index, num_shards=num_shards
   )
+  together = mesh is not None and mesh.is_multi_process
+  if together:
+    todo = _of_first_process(todo, manifest.num_files)
   manifest.settle(directory)
+  share, shares = (0, 1) if mesh is None else sharding.batch_share(mesh)
+  size = batch_size // shares
   sampler = sharding.under(
     mesh,
     functools.partial(
@@ -156,21 +165,32 @@ def make(
       # One compiled program: a short batch repeats its last row.
       padded = [*rows, *[rows[-1]] * (batch_size - len(rows))]
       batch = jax.tree.map(
-        lambda *arrays: np.stack(arrays), *(states[i] for i in padded)
+        lambda *arrays: np.stack(arrays),
+        *(states[i] for i in padded[share * size :][:size]),
       )
-      batch['number'] = np.asarray(padded, np.uint32)
+      batch['number'] = np.asarray(padded[share * size :][:size], np.uint32)
       batch = states.finish(sharding.put_batch(batch, mesh))
-      latents = np.asarray(
-        sampler(params, batch['text'], negative_1LD, batch['number'])
-      )
-      text = np.asarray(batch['text'])
+      latents = sampler(params, batch['text'], negative_1LD, batch['number'])
+      text = batch['text']
+      if together:
+        latents, text = sharding.whole((latents, text), mesh)
+      latents, text = np.asarray(latents), np.asarray(text)
       for i, index in enumerate(rows):
         records.append(
           trajectory_files.pack(index, latents[i], text[i], prompts[index])
         )
       progress(len(rows))
-    trajectory_files.write_shard(manifest.path(directory, shard), records)
+    if not together or distributed.is_writer():
+      trajectory_files.write_shard(manifest.path(directory, shard), records)
   return True
+
+
+def _of_first_process(shards: list[int], num_files: int) -> list[int]:
+  """What process 0 found: all have to do the same, whatever a disk tells."""
+  wanted = np.zeros(num_files, bool)
+  wanted[shards] = True
+  agreed = multihost_utils.broadcast_one_to_all(wanted)
+  return np.flatnonzero(agreed).tolist()
 
 
 @functools.partial(

@@ -225,5 +225,10 @@ def _place(array: np.ndarray, like: Any) -> np.ndarray | jax.Array:
   sharding = getattr(like, 'sharding', None)
   if sharding is None:
     return array
+  if not sharding.is_fully_addressable:
+    # `device_put` would send all of it to the other processes, to compare.
+    return jax.make_array_from_callback(
+      array.shape, sharding, lambda index: array[index]
+    ).block_until_ready()
   # Waited for: the next array would be read before this one is let go.
   return jax.device_put(array, sharding).block_until_ready()

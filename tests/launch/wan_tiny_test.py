@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from hiar_jax.data import trajectories, trajectory_files
+from hiar_jax.runtime import stopping
 from hiar_jax.weights import safetensors_io
 from tests import fake_release
 
@@ -95,14 +97,7 @@ class Shell:
 
   def run(self, *arguments, everywhere=False, status=0):
     """One command, on all processes if asked; what the first one wrote."""
-    count = self._processes if everywhere else 1
-    address = ''
-    if count > 1:
-      with socket.create_server(('127.0.0.1', 0)) as server:
-        address = f'127.0.0.1:{server.getsockname()[1]}'
-    started = [
-      self.start(*arguments, process=i, address=address) for i in range(count)
-    ]
+    started = self._start_all(arguments, everywhere)
     try:
       for running, log in started:
         running.wait(600)
@@ -113,14 +108,36 @@ class Shell:
         running.wait()
     return started[0][1].read_text()
 
-  def kill(self, *arguments, when):
+  def end(self, *arguments, when, by=signal.SIGKILL, everywhere=False):
+    """A signal to each process as soon as when() is true; their statuses."""
+    started = self._start_all(arguments, everywhere)
+    try:
+      while not when():
+        for running, log in started:
+          assert running.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.002)
+      for running, _ in started:
+        running.send_signal(by)
+      return [running.wait(300) for running, _ in started]
+    finally:
+      for running, _ in started:
+        running.kill()
+        running.wait()
+
+  def kill(self, *arguments, when, everywhere=False):
     """SIGKILL as soon as when() is true."""
-    running, log = self.start(*arguments)
-    while not when():
-      assert running.poll() is None, log.read_text()[-3000:]
-      time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    statuses = self.end(*arguments, when=when, everywhere=everywhere)
+    assert set(statuses) == {-signal.SIGKILL}
+
+  def _start_all(self, arguments, everywhere):
+    count = self._processes if everywhere else 1
+    address = ''
+    if count > 1:
+      with socket.create_server(('127.0.0.1', 0)) as server:
+        address = f'127.0.0.1:{server.getsockname()[1]}'
+    return [
+      self.start(*arguments, process=i, address=address) for i in range(count)
+    ]
 
 
 def train_student(shell, config='wan_tiny'):
@@ -310,3 +327,63 @@ def test_killed_trajectories_are_the_bytes_of_whole_ones(one_device):
     )
   ]
   assert files[0] == files[1]
+
+
+def _two_hosts(one_device):
+  """Two processes of four devices, and how they sample together."""
+  shell = Shell(one_device.folder, devices=8, processes=2)
+  return shell, (
+    'trajectories',
+    f'--config={_ROOT / "tests" / "wan_tiny_pod.py"}:trajectories,.',
+    '--config.trajectories.together=True',
+  )
+
+
+@pytest.mark.slow
+def test_a_teacher_of_two_hosts_makes_the_trajectories_of_one(one_device):
+  """Each has a half of it; both are killed once."""
+  shell, making = _two_hosts(one_device)
+  folders = [shell.folder / name for name in ('together', 'together_cut')]
+  said = shell.run(*making, f'--out={folders[0]}', everywhere=True)
+  assert 'share 0 of 1, devices 8' in said
+  made = lambda: len(list(folders[1].glob('*.array_record')))
+  cut = (*making, f'--out={folders[1]}')
+  shell.kill(*cut, when=lambda: made() >= 1, everywhere=True)
+  assert made() < 4
+  shell.run(*cut, everywhere=True)
+  whole, cut = (
+    {path.name: path.read_bytes() for path in folder.iterdir()}
+    for folder in folders
+  )
+  assert whole == cut
+  alone = shell.folder / _RUNS / 'trajectories'
+  assert whole['manifest.json'] == (alone / 'manifest.json').read_bytes()
+  levels = trajectory_files.Manifest.read(alone).point_levels
+  sets = [trajectories.TrajectorySource(f, levels) for f in (folders[0], alone)]
+  for index in range(len(sets[0])):
+    actual, expected = (source[index]['latents'] for source in sets)
+    # Stored in float16, whose steps are 2^-11 of a value.
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= 2**-10, index
+
+
+@pytest.mark.slow
+def test_two_hosts_that_sample_together_stop_together(one_device):
+  shell, making = _two_hosts(one_device)
+  out = shell.folder / 'stopped'
+  # Files that take long enough to be stopped among.
+  command = (
+    *(*making, f'--out={out}', '--num=12'),
+    *(
+      '--config.trajectories.shard_size=1',
+      '--config.trajectories.num_steps=64',
+    ),
+  )
+  made = lambda: len(list(out.glob('*.array_record')))
+  statuses = shell.end(
+    *command, when=lambda: made() >= 1, by=signal.SIGTERM, everywhere=True
+  )
+  assert statuses == [stopping.SIGTERM_STATUS] * 2
+  assert 1 <= made() < 12
+  shell.run(*command, everywhere=True)
+  assert '12 trajectories, whole' in shell.run(*command, '--verify')
