@@ -32,6 +32,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import kv_cache
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.rollout_config import CONTEXTS as CONTEXTS
+from hiar_jax.models.rollout_config import POSITIONS as POSITIONS
 from hiar_jax.models.rollout_config import STEPPINGS as STEPPINGS
 from hiar_jax.models.rollout_config import RolloutConfig
 from hiar_jax.models.transformer import TextKV
@@ -99,6 +100,7 @@ class Sampler:
       self.config.past_frames,
       self.config.sink,
       self.origin,
+      bounded=self.config.positions == 'bounded',
     )
 
   def denoise(

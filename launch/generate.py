@@ -56,6 +56,7 @@ from hiar_jax.sampling import (
   calls,
   choice_flags,
   loading,
+  modes,
   seeds,
   streaming,
   video,
@@ -141,9 +142,15 @@ _OVERWRITE = flags.DEFINE_bool(
 _STREAM = flags.DEFINE_bool('stream', False, 'write the video as it is made')
 _MODE = flags.DEFINE_enum(
   'mode',
-  streaming.AUTO,
-  (streaming.AUTO, *streaming.MODES),
+  modes.AUTO,
+  (modes.AUTO, *streaming.MODES),
   'of --stream; auto: the fastest one that fits the memory and the weights',
+)
+_RECACHE = flags.DEFINE_bool(
+  'recache',
+  False,
+  'with --prompt_at and mode block_first: compute the keys of the window anew '
+  'for the new prompt, as LongLive does; else they stay',
 )
 _PROMPT_AT = flags.DEFINE_multi_string(
   'prompt_at', [], 'with --stream: BLOCK:PROMPT, another prompt from there on'
@@ -186,8 +193,8 @@ def main(argv: Sequence[str]) -> None:
   if _STREAM.value:
     _stream(prompts, watch)
     return
-  if _MODE.value != streaming.AUTO or _PROMPT_AT.value:
-    raise ValueError('--mode and --prompt_at go with --stream')
+  if _MODE.value != modes.AUTO or _PROMPT_AT.value or _RECACHE.value:
+    raise ValueError('--mode, --prompt_at and --recache go with --stream')
   if not _NUM_BLOCKS.value:
     raise ValueError('flag --num_blocks=0, without end, goes with --stream')
   chosen = seeds.of_videos(_seed(), len(prompts), _NUM_VIDEOS.value)
@@ -308,7 +315,7 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
     prompts[0], seed=seed, mode=_MODE.value, initial_frames=given
   )
   for block, prompt in switches:
-    stream.send(prompt, at=block)
+    stream.send(prompt, at=block, recache=_RECACHE.value)
   print(
     f'streams in mode {stream.mode!r}, {stream.reason}; Ctrl-C ends the video',
     flush=True,

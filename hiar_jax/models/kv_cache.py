@@ -4,6 +4,11 @@ Attention does not care about the order of its keys (they carry their position
 from RoPE), so nothing is ever moved: the first `sink` frames keep their slots
 for ever, all others share the rest as a ring. A block of frames is written
 once, by the rollout; the network only reads.
+
+A sink's distance from the newest frame grows without end, beyond all that a
+network was trained on. Where it is `bounded`, the network reads the sink's keys
+as if its frames came right before the oldest of the ring: rotated by the
+difference, which is exact, as the angles of RoPE add up.
 """
 
 # N layers, B batch, S past tokens, T new tokens, H heads, K head width
@@ -37,6 +42,7 @@ class KVCache:
     origin: int32 scalar, position of the first frame.
     sink: slots that keep the first frames.
     tokens_per_frame: tokens in a slot.
+    bounded: the sink's positions follow the ring's.
   """
 
   k: jax.Array
@@ -45,6 +51,7 @@ class KVCache:
   origin: jax.Array
   sink: int = flax.struct.field(pytree_node=False)
   tokens_per_frame: int = flax.struct.field(pytree_node=False)
+  bounded: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def slots(self) -> int:
@@ -60,6 +67,21 @@ class KVCache:
     """Number of valid tokens; they are a prefix of the slots."""
     return jnp.minimum(self.frames, self.slots) * self.tokens_per_frame
 
+  @property
+  def sink_shift(self) -> jax.Array | None:
+    """Frames by which the sink is to be read later than it was; None: none."""
+    if not self.bounded or not self.sink:
+      return None
+    return jnp.maximum(self.frames - self.slots, 0)
+
+  def slot_of(self, index: Any) -> tuple[jax.Array, jax.Array | bool]:
+    """Slot of a frame, and whether there is one."""
+    ring = self.slots - self.sink
+    if ring:
+      in_ring = self.sink + (index - self.sink) % ring
+      return jnp.where(index < self.sink, index, in_ring), True
+    return jnp.minimum(index, self.sink - 1), index < self.sink
+
   def write(self, new: KV, live: jax.Array | bool = True) -> 'KVCache':
     """Returns the cache with the K/V of the next frames written.
 
@@ -71,7 +93,7 @@ class KVCache:
     """
     k, v = self.k, self.v
     for i in range(self._num_frames(new)):
-      slot, kept = self._slot(self.frames + i)
+      slot, kept = self.slot_of(self.frames + i)
       k = self._put(k, new.k, i, slot, live & kept)
       v = self._put(v, new.v, i, slot, live & kept)
     return self._grown(k, v, new, live)
@@ -90,7 +112,7 @@ class KVCache:
     for i in range(self._num_frames(new)):
       for each in range(k.shape[0]):
         live = True if live_L is None else live_L[each]
-        slot, kept = self._slot(self.frames[each] + i)
+        slot, kept = self.slot_of(self.frames[each] + i)
         k = self._put(k, new.k, i, slot, live & kept, each)
         v = self._put(v, new.v, i, slot, live & kept, each)
     return self._grown(k, v, new, True if live_L is None else live_L)
@@ -105,14 +127,6 @@ class KVCache:
   ) -> 'KVCache':
     frames = self.frames + jnp.where(live, self._num_frames(new), 0)
     return dataclasses.replace(self, k=k, v=v, frames=frames)
-
-  def _slot(self, index: Any) -> tuple[jax.Array, jax.Array | bool]:
-    """Slot of a frame, and whether there is one."""
-    ring = self.slots - self.sink
-    if ring:
-      in_ring = self.sink + (index - self.sink) % ring
-      return jnp.where(index < self.sink, index, in_ring), True
-    return jnp.minimum(index, self.sink - 1), index < self.sink
 
   def _put(self, buffer, new, i, slot, live, each=None):
     """Frame i of `new` into a slot of the buffer, or of its entry `each`."""
@@ -158,6 +172,16 @@ class Picked:
     """Number of valid tokens; they are a prefix of the slots."""
     return self._own(self.caches.length)
 
+  @property
+  def sink(self) -> int:
+    return self.caches.sink
+
+  @property
+  def sink_shift(self) -> jax.Array | None:
+    """See KVCache."""
+    shift_L = self.caches.sink_shift
+    return None if shift_L is None else self._own(shift_L)
+
   def cut_out(self) -> KVCache:
     """The cache by itself: a copy, unless XLA sees that it need not be."""
     return jax.tree.map(self._own, self.caches)
@@ -177,11 +201,16 @@ class Picked:
 
 
 def init_cache(
-  config: WanConfig, batch: int, slots: int, sink: int = 0, origin: int = 0
+  config: WanConfig,
+  batch: int,
+  slots: int,
+  sink: int = 0,
+  origin: int = 0,
+  bounded: bool = False,
 ) -> KVCache:
   """An empty cache of `slots` frames, `sink` of them kept for ever.
 
-  The first frame will have the position `origin`.
+  The first frame will have the position `origin`; see there for `bounded`.
 
   Raises:
     ValueError: if the sink is larger than the cache.
@@ -206,4 +235,5 @@ def init_cache(
     origin=jnp.asarray(origin, jnp.int32),
     sink=sink,
     tokens_per_frame=config.tokens_per_frame,
+    bounded=bounded,
   )

@@ -11,6 +11,7 @@ from hiar_jax.models.config import WanConfig
 
 STEPPINGS = ('sde', 'ode')
 CONTEXTS = ('matched', 'shared', 'clean', 'input')
+POSITIONS = ('absolute', 'bounded')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class RolloutConfig:
       j.
     context_level: level that the network is told for clean context; no noise
       is added. 0 unless the weights were trained otherwise.
+    positions: of the sink. 'absolute': where its frames were; 'bounded': right
+      before the oldest other frame that is seen, however long the video is. The
+      same until the window is full.
     first_levels: of a video's first block, in the block-first order alone; ():
       those of the others.
 
@@ -45,6 +49,7 @@ class RolloutConfig:
   stepping: str = 'sde'
   context: str = 'matched'
   context_level: float = 0.0
+  positions: str = 'absolute'
   first_levels: tuple[float, ...] = ()
 
   def __post_init__(self):
@@ -67,6 +72,10 @@ class RolloutConfig:
       raise ValueError(f'stepping={self.stepping!r} is not one of {STEPPINGS}')
     if self.context not in CONTEXTS:
       raise ValueError(f'context={self.context!r} is not one of {CONTEXTS}')
+    if self.positions not in POSITIONS:
+      raise ValueError(
+        f'positions={self.positions!r} is not one of {POSITIONS}'
+      )
 
   @property
   def num_steps(self) -> int:

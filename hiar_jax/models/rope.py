@@ -90,6 +90,22 @@ def rotations(
   return assemble(cos_f, np.cos), assemble(sin_f, np.sin)
 
 
+def frame_shift(shift: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+  """The rotation that makes a token's position `shift` frames later.
+
+  Args:
+    shift: integer in [0, 2^30), scalar.
+    head_dim: width of a head.
+
+  Returns:
+    cos and sin, float32 [1, K/2] each: of any token, as `rotate` takes them.
+  """
+  frame_pairs, *others = pair_split(head_dim)
+  cos, sin = _frame_rotation(shift[None], frame_pairs)
+  still = ((0, 0), (0, sum(others)))
+  return jnp.pad(cos, still, constant_values=1.0), jnp.pad(sin, still)
+
+
 def rotate(x_BTHK: jax.Array, rotation: Any) -> jax.Array:
   """Rotates adjacent pairs in float32; result in the dtype of x."""
   cos, sin = (r[None, :, None] for r in rotation)

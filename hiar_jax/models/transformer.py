@@ -118,6 +118,7 @@ class SelfAttention(nn.Module):
     rotation: Any,
     length: jax.Array | None,
     mask_FPS: Any,
+    sink_rotation: tuple[jax.Array, ...] | None,
     visible: attention.Visible | None,
     same_frames: tuple[int, int] | None,
   ) -> Any:
@@ -145,7 +146,12 @@ class SelfAttention(nn.Module):
         past_k = _carry_gradient(past_k, k, same_frames, tokens)
         past_v = _carry_gradient(past_v, v, same_frames, tokens)
       # Own tokens first: the valid keys are then a prefix.
-      keys = jnp.concatenate([k, past_k.astype(k.dtype)], 1)
+      past_k, sink = past_k.astype(k.dtype), []
+      if sink_rotation is not None:
+        sink_tokens = sink_rotation[0].shape[0]
+        sink = [rope.rotate(past_k[:, :sink_tokens], sink_rotation)]
+        past_k = past_k[:, sink_tokens:]
+      keys = jnp.concatenate([k, *sink, past_k], 1)
       values = jnp.concatenate([v, past_v.astype(v.dtype)], 1)
     if length is not None:
       length = length + k.shape[1]
@@ -161,6 +167,18 @@ class SelfAttention(nn.Module):
     )
     out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
     return out, KV(k=k, v=v)
+
+
+def _sink_rotation(past, cfg):
+  """Of each token of a sink whose frames are to be seen later; or None."""
+  shift = getattr(past, 'sink_shift', None)
+  if shift is None:
+    return None
+  tokens = past.sink * cfg.tokens_per_frame
+  return tuple(
+    jnp.broadcast_to(a, (tokens, a.shape[-1]))
+    for a in rope.frame_shift(shift, cfg.head_dim)
+  )
 
 
 def _carry_gradient(past, own, same_frames, tokens):
@@ -200,7 +218,15 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BFPD, scanned, rotation, modulation_BF6D, length, mask, picked
+    self,
+    x_BFPD,
+    scanned,
+    rotation,
+    modulation_BF6D,
+    length,
+    mask,
+    picked,
+    sink_rotation,
   ):
     cfg = self.config
     past, text = scanned
@@ -231,6 +257,7 @@ class Layer(nn.Module):
       rotation,
       length,
       mask,
+      sink_rotation,
       self.visible,
       self.same_frames,
     )
@@ -372,7 +399,10 @@ class WanTransformer(nn.Module):
         prevent_cse=cfg.is_unrolled or layers is not None,
       )
     rotation = rope.rotations(positions_F, cfg.grid, cfg.head_dim)
-    inputs = (rotation, modulation, length, mask, picked)
+    inputs = (
+      *(rotation, modulation, length, mask, picked),
+      _sink_rotation(past, cfg),
+    )
     if layers is None:
       scan = nn.scan(
         layer,

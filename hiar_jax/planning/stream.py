@@ -33,7 +33,7 @@ from hiar_jax.models import flops
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import chips, roofline, traffic
 from hiar_jax.rollout import RolloutConfig
-from hiar_jax.sampling import pipeline, streaming
+from hiar_jax.sampling import block_stream, executors, pipeline, streaming
 
 _NUM_TICKS = 2  # One block in the steady state.
 _GB = 1e9
@@ -211,7 +211,7 @@ def stage_mesh(topology: str, num_stages: int) -> Mesh:
       f'{num_stages} stages do not divide over the {num_chips} chips of '
       f'{topology!r}'
     )
-  return topologies.make_mesh(description, (num_chips,), (pipeline.STAGE,))
+  return topologies.make_mesh(description, (num_chips,), (executors.STAGE,))
 
 
 def plan_tick(
@@ -246,6 +246,8 @@ def plan_tick(
   if engine.stages is None:
     unit, turns, passes = 'block', 1, config.num_steps + 1
     run = _of(engine, streaming.run_shared_block)
+    if mode == 'block_first':
+      run, past = _of(engine, block_stream.run_block), past.past
   else:
     past = past.past
     # What leaves the mesh is no part of a tick.
@@ -369,7 +371,7 @@ def compile_program(run: Any, arguments: tuple) -> Program:
 def _block_arguments(
   engine: streaming.Engine, topology: str, batch_size: int, weights_dtype: Any
 ) -> tuple:
-  """Abstract, placed arguments of `run_turns` or `run_shared_block`."""
+  """Abstract, placed arguments of the program that makes a block."""
   denoiser, config, stages = engine.denoiser, engine.config, engine.stages
   model = denoiser.config
   params = jax.tree.map(
@@ -398,10 +400,11 @@ def _block_arguments(
     )
 
   if stages is None:
+    begin: Callable[..., Any] = rollout.stacked_pasts
+    if engine.mode == 'block_first':
+      begin = block_stream.begin
     pasts = jax.eval_shape(
-      lambda params, text: rollout.stacked_pasts(
-        engine.sampler(params, text), None
-      ),
+      lambda params, text: begin(engine.sampler(params, text), None),
       params,
       text,
     )
@@ -413,13 +416,13 @@ def _block_arguments(
   return (
     place(params),
     place(bank),
-    place(slots, None, pipeline.STAGE),
+    place(slots, None, executors.STAGE),
     place(keys),
     pipeline.PipelineState(
       tick=place(state.tick),
-      hold=place(state.hold, pipeline.STAGE),
-      inbox=place(state.inbox, pipeline.STAGE),
-      past=place(state.past, pipeline.STAGE),
+      hold=place(state.hold, executors.STAGE),
+      inbox=place(state.inbox, executors.STAGE),
+      past=place(state.past, executors.STAGE),
     ),
   )
 

@@ -46,6 +46,12 @@ class ChoiceFlags:
       'context': flags.DEFINE_enum(
         'context', None, rollout.CONTEXTS, f'of step-first; {trained}'
       ),
+      'positions': flags.DEFINE_enum(
+        'positions',
+        None,
+        rollout.POSITIONS,
+        f'of the sink; bounded: never further than the window; {trained}',
+      ),
       'shift': flags.DEFINE_float(
         'shift', None, f'of the schedule of the steps; {trained}'
       ),

@@ -10,6 +10,7 @@ from typing import Any
 from hiar_jax import noise_schedule, rollout
 
 _TRAIN_STEPS = 1000
+_OF_ROLLOUT = ('context', 'window', 'sink', 'positions', 'frames_per_block')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Choices:
     context: of the past in step-first orders, one of rollout.CONTEXTS.
     window: latent frames that attention sees, own block and sink included.
     sink: first frames that stay visible for ever.
+    positions: of the sink, one of rollout.POSITIONS.
     steps: how many, evenly spaced, or their falling indices in (0, 1000]; the
       same for every block.
     shift: of the schedule that the steps are of.
@@ -37,6 +39,7 @@ class Choices:
   context: str | None = None
   window: int | None = None
   sink: int | None = None
+  positions: str | None = None
   steps: int | Sequence[int] | None = None
   shift: float | None = None
   frames_per_block: int | None = None
@@ -75,9 +78,7 @@ def apply(pipeline: Any, **choices: Any) -> Any:
   if schedule != pipeline.schedule:
     changes['schedule'] = schedule
   config: dict[str, Any] = {
-    name: made[name]
-    for name in ('context', 'window', 'sink', 'frames_per_block')
-    if name in made
+    name: made[name] for name in _OF_ROLLOUT if name in made
   }
   if 'schedule' in changes:
     config |= levels(schedule)

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from hiar_jax.models.kv_cache import KVCache
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
-from hiar_jax.sampling import pipeline
+from hiar_jax.sampling import executors
 
 
 @flax.struct.dataclass
@@ -54,7 +54,7 @@ class SharedState:
 
 
 @dataclasses.dataclass(frozen=True)
-class SharedPipeline(pipeline.Stages):
+class SharedPipeline(executors.Stages):
   """P passes of a block per stage; makes what rollout.shared_context makes.
 
   Attributes:
@@ -62,7 +62,7 @@ class SharedPipeline(pipeline.Stages):
       the devices. A stage holds P pasts, and the last one has idle passes
       unless P divides S + 1.
 
-  The others are those of `pipeline.Stages`; the context must be 'shared'.
+  The others are those of `executors.Stages`; the context must be 'shared'.
 
   Raises:
     ValueError: if the context is another one, or there are no such stages.

@@ -2,9 +2,9 @@
 
 A stream holds its stages' pasts on the device and makes one block a step of
 the iterator: two ticks of the pipeline, or the S + 1 passes of a block with
-shared context. The next block is under way while the caller looks at the last
-one. Prompts may change at any block; a block keeps its prompt through all its
-steps.
+shared context or block-first. The next block is under way while the caller
+looks at the last one. Prompts may change at any block; a block keeps its prompt
+through all its steps.
 
 Over the devices of several processes every process runs the same stream: it
 asks for the same blocks, sends the same prompts, and gets all frames.
@@ -14,7 +14,6 @@ asks for the same blocks, sends the same prompts, and gets all frames.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -27,14 +26,15 @@ from hiar_jax import rollout
 from hiar_jax.codecs import linear
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
-from hiar_jax.sampling import decoding, memory, pipeline, shared_pipeline
+from hiar_jax.sampling import (
+  block_stream,
+  decoding,
+  executors,
+  pipeline,
+  shared_pipeline,
+)
 
-MODES = ('batched', 'serial', 'shared')
-AUTO = 'auto'  # `choose_mode` decides.
-
-# Of a device's memory; the rest is XLA's own and lost between arrays.
-_USABLE = 0.9
-_GB = 1e9
+MODES = ('batched', 'serial', 'shared', 'block_first')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,10 @@ class Engine:
     mode: 'batched': the stages of the pipeline as one batch (fastest where
       memory allows); 'serial': stage after stage (least memory); both are
       hierarchical denoising and agree. 'shared': shared context, a method of
-      its own in S + 1 passes a block instead of 2S.
+      its own in S + 1 passes a block instead of 2S. 'block_first': each block
+      through all steps, with one past, for weights that were trained so.
     mesh: runs the stages on the devices of its axis `stage`, of this process
-      or of several; None: one device.
+      or of several; None: one device. Block-first has no stages.
 
   Raises:
     ValueError: if mode, context and mesh do not go together.
@@ -69,11 +70,23 @@ class Engine:
         f'stream mode {self.mode!r} does not go with context '
         f'{self.config.context!r}: both or neither must be shared'
       )
+    if self.mode == 'block_first' and self.mesh is not None:
+      raise ValueError(
+        "stream mode 'block_first' makes one block after the other on one "
+        'device, and has no stages for a mesh'
+      )
+    if self.mode != 'block_first' and self.config.first_levels:
+      raise ValueError(
+        f'stream mode {self.mode!r} has the same levels for all blocks; '
+        "levels of a first block's own go with 'block_first'"
+      )
     _ = self.stages  # Its own checks: the mesh.
 
   @property
-  def stages(self) -> pipeline.Stages | None:
-    """The pipeline; None for shared context on one device, which is a loop."""
+  def stages(self) -> executors.Stages | None:
+    """The pipeline; None for what is a loop on one device."""
+    if self.mode == 'block_first':
+      return None
     if self.mode != 'shared':
       return pipeline.Pipeline(
         self.denoiser,
@@ -129,96 +142,6 @@ class Engine:
     return rollout.Sampler(self.denoiser, params, text, self.config, origin)
 
 
-def estimate_memory(
-  engine: Engine, params: dict, batch_size: int
-) -> memory.Memory:
-  """What the turns of a stream hold at a time, decoding left out.
-
-  Weights and caches are counted, the temporaries are those of
-  `memory.pass_temporaries` times the passes that run at a time. Stages one
-  after the other copy the past of the one under way, stages as a batch all of
-  them, as XLA compiles it. For 1.3B with one stage a chip that is 2.2 GB of
-  temporaries; XLA makes do with 1.8 to 2.1 GB there (docs/tpu.md).
-  """
-  model, config = engine.denoiser.config, engine.config
-  stages = engine.stages
-  devices = 1 if stages is None else stages.num_devices
-  num_stages = config.num_steps if stages is None else stages.num_stages
-  pasts = config.num_steps
-  if isinstance(stages, shared_pipeline.SharedPipeline):
-    pasts = stages.passes * num_stages
-  past = memory.past_bytes(model, config, batch_size)
-  one_pass = memory.pass_temporaries(model, config, batch_size)
-  in_turn = engine.mode == 'serial' or stages is None
-  at_a_time = 1 if in_turn else num_stages // devices
-  caches = past * pasts // devices
-  copied = 0
-  if in_turn:
-    copied = past
-  elif at_a_time > 1:
-    copied = caches
-  return memory.Memory(
-    weights=memory.weights_bytes(params, model),
-    caches=caches,
-    temporaries=one_pass * at_a_time + copied,
-  )
-
-
-def device_memory(device: jax.Device) -> int:
-  """Bytes of memory of a device; of the machine where it keeps no account."""
-  stats = memory.account(device)
-  if 'bytes_limit' in stats:
-    return stats['bytes_limit']
-  return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-
-
-def choose_mode(
-  denoiser: Denoiser,
-  config: rollout.RolloutConfig,
-  params: dict,
-  batch_size: int,
-  mesh: Any = None,
-) -> tuple[str, str]:
-  """The fastest mode that fits, of the method that the weights are for.
-
-  Stages as a batch are faster than one after the other: an accelerator has more
-  to do at a time, and a CPU took 0.8 of the processor time for the small world.
-
-  Args:
-    denoiser: network.
-    config: how blocks are denoised.
-    params: of the network; only their sizes are looked at.
-    batch_size: videos that are streamed together.
-    mesh: see `Engine`; memory is that of one of its devices.
-
-  Returns:
-    One of MODES, and why, for people.
-
-  Raises:
-    ValueError: if the device has no room for any, see `memory.check_fits`.
-  """
-  device = jax.local_devices()[0]
-  if mesh is not None:
-    device = mesh.local_devices[0]
-
-  def need(mode: str) -> memory.Memory:
-    engine = Engine(denoiser, config, mode, mesh)
-    return estimate_memory(engine, params, batch_size)
-
-  def check(mode: str) -> str:
-    memory.check_fits(need(mode), denoiser.config, config, device)
-    return mode
-
-  if config.context == 'shared':
-    return check('shared'), 'the weights are for shared context'
-  total, room = need('batched').total, device_memory(device)
-  fits = total <= _USABLE * room
-  return 'batched' if fits else check('serial'), (
-    f'stages as a batch {"fit" if fits else "do not fit"}: about '
-    f'{total / _GB:.2g} of {room / _GB:.3g} GB ({device.device_kind})'
-  )
-
-
 class Stream:
   """An endless video as an iterator of blocks.
 
@@ -268,7 +191,7 @@ class Stream:
     self._bank: Any = _new_bank(text, size=engine.bank_size)
     # Which slot of the bank serves from which block on, oldest first.
     self._slots = [(0, 0)]
-    self._coming: dict[int, np.ndarray] = {}
+    self._coming: dict[int, tuple[np.ndarray, bool]] = {}
     self._state: Any = _begin(params, text, initial, origin, engine=engine)
     self._decoder: Any
     self.given, self._decoder = None, codec.init_decode_state(len(prompts))
@@ -278,6 +201,7 @@ class Stream:
       self.given, self._decoder = decoding.decode_blocks(
         codec, initial, engine.config.frames_per_block
       )
+    self._frames = 0 if initial is None else initial.shape[1]
     # Blocks that have left, and blocks that the first stage has begun.
     self._block = self._begun = 0
     self._ready: list[jax.Array] = []
@@ -315,7 +239,13 @@ class Stream:
       self._ready.append(self._start_block())
     return np.asarray(self._ready.pop(0))
 
-  def send(self, prompts: str | Sequence[str], *, at: int | None = None) -> int:
+  def send(
+    self,
+    prompts: str | Sequence[str],
+    *,
+    at: int | None = None,
+    recache: bool = False,
+  ) -> int:
     """Changes the prompt; nothing before the named block changes.
 
     Blocks under way keep theirs: one is always made ahead, and every stage has
@@ -324,16 +254,25 @@ class Stream:
     Args:
       prompts: one for all samples, or one per sample.
       at: the block from which it shows; None: as soon as possible.
+      recache: with mode 'block_first', compute the keys of the window anew for
+        the prompt, see `block_stream.recache`; else the past stays as it was
+        made. The prompt shows sooner, and LongLive was trained so.
 
     Returns:
       That block.
 
     Raises:
       ValueError: if the stream is closed, the block has been started, a prompt
-        is empty or no text, or their number is not that of the samples.
+        is empty or no text, their number is not that of the samples, or the
+        mode has no `recache`.
     """
     if self._closed:
       raise ValueError('the stream is closed')
+    if recache and self.mode != 'block_first':
+      raise ValueError(
+        f"recache goes with mode 'block_first', not with {self.mode!r}, whose "
+        'pasts are of frames at other levels'
+      )
     batch = self._keys.shape[0]
     prompts = [prompts] * batch if isinstance(prompts, str) else list(prompts)
     if len(prompts) != batch:
@@ -344,16 +283,25 @@ class Stream:
       raise ValueError(
         f'block {at} has been started; the next to start is {self._begun}'
       )
-    self._coming[at] = self._encode_text(prompts)
+    self._coming[at] = self._encode_text(prompts), recache
     return at
 
-  def _change_prompt(self, block: int, states: np.ndarray) -> None:
+  def _change_prompt(
+    self, block: int, states: np.ndarray, recache: bool
+  ) -> None:
     """Gives a block that starts now, and those after it, other prompts."""
     slot = (self._slots[-1][1] + 1) % self._engine.bank_size
     self._slots = self._slots[1 - self._engine.bank_size :]
     self._slots.append((block, slot))
     text = _project(self._params, states, denoiser=self._engine.denoiser)
     self._bank = _set_prompt(self._bank, text, np.int32(slot))
+    if recache:
+      slots = self._engine.config.past_frames
+      self._state = block_stream.recache(
+        *(self._params, text, self._state),
+        count=min(self._frames, slots),
+        engine=self._engine,
+      )
 
   def _slot(self, block: int) -> int:
     """Slot of the prompt that serves a block."""
@@ -366,11 +314,17 @@ class Stream:
     # Where there are stages, later blocks begin before this one leaves.
     for block in range(self._begun, turns[-1][0] + 1):
       if block in self._coming:
-        self._change_prompt(block, self._coming.pop(block))
+        self._change_prompt(block, *self._coming.pop(block))
     self._begun = turns[-1][0] + 1
     slots = [[self._slot(block) for block in stages] for stages in turns]
     arguments = (self._params, self._bank, np.array(slots, np.int32))
-    if engine.stages is None:
+    if engine.mode == 'block_first':
+      self._state, latents = block_stream.run_block(
+        *(*arguments, self._keys, self._state, np.int32(self._block)),
+        engine=engine,
+        is_first=not self._block and bool(engine.config.first_levels),
+      )
+    elif engine.stages is None:
       self._state, latents = run_shared_block(
         *arguments,
         self._keys,
@@ -383,6 +337,7 @@ class Stream:
         *arguments, self._keys, self._state, engine=engine
       )
     self._block += 1
+    self._frames += engine.config.frames_per_block
     # Where there is a mesh all its devices have them; one is enough to decode.
     latents = latents.addressable_data(0)
     frames, self._decoder = decoding.decode_block(
@@ -418,6 +373,8 @@ def _set_prompt(bank, text, slot):
 @functools.partial(jax.jit, static_argnames='engine')
 def _begin(params, text, initial, origin, *, engine):
   stages = engine.stages
+  if engine.mode == 'block_first':
+    return block_stream.begin(engine.sampler(params, text, origin), initial)
   if stages is None:
     return rollout.stacked_pasts(engine.sampler(params, text, origin), initial)
   state = stages.init_state(params, text, initial, origin)

@@ -27,6 +27,7 @@ from hiar_jax.sampling import (
   choices,
   decoding,
   memory,
+  modes,
   seeds,
   streaming,
 )
@@ -191,26 +192,29 @@ class VideoPipeline:
     prompt: str | Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
-    mode: str = streaming.AUTO,
+    mode: str = modes.AUTO,
     initial_frames: np.ndarray | Video | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    **chosen: Any,
   ) -> streaming.Stream:
     """An endless video, block by block, in constant memory.
 
     `next(stream)` is uint8 [B, F, H, W, 3] (B prompts), the frames of the next
     block; `stream.send(prompt)` changes the prompt and returns the block from
     which it shows: blocks under way keep theirs. The
-    blocks are those of a call with the same seed in step-first order.
+    blocks are those of a call with the same seed, in step-first order or, with
+    mode 'block_first', in that.
 
     Args:
       prompt: one or several, streamed together.
       seed: another seed gives another video; or one for each prompt.
       mode: one of streaming.MODES, or 'auto': the fastest one that fits, see
-        `streaming.choose_mode`. The stream's `mode` and `reason` tell.
+        `modes.choose_mode`. The stream's `mode` and `reason` tell.
       initial_frames: see `__call__`; the stream has them as the codec sees
         them in `given`, and begins with the block after them.
       mesh: runs the stages on the devices of its axis `stage`. Under several
         processes each runs the same stream and gets all frames.
+      **chosen: see `__call__`.
 
     Raises:
       ValueError: naming the value that does not fit.
@@ -218,18 +222,26 @@ class VideoPipeline:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     streaming.check_prompts(prompts)
     keys = seeds.keys(seeds.of_videos(seed, len(prompts)))
-    config = self.rollout
-    chosen: dict[str, Any] = {}
-    if mode == streaming.AUTO:
-      mode, chosen['reason'] = streaming.choose_mode(
-        self.denoiser, config, self.params, len(prompts), mesh
+    pipeline = choices.apply(self, **chosen)
+    config = pipeline.rollout
+    reason: dict[str, Any] = {}
+    if mode == modes.AUTO:
+      mode, reason['reason'] = modes.choose_mode(
+        *(pipeline.denoiser, config, self.params, len(prompts), mesh),
+        order=pipeline.order,
       )
+    elif chosen.get('order') is not None:
+      is_block_first = mode == 'block_first'
+      if is_block_first != (pipeline.order == 'block_first'):
+        raise ValueError(
+          f'order {pipeline.order!r} is not that of stream mode {mode!r}'
+        )
     if mode == 'shared':
       config = dataclasses.replace(config, context='shared')
-    engine = streaming.Engine(self.denoiser, config, mode, mesh)
+    engine = streaming.Engine(pipeline.denoiser, config, mode, mesh)
     initial = None
     if initial_frames is not None:
-      initial = self.encode(initial_frames).repeat(len(prompts), 0)
+      initial = pipeline.encode(initial_frames).repeat(len(prompts), 0)
     return streaming.Stream(
       engine,
       self.params,
@@ -238,7 +250,7 @@ class VideoPipeline:
       prompts,
       keys,
       initial=initial,
-      **chosen,
+      **reason,
     )
 
   def decode(self, latents_BFhwC: np.ndarray) -> np.ndarray:

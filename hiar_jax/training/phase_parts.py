@@ -56,7 +56,14 @@ def rollout_config(config: Config) -> rollout.RolloutConfig:
   levels = noise_schedule.warped_levels(
     config.schedule.indices, config.schedule.shift
   )
-  return rollout.RolloutConfig(levels=levels, **config.rollout)
+  made = rollout.RolloutConfig(levels=levels, **config.rollout)
+  if made.positions != 'absolute' or made.first_levels:
+    raise ValueError(
+      "a student is trained with rollout.positions='absolute' and the same "
+      f'levels for all blocks, not with positions={made.positions!r} and '
+      f'first_levels={made.first_levels}'
+    )
+  return made
 
 
 def trajectory_source(

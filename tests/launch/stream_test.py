@@ -262,7 +262,7 @@ def test_each_mistake_is_one_line(arguments, tmp_path):
     "--prompt_at='28:a cat' names no block": [*good, '--prompt_at=28:a cat'],
     'flag --mode=fast': [*good, '--mode=fast'],
     'flag --num_blocks=-1': [*good, '--num_blocks=-1'],
-    '--mode and --prompt_at go with --stream': [
+    '--mode, --prompt_at and --recache go with --stream': [
       *(*not_streamed, '--mode=serial')
     ],
     'flag --num_blocks=0, without end,': [*not_streamed, '--num_blocks=0'],

@@ -12,7 +12,7 @@ import pytest
 
 from hiar_jax import rollout
 from hiar_jax.runtime import errors
-from hiar_jax.sampling import calls, memory, streaming
+from hiar_jax.sampling import calls, memory, modes
 from tests import toy_network
 
 CONFIG = rollout.RolloutConfig(levels=(1.0, 0.5, 0.0), window=6)
@@ -117,7 +117,7 @@ def test_sampling_and_streaming_ask_before_they_compile(monkeypatch):
   for context in ('matched', 'shared'):
     config = dataclasses.replace(CONFIG, context=context)
     with pytest.raises(ValueError, match='needs about .* of memory'):
-      streaming.choose_mode(DENOISER, config, toy_network.params(), 1)
+      modes.choose_mode(DENOISER, config, toy_network.params(), 1)
 
 
 def test_a_device_that_runs_out_is_one_line():

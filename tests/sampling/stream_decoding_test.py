@@ -4,6 +4,7 @@ Latents are compared in streaming_test.py. Here the codec is the video VAE,
 whose decoder has a state: what a block looks like depends on those before it.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -91,13 +92,17 @@ def assert_same_pixels(ours, theirs):
 
 @pytest.mark.parametrize('num_given', [0, 1, 3, 5])
 @pytest.mark.parametrize(
-  ('mode', 'sink'), [('batched', 0), ('serial', 1), ('shared', 1)]
+  ('mode', 'sink'),
+  [('batched', 0), ('serial', 1), ('shared', 1), ('block_first', 1)],
 )
 def test_a_stream_shows_what_a_call_shows(mode, sink, num_given):
   own = pipe('shared' if mode == 'shared' else 'matched', sink)
   given = picture(num_given) if num_given else None
+  order = 'block_first' if mode == 'block_first' else 'step_first'
   video = own(
-    PROMPT, num_blocks=5, seed=2, initial_frames=given, progress=False
+    *(PROMPT,),
+    **dict(num_blocks=5, seed=2, order=order, progress=False),
+    initial_frames=given,
   )
   stream = own.stream(PROMPT, seed=2, mode=mode, initial_frames=given)
   frames = streamed(stream, 5)
@@ -152,3 +157,20 @@ def test_a_prompt_switch_leaves_the_frames_before_it_alone(mode):
   cut = 1 + 3 * 4
   np.testing.assert_array_equal(after[:cut], before[:cut])
   assert np.abs(after[cut:].astype(int) - before[cut:]).max() > 10
+
+
+@pytest.mark.parametrize('recache', [False, True])
+def test_weights_of_the_block_first_order_stream_in_it(recache):
+  own = dataclasses.replace(pipe(), order='block_first')
+  stream = own.stream(PROMPT, seed=2, window=4)
+  assert stream.mode == 'block_first'
+  stream.send(OTHER, at=2, recache=recache)
+  video = own(PROMPT, num_blocks=4, seed=2, window=4, progress=False)
+  frames = streamed(stream, 4)
+  assert_same_pixels(frames[:7], video.frames[:7])
+  assert np.abs(frames[7:].astype(int) - video.frames[7:]).max() > 5
+
+
+def test_an_order_and_a_mode_that_are_chosen_go_together():
+  with pytest.raises(ValueError, match="'block_first' is not that of stream"):
+    pipe().stream(PROMPT, order='block_first', mode='batched')

@@ -14,7 +14,7 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
-from hiar_jax.sampling import streaming
+from hiar_jax.sampling import modes, streaming
 from tests import toy_network
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
@@ -71,11 +71,16 @@ def stage_mesh(devices):
   )
 
 
-def make_stream(mode='batched', prompts=('a',), mesh=None, **kwargs):
+def rollout_config(mode, **changes):
   context = 'shared' if mode == 'shared' else 'matched'
-  config = rollout.RolloutConfig(
-    levels=LEVELS, window=6, sink=1, context=context
-  )
+  sizes = {'window': 6, 'sink': 1} | changes
+  return rollout.RolloutConfig(levels=LEVELS, context=context, **sizes)
+
+
+def make_stream(
+  mode='batched', prompts=('a',), mesh=None, changes=(), **kwargs
+):
+  config = rollout_config(mode, **dict(changes))
   return streaming.Stream(
     streaming.Engine(DENOISER, config, mode, mesh),
     params(),
@@ -91,17 +96,15 @@ def take(stream, num_blocks):
   return np.concatenate([next(stream) for _ in range(num_blocks)], 1)
 
 
-def offline(mode, num_blocks, prompts=('a',)):
-  context = 'shared' if mode == 'shared' else 'matched'
-  config = rollout.RolloutConfig(
-    levels=LEVELS, window=6, sink=1, context=context
-  )
+def offline(mode, num_blocks, prompts=('a',), changes=()):
+  config = rollout_config(mode, **dict(changes))
   text = DENOISER.project_text(params(), encode(prompts))
   keys = jax.random.split(jax.random.key(2), len(prompts))
+  order = 'block_first' if mode == 'block_first' else 'step_first'
 
   @jax.jit
   def run(params):
-    return rollout.step_first(
+    return getattr(rollout, order)(
       rollout.Sampler(DENOISER, params, text, config),
       rollout.named_noise(keys, (3, 2, 2, 4)),
       num_blocks,
@@ -117,7 +120,24 @@ def test_stream_equals_the_offline_rollout(mode):
   np.testing.assert_allclose(ours, offline(mode, 9, prompts), atol=1e-5)
 
 
-@pytest.mark.parametrize('mode', ['batched', 'shared'])
+@pytest.mark.parametrize('mode', ['batched', 'shared', 'block_first'])
+def test_a_bounded_sink_is_the_rollouts_own_in_a_stream(mode):
+  changes = (('positions', 'bounded'), ('window', 9), ('sink', 3))
+  ours = take(make_stream(mode, changes=changes), 7)
+  expected = offline(mode, 7, changes=changes)
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
+  assert np.abs(ours - offline(mode, 7, changes=changes[1:])).max() > 1e-3
+
+
+def test_a_first_block_of_a_stream_has_its_own_levels():
+  changes = (('first_levels', (1.0, 0.5, 0.0)),)
+  ours = take(make_stream('block_first', changes=changes), 4)
+  expected = offline('block_first', 4, changes=changes)
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
+  assert np.abs(ours - offline('block_first', 4))[:, :3].max() > 1e-2
+
+
+@pytest.mark.parametrize('mode', ['batched', 'shared', 'block_first'])
 def test_a_prompt_changes_the_video_from_its_block_on_and_not_before(mode):
   before = take(make_stream(mode), 8)
   stream = make_stream(mode)
@@ -205,7 +225,7 @@ def test_a_prompt_can_be_told_ahead_but_not_of_a_started_block():
     ahead.send('too late', at=3)
 
 
-@pytest.mark.parametrize('mode', ['batched', 'shared'])
+@pytest.mark.parametrize('mode', ['batched', 'shared', 'block_first'])
 def test_frame_300000_behaves_like_frame_0(mode):
   near = take(make_stream(mode), 8)
   far = take(make_stream(mode, origin=300_000), 8)
@@ -244,6 +264,7 @@ def test_no_length_and_no_prompt_makes_another_program_of_a_stream(
     ('fast', 'matched', "mode 'fast' is not one of"),
     ('shared', 'matched', 'does not go with context'),
     ('batched', 'shared', 'does not go with context'),
+    ('block_first', 'shared', 'does not go with context'),
   ],
 )
 def test_an_engine_that_cannot_run_is_refused(mode, context, message):
@@ -269,10 +290,10 @@ def test_auto_takes_the_stages_as_a_batch_where_they_fit(monkeypatch):
 
   def mode_on(device):
     monkeypatch.setattr(jax, 'local_devices', lambda: [device])
-    return streaming.choose_mode(DENOISER, config, params(), 2)
+    return modes.choose_mode(DENOISER, config, params(), 2)
 
   engine = streaming.Engine(DENOISER, config)
-  need = streaming.estimate_memory(engine, params(), 2).total
+  need = modes.estimate_memory(engine, params(), 2).total
   roomy, why = mode_on(Device(2 * need))
   assert roomy == 'batched' and 'A100' in why
   assert mode_on(Device(need))[0] == 'serial'
@@ -281,15 +302,27 @@ def test_auto_takes_the_stages_as_a_batch_where_they_fit(monkeypatch):
   cpu = Device(0, 'cpu', 'cpu')
   cpu.memory_stats = stats
   assert mode_on(cpu)[0] in streaming.MODES
-  assert streaming.device_memory(cpu) > 2**28
+  assert modes.device_memory(cpu) > 2**28
   shared = dataclasses.replace(config, context='shared')
-  assert streaming.choose_mode(DENOISER, shared, params(), 1)[0] == 'shared'
+  assert modes.choose_mode(DENOISER, shared, params(), 1)[0] == 'shared'
 
 
-@pytest.mark.parametrize('mode', ['batched', 'serial', 'shared'])
+def test_weights_of_the_block_first_order_are_streamed_in_it():
+  config = rollout.RolloutConfig(levels=LEVELS, window=6)
+  choose = lambda order: modes.choose_mode(
+    DENOISER, config, params(), 1, order=order
+  )
+  assert choose('block_first')[0] == 'block_first'
+  with pytest.raises(ValueError, match="no stream has order 'hybrid'"):
+    choose('hybrid')
+  with pytest.raises(ValueError, match='has no stages for a mesh'):
+    streaming.Engine(DENOISER, config, 'block_first', stage_mesh(2))
+
+
+@pytest.mark.parametrize('mode', ['batched', 'serial', 'shared', 'block_first'])
 def test_the_caches_of_the_estimate_are_those_of_the_stream(mode):
   stream = make_stream(mode, mesh=None)
   past = jax.tree.leaves(stream._state)
   cached = sum(a.nbytes for a in past if a.ndim >= 5 and a.shape[-1] == 16)
-  estimate = streaming.estimate_memory(stream._engine, params(), 1)
+  estimate = modes.estimate_memory(stream._engine, params(), 1)
   assert estimate.caches == cached
