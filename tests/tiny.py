@@ -21,6 +21,7 @@ from hiar_jax.weights import networks
 
 PHASES = ('codec', *bouncing_linear.PHASES)
 
+_LORA = '_lora'
 # Two tokens a frame, for tests of one training step.
 DENOISER = Denoiser(
   WanConfig(
@@ -42,9 +43,15 @@ def config(phase: str, root: str | pathlib.Path) -> ml_collections.ConfigDict:
   """A phase of `configs/bouncing_linear.py` with everything below `root`.
 
   Two layers of width 16; 6 frames, that is 2 blocks, of 4x4 latents. The phase
-  'codec' is that of `configs/bouncing.py`.
+  'codec' is that of `configs/bouncing.py`. 'distill_lora' and the like train
+  adapters.
   """
   root = pathlib.Path(root)
+  if phase.endswith(_LORA):
+    c = config(phase.removesuffix(_LORA), root)
+    c.workdir = str(root / phase)
+    c.lora = dict(rank=4, alpha=8.0)
+    return c
   if phase in ('codec_start', 'codec'):
     return _codec(bouncing.get_config(phase), phase, root)
   c = bouncing_linear.get_config(phase)

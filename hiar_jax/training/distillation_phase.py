@@ -11,8 +11,8 @@ from hiar_jax.data import trajectories
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding
 from hiar_jax.models.config import WanConfig
+from hiar_jax.training import adapters, inputs, network_files, phase_parts
 from hiar_jax.training import flops as training_flops
-from hiar_jax.training import inputs, network_files, phase_parts
 from hiar_jax.training import state as training_state
 from hiar_jax.training import steps as training_steps
 from hiar_jax.training.distill_config import DistillConfig
@@ -45,9 +45,10 @@ def distillation(config: Config) -> training_steps.Distillation:
   """
   numbers = DistillConfig(**config.distill)
   updates = -(-config.iterations // numbers.generator_every)
+  student, critic = Denoiser(WanConfig(**config.model)), _critic(config)
   return training_steps.Distillation(
-    student=Denoiser(WanConfig(**config.model)),
-    critic=_critic(config).denoiser,
+    student=student,
+    critic=critic.denoiser,
     teacher=network_files.find(config, 'teacher').denoiser,
     student_optimiser=phase_parts.make_optimiser(config.optimiser, updates),
     critic_optimiser=phase_parts.make_optimiser(
@@ -55,11 +56,12 @@ def distillation(config: Config) -> training_steps.Distillation:
     ),
     rollout=phase_parts.rollout_config(config),
     config=numbers,
+    adapters=adapters.config_of(config, student, critic.denoiser),
   )
 
 
 def _critic(config: Config) -> network_files.NetworkFile:
-  return network_files.find(config, 'critic', 'teacher').trained()
+  return network_files.find(config, 'critic', 'teacher')
 
 
 def _codec(config, steps, longest, mesh):
@@ -94,13 +96,22 @@ def build(config: Config) -> Phase:
     )
   batches = phase_parts.open_batches(config, source, mesh)
   negative = inputs.negative_states(config, encoder)
+  bases = adapters.Bases(mesh)
+  teacher = bases.load(network_files.find(config, 'teacher'))
+  params, student_base = adapters.start(
+    *(config, 'student', network_files.find_student(config, 'student')),
+    *(steps.adapters, bases, mesh),
+  )
+  critic_params, critic_base = adapters.start(
+    *(config, 'critic', _critic(config), steps.adapters, bases, mesh)
+  )
   frozen = training_steps.Frozen(
-    teacher=network_files.find(config, 'teacher').load(mesh),
+    teacher=teacher,
     negative_text=sharding.put(jnp.asarray(negative), mesh),
     codec=_codec(config, steps, high, mesh),
+    student_base=None if student_base is teacher else student_base,
+    critic_base=None if critic_base is teacher else critic_base,
   )
-  params = network_files.find_student(config, 'student').load(mesh)
-  critic_params = _critic(config).load(mesh)
   state = training_state.DistillState(
     iteration=sharding.put(jnp.zeros((), jnp.int32), mesh),
     student=phase_parts.init_net(params, steps.student_optimiser, mesh),
@@ -146,7 +157,10 @@ def build(config: Config) -> Phase:
     state=state,
     step=step,
     batches=batches,
-    weights=lambda state: sharding.whole(state.ema, mesh),
+    weights=lambda state: adapters.whole(
+      *(state.ema, student_base, steps.adapters, mesh)
+    ),
+    save_adapters=adapters.saver(steps.adapters, steps.student.config, mesh),
     flops=training_flops.distillation_iteration(
       steps, config.batch_size, (low + high) / 2
     ),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hiar_jax import rollout
-from hiar_jax.models import attention, flops
+from hiar_jax.models import attention, flops, lora
 from hiar_jax.models.config import WanConfig
 from hiar_jax.training import steps as training_steps
 
@@ -47,9 +47,13 @@ def distillation_flops(
   guided = 1 if steps.config.critic_guidance == 1.0 else 2
   parts = {'rollout': _rollout_passes(steps, num_blocks) * block}
   if part == 'critic':
-    parts['critic'] = flops.trained(steps.critic.config, recompute) * score
+    parts['critic'] = trained(
+      steps.critic.config, frames, score, steps.adapters, recompute
+    )
   else:
-    parts['exit pass'] = flops.trained(student, recompute) * leave
+    parts['exit pass'] = trained(
+      student, frames, leave, steps.adapters, recompute
+    )
     parts['fake score'] = guided * score
     parts['real score'] = 2 * flops.forward_flops(teacher, frames, frames)
     if steps.config.forward_kl_weight:
@@ -69,14 +73,38 @@ def distillation_iteration(
 
 
 def student_start_flops(
-  model: WanConfig, config: rollout.RolloutConfig, num_frames: int, context: str
+  model: WanConfig,
+  config: rollout.RolloutConfig,
+  num_frames: int,
+  context: str,
+  adapters: lora.LoRAConfig | None = None,
 ) -> float:
   """Of one trained sample of the student's start, see `student_start_step`."""
   blocks = _blocks(config)
   one = _masked(model, attention.block_causal_mask(num_frames, **blocks))
+  frames = num_frames
   if context == 'matched':  # The context's pass, and one after it.
     one += _masked(model, attention.own_then_past_mask(num_frames, **blocks))
-  return flops.trained(model) * one
+    frames *= 2
+  return trained(model, frames, one, adapters)
+
+
+def trained(
+  model: WanConfig,
+  frames: float,
+  one: float,
+  adapters: lora.LoRAConfig | None,
+  recompute: bool = False,
+) -> float:
+  """A forward pass of so many frames that costs `one`, and its gradient.
+
+  Of adapters: without the gradients of the matrices that stay, which cost as
+  much as their products; their own few products are not counted.
+  """
+  total = flops.trained(model, recompute) * one
+  if adapters is not None:
+    total -= flops.pass_flops(model, frames, 0).linear
+  return total
 
 
 def _rollout_passes(steps, num_blocks):
@@ -93,17 +121,19 @@ def _rollout_passes(steps, num_blocks):
 def _forward_kl(steps, num_blocks, recompute):
   student, config = steps.student.config, steps.rollout
   num_frames = round(num_blocks * config.frames_per_block)
-  trained = flops.trained(student, recompute)
+  with_gradient = lambda one: trained(
+    student, num_frames, one, steps.adapters, recompute
+  )
   mode = steps.config.forward_kl_attention
   if mode == 'bidirectional':
-    return trained * flops.forward_flops(student, num_frames, num_frames)
+    return with_gradient(flops.forward_flops(student, num_frames, num_frames))
   blocks = _blocks(config)
   if mode == 'block_causal':
     mask = attention.block_causal_mask(num_frames, **blocks)
-    return trained * _masked(student, mask)
+    return with_gradient(_masked(student, mask))
   mask = attention.own_then_past_mask(num_frames, **blocks)
   block = flops.forward_flops(student, config.frames_per_block, config.window)
-  return (2 * num_blocks - 1) * block + trained * _masked(student, mask)
+  return (2 * num_blocks - 1) * block + with_gradient(_masked(student, mask))
 
 
 def _blocks(config: rollout.RolloutConfig) -> dict[str, int]:

@@ -18,6 +18,7 @@ import ml_collections
 from hiar_jax.models import flops
 from hiar_jax.runtime import profiling, provenance, stopping, watchdog
 from hiar_jax.training import (
+  adapters,
   checkpoint,
   continuation,
   guards,
@@ -111,6 +112,8 @@ def train(
   if jax.process_index() == 0:
     networks.save_weights(weights, params)
     print(f'wrote {weights}', flush=True)
+  if phase.save_adapters is not None:
+    phase.save_adapters(state, workdir / adapters.FILE)
   return weights
 
 

@@ -149,10 +149,13 @@ def find(config: ml_collections.ConfigDict, *names: str) -> NetworkFile:
 def find_student(config: ml_collections.ConfigDict, *names: str) -> NetworkFile:
   """As `find`, of weights that the network of the section `model` starts from.
 
+  They are held as the section NAME says where adapters are trained beside them;
+  what is trained itself is `trained`.
+
   Raises:
     ValueError: as `find`; also if they are of other sizes than `model` says.
   """
-  found = find(config, *names).trained()
+  found = find(config, *names)
   model = WanConfig(**config.model)
   for name, size in dataclasses.asdict(model).items():
     other = getattr(found.denoiser.config, name)

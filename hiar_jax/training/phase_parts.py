@@ -5,6 +5,7 @@ missing inputs of a phase fail before anything is compiled.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -34,6 +35,8 @@ class Phase:
     step: (state, batch, iteration) -> (state, metrics).
     batches: endless checkpointable iterator.
     weights: picks the tree to export from the last state.
+    save_adapters: writes the adapters of the last state to a LoRA file, called
+      by all processes; None: the phase trains none.
     flops: of a mean iteration, all devices together, see training/flops.py;
       None if not known.
     tokens: latent tokens of the videos of a mean iteration, each counted once
@@ -44,6 +47,7 @@ class Phase:
   step: Callable[[Any, dict, int], tuple[Any, dict]]
   batches: grain.DatasetIterator
   weights: Callable[[Any], Any]
+  save_adapters: Callable[[Any, pathlib.Path], None] | None = None
   flops: float | None = None
   tokens: float | None = None
 

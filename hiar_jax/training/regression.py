@@ -1,7 +1,8 @@
 """Pure steps of the phases with one network: teacher and student start.
 
 (state, batch, key) -> (state, metrics), as in training/steps.py, with the same
-rule for updates that are not finite; their metric is `skipped`.
+rule for updates that are not finite; their metric is `skipped`. Where adapters
+are trained, a step takes the parameters that they belong to as `base`.
 """
 
 # B batch, F frames, h w latent rows and columns, C channels
@@ -15,13 +16,15 @@ import optax
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import attention
+from hiar_jax.models import attention, lora
 from hiar_jax.training import losses, microbatches
 
-Step = Callable[[Any, dict, jax.Array], tuple[Any, dict[str, jax.Array]]]
+Step = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
 
-def _regress(state, loss_fn, whole, optimiser, ema_decay, num_parts):
+def _regress(
+  state, loss_fn, whole, optimiser, ema_decay, num_parts, adapters, base
+):
   """One update of a RegressionState by the gradient of `loss_fn`.
 
   Args:
@@ -31,9 +34,13 @@ def _regress(state, loss_fn, whole, optimiser, ema_decay, num_parts):
     optimiser: of the network.
     ema_decay: of its average.
     num_parts: see `microbatches`.
+    adapters: what is trained of the network; None: all.
+    base: parameters that adapters belong to.
   """
 
   def with_metrics(params, part):
+    if adapters is not None:
+      params = lora.join(base, params, adapters.scale)
     loss = loss_fn(params, part)
     return loss, {'loss': loss}
 
@@ -55,6 +62,7 @@ def teacher_step(
   timestep_shift: float,
   ema_decay: float,
   num_parts: int = 1,
+  adapters: lora.LoRAConfig | None = None,
 ) -> Step:
   """Flow matching on videos, one level per sample (bidirectional network).
 
@@ -62,7 +70,7 @@ def teacher_step(
   microbatches.
   """
 
-  def step(state, batch, key):
+  def step(state, batch, key, base=None):
     x0 = batch['latents']
     noise_key, level_key = jax.random.split(key)
     eps = jax.random.normal(noise_key, x0.shape)
@@ -79,7 +87,10 @@ def teacher_step(
       return losses.flow_matching(flow, x0, eps)
 
     whole = (x, sigma, batch['text'], x0, eps)
-    return _regress(state, loss_fn, whole, optimiser, ema_decay, num_parts)
+    return _regress(
+      *(state, loss_fn, whole, optimiser, ema_decay, num_parts),
+      *(adapters, base),
+    )
 
   return step
 
@@ -95,6 +106,7 @@ def student_start_step(
   context: str,
   ema_decay: float,
   num_parts: int = 1,
+  adapters: lora.LoRAConfig | None = None,
 ) -> Step:
   """ODE regression: trajectory points to the trajectory's end, causally.
 
@@ -164,7 +176,7 @@ def student_start_step(
 
   predict = {'matched': matched_x0, 'random': random_x0}[context]
 
-  def step(state, batch, key):
+  def step(state, batch, key, base=None):
     trajectory = batch['trajectory']
 
     def loss_fn(params, part):
@@ -174,6 +186,9 @@ def student_start_step(
       return losses.regression(x0, trajectory[:, -1])
 
     whole = (trajectory, batch['text'], draw(key, *trajectory.shape[:3]))
-    return _regress(state, loss_fn, whole, optimiser, ema_decay, num_parts)
+    return _regress(
+      *(state, loss_fn, whole, optimiser, ema_decay, num_parts),
+      *(adapters, base),
+    )
 
   return step

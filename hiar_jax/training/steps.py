@@ -21,7 +21,7 @@ import optax
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import attention
+from hiar_jax.models import attention, lora
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
 from hiar_jax.training import losses, microbatches, recoding
@@ -43,11 +43,16 @@ class Frozen:
       without captions now and then, the empty one.
     codec: see `codecs`; None where no rollout is longer than the losses see, or
       its cut begins 'as_made'.
+    student_base: what the student's adapters belong to; None: the teacher. Read
+      with adapters alone.
+    critic_base: likewise of the critic.
   """
 
   teacher: Any
   negative_text: jax.Array
   codec: Any = None
+  student_base: Any = None
+  critic_base: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Distillation:
     critic_optimiser: of the critic.
     rollout: how the student's blocks are denoised.
     config: the numbers.
+    adapters: what is trained of student and critic in place of all of their
+      parameters; a state then has adapters where it else has parameters. None:
+      all is trained.
   """
 
   student: Denoiser
@@ -71,6 +79,7 @@ class Distillation:
   critic_optimiser: optax.GradientTransformation
   rollout: rollout.RolloutConfig
   config: DistillConfig
+  adapters: lora.LoRAConfig | None = None
 
   def __post_init__(self):
     if self.config.forward_kl_steps > self.rollout.num_steps:
@@ -110,6 +119,7 @@ class Distillation:
 
     def loss_fn(params, part):
       batch, draws = part
+      params = self._whole(params, frozen.student_base, frozen)
       sampler = self._sampler(
         params, self.student.project_text(params, batch['text'])
       )
@@ -182,7 +192,8 @@ class Distillation:
 
     def loss_fn(params, part):
       batch, draws = part
-      student = state.student.params
+      student = self._whole(state.student.params, frozen.student_base, frozen)
+      params = self._whole(params, frozen.critic_base, frozen)
       sampler = self._sampler(
         student, self.student.project_text(student, batch['text'])
       )
@@ -212,6 +223,13 @@ class Distillation:
       'critic_skipped': ~finite,
     }
     return state, metrics
+
+  def _whole(self, params: Any, base: Any, frozen: Frozen) -> Any:
+    """Parameters of a network, of which all or adapters are trained."""
+    if self.adapters is None:
+      return params
+    base = frozen.teacher if base is None else base
+    return lora.join(base, params, self.adapters.scale)
 
   def _sampler(self, params: Any, text: TextKV) -> Sampler:
     return Sampler(self.student, params, text, self.rollout)
@@ -316,8 +334,9 @@ class Distillation:
     """Where the reverse KL pushes x0, by critic and teacher."""
     sigma = draws['sigma']
     x = noise_schedule.add_noise(x0, draws['eps'], sigma)
+    critic = self._whole(state.critic.params, frozen.critic_base, frozen)
     fake_x0 = self._score(
-      *(self.critic, state.critic.params, self.config.critic_guidance),
+      *(self.critic, critic, self.config.critic_guidance),
       *(x, sigma, batch['text'], frozen.negative_text),
     )
     real_x0 = self._score(

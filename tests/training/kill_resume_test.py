@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 _ROOT = pathlib.Path(__file__).parents[2]
 _ITERATIONS, _EVERY = 16, 1
 _CYCLE = 5
+_DISTILLATIONS = ('distill', 'distill_lora', 'self_forcing')
 # SIGKILLs of the distillation; every second one strikes during a save.
 _TRIALS = 20
 _TRAJECTORIES, _SHARD = 480, 2
@@ -120,7 +121,7 @@ def whole_run(inputs, environment, tmp_path_factory):
 
 
 def train_command(phase, inputs):
-  distills = phase in ('distill', 'self_forcing')
+  distills = phase in _DISTILLATIONS
   return [
     str(_ROOT / 'launch' / 'train.py'),
     f'--config={_ROOT / "tests" / "tiny.py"}:{phase},{inputs}',
@@ -152,6 +153,7 @@ def last_state(config):
   [
     *((phase, signal.SIGKILL, 0) for phase in tiny.PHASES),
     *((phase, signal.SIGTERM, 0) for phase in tiny.PHASES),
+    ('distill_lora', signal.SIGKILL, 0),
     *(('distill', signal.SIGKILL, trial) for trial in range(1, _TRIALS)),
   ],
 )
@@ -159,7 +161,7 @@ def test_an_ended_phase_ends_bit_equal(
   phase, ending, trial, inputs, environment, table, whole_run, tmp_path
 ):
   began = time.monotonic()
-  rng = np.random.default_rng((_SEED, tiny.PHASES.index(phase), ending, trial))
+  rng = np.random.default_rng((_SEED, len(phase), ending, trial))
   number = int(rng.integers(2, _ITERATIONS - 4))
   saves, delay = trial % 2 == 1, rng.uniform(0, 0.3)
   if saves:
@@ -203,7 +205,7 @@ def test_an_ended_phase_ends_bit_equal(
   assert whole[training_loop.WEIGHTS] == cut[training_loop.WEIGHTS]
   # A stop on request writes a line where the other run has none.
   assert whole[METRICS] == cut[METRICS] or ending == signal.SIGTERM
-  if phase in ('distill', 'self_forcing'):
+  if phase in _DISTILLATIONS:
     update = 'critic' if left % _CYCLE else 'generator and critic'
     under_way = f'{update}, {under_way}' if under_way else update
   table.append(_line(phase, ending, left, _ITERATIONS, began, under_way))
