@@ -30,6 +30,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import sharding, umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import parts as planning_parts
+from hiar_jax.planning import programs
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning import training as planning_training
 from hiar_jax.runtime import config_flag, errors
@@ -59,13 +60,13 @@ _READS_OF_TRAINING = (
   *('name', 'model', 'schedule', 'rollout', 'plan.topology', 'teacher'),
   *('distill', 'optimiser', 'critic_optimiser', 'iterations', 'batch_size'),
   *('rollout_blocks', 'trajectories', 'mesh', 'teacher_weights'),
-  *('critic', 'critic_weights'),
+  *('critic', 'critic_weights', 'lora'),
   *('trajectory_teacher', 'trajectory_teacher_weights'),
 )
 _PART = flags.DEFINE_enum(
   'part',
   'stream',
-  ('stream', 'vae', 'text', 'training', *planning_training.PARTS),
+  ('stream', 'vae', 'text', 'training', *programs.PARTS),
   'what is compiled',
 )
 _MODE = flags.DEFINE_enum(
@@ -118,7 +119,7 @@ def main(argv):
 def _plan_training(config, topology):
   """Prints the table of every part asked for as soon as it is known."""
   sampled = network_files.find(config, 'trajectory_teacher', 'teacher')
-  training = planning_training.Training(
+  training = programs.Training(
     steps=distillation_phase.distillation(config),
     mesh=sharding.MeshConfig(**config.mesh),
     batch_size=config.batch_size,

@@ -11,11 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hiar_jax.configs import hiar_1_3b
 from hiar_jax.data import trajectories
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import flops, sharding
+from hiar_jax.models import flops, lora, sharding
 from hiar_jax.models.config import WanConfig
-from hiar_jax.planning import chips, traffic
+from hiar_jax.planning import chips, programs, traffic
 from hiar_jax.planning import training as planning_training
 from hiar_jax.training import distillation_phase, phase_parts
+from hiar_jax.weights import networks
 from tests import sharded_update
 
 needs_compiler = pytest.mark.skipif(
@@ -23,8 +24,8 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def tiny(**mesh) -> planning_training.Training:
-  return planning_training.Training(
+def tiny(**mesh) -> programs.Training:
+  return programs.Training(
     steps=sharded_update.steps(),
     mesh=sharding.MeshConfig(**mesh),
     batch_size=4,
@@ -39,7 +40,7 @@ def tiny(**mesh) -> planning_training.Training:
   )
 
 
-def full_size(**mesh) -> planning_training.Training:
+def full_size(**mesh) -> programs.Training:
   c = hiar_1_3b.get_config()
   return dataclasses.replace(
     tiny(**mesh),
@@ -197,9 +198,7 @@ def test_a_small_distillation_is_compiled_for_a_pod(part):
   network, ways = sharded_update.TEACHER, 2
   if part == 'trajectory':
     network, ways = sharded_update.STUDENT, 4
-  whole = sum(
-    2 * a.size for a in jax.tree.leaves(planning_training._params(network))
-  )
+  whole = sum(2 * a.size for a in jax.tree.leaves(programs.params(network)))
   assert 1 <= plan.held['teacher'] / whole * ways < 1.5
   assert f'{part} on v5e:2x2' in plan.table()
 
@@ -257,7 +256,7 @@ def test_no_collective_is_larger_than_a_layer_or_a_samples_keys(part):
     tiny(fsdp=8), steps=steps, batch_size=8, num_blocks=2
   )
   mesh, training = planning_training._on_topology(training, part, 'v5e:2x4')
-  run, arguments, _ = planning_training._program(training, part, mesh)
+  run, arguments, _ = programs.program(training, part, mesh)
   # Not the precision of the tests, in which the kernel has no 16-bit products.
   with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
     text = run.lower(*arguments).compile().as_text()
@@ -270,3 +269,26 @@ def test_no_collective_is_larger_than_a_layer_or_a_samples_keys(part):
     one for one in traffic.collectives(text) if one.num_bytes > max(layer, keys)
   ]
   assert not large, large
+
+
+def test_adapters_of_the_teachers_own_network_have_no_base_beside_it():
+  training = tiny(fsdp=2, tensor=2, context=2)
+  steps = dataclasses.replace(
+    training.steps,
+    teacher=training.steps.student,
+    adapters=lora.LoRAConfig(rank=2),
+  )
+  mesh = sharding.make_mesh(training.mesh)
+  for teacher, beside in (
+    (steps.teacher, 0),
+    (training.steps.teacher, 1),
+  ):
+    planned = dataclasses.replace(
+      training, steps=dataclasses.replace(steps, teacher=teacher)
+    )
+    _, (state, frozen, *_), _ = programs.program(planned, 'critic', mesh)
+    bases = [frozen.student_base, frozen.critic_base]
+    assert [base is not None for base in bases] == [bool(beside)] * 2
+    names = networks.shapes(state.student.params)
+    assert names['layers/ffn_in/lora_down'][-1] == 2
+    assert 'layers/ffn_in/kernel' not in names
