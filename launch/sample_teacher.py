@@ -34,11 +34,20 @@ from hiar_jax.sampling import (
 )
 from hiar_jax.sampling import teacher as sampling_teacher
 from hiar_jax.training import phase_parts
-from hiar_jax.weights import teacher_files
+from hiar_jax.weights import families, teacher_files
 
 _CONFIG = config_flag.define()
 _PIPELINE = flags.DEFINE_string(
   'pipeline', None, 'instead of --config: a name, folder or hub name to load'
+)
+_BASE = flags.DEFINE_string(
+  'base', None, 'with --pipeline: weights that have the parts which it lacks'
+)
+_FAMILY = flags.DEFINE_enum(
+  'family',
+  None,
+  list(families.FAMILIES),
+  'with --pipeline: what the weights were trained for, where no name tells',
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'what the video shows')
 flags.mark_flag_as_required('prompt')
@@ -158,7 +167,10 @@ def _defaults(config) -> sampling_teacher.SamplingConfig:
 
 def _load(config) -> video_pipeline.VideoPipeline:
   if config is None:
-    return loading.load(_PIPELINE.value)
+    return loading.load(_PIPELINE.value, base=_BASE.value, family=_FAMILY.value)
+  for flag in (_BASE, _FAMILY):
+    if flag.value is not None:
+      raise ValueError(f'--{flag.name} goes with --pipeline')
   given = config_flag.overrides()
   weights, codec = teacher_files.find(
     config,

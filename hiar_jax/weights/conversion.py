@@ -431,8 +431,13 @@ def _our_arrays(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
   """Our path -> (shape, dtype) of what will be stored."""
   stored: dict[str, set[np.dtype]] = {}
+  state = network.state
   for name, slot in network.slots.items():
-    stored.setdefault(slot.path, set()).add(network.state.dtypes[name])
+    stored.setdefault(slot.path, set()).add(state.dtypes[name])
+  for slot in (s for n, s in network.slots.items() if state.is_quantised(n)):
+    # Some layers of such files are left whole, in what they were trained in.
+    if len(stored[slot.path]) > 1:
+      stored[slot.path] = {np.dtype(np.float32)}
   mixed = [path for path, dtypes in stored.items() if len(dtypes) > 1]
   if mixed and dtype is None:
     raise ValueError(

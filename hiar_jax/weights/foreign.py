@@ -10,6 +10,7 @@ import collections
 import functools
 import importlib
 import io
+import math
 import pathlib
 import pickle
 import re
@@ -45,12 +46,23 @@ _PREFIXES = re.compile(
 _BUFFERS = re.compile(
   r'(?:^|\.)(?:freqs|freqs_cis|freqs_cos|freqs_sin|inv_freq)$'
 )
+# Beside a quantised weight, per tensor or per row: ComfyUI's and Kijai's files,
+# LightX2V's and later ones of ComfyUI.
+_SCALES = ('scale_weight', 'weight_scale')
+# What else such files have: scales of inputs, and marks of the format.
+_NO_WEIGHTS = re.compile(
+  r'(?:^|\.)(?:scaled_fp8|scale_input|input_scale|comfy_quant)$'
+)
+_FOLDED = np.dtype(ml_dtypes.bfloat16)
 PICKLE_INDEX = '.bin' + safetensors_io.INDEX_SUFFIX
 _PICKLE_SHARD = re.compile(r'(.*)-(\d{5})-of-(\d{5})(\.bin|\.pth?)')
 
 
 class StateDict:
   """Foreign names and shapes; an array is read when it is asked for.
+
+  Weights in float8, with scales or without, and in int8 with scales are read as
+  bfloat16.
 
   Attributes:
     path: of the file, the first shard or the index.
@@ -101,9 +113,60 @@ class StateDict:
     self.shapes: dict[str, Shape] = pick(shapes)
     self.dtypes: dict[str, np.dtype] = pick(dtypes)
     self.files: dict[str, str] = pick(files)
+    # Names in the file: a quantised weight -> its scale, or None.
+    self._scale_of = self._fold_scales()
 
   def read(self, name: str) -> np.ndarray:
-    return self._read(self._original[name])
+    original = self._original[name]
+    array = self._read(original)
+    if original not in self._scale_of:
+      return array
+    array, scale = array.astype(np.float32), self._scale_of[original]
+    if scale is not None:
+      by_row = self._read(scale).astype(np.float32).reshape(-1)
+      array *= by_row.reshape(-1, *(1 for _ in array.shape[1:]))
+    return array.astype(_FOLDED)
+
+  def is_quantised(self, name: str) -> bool:
+    """Whether an array has fewer bits in the file than it is read with."""
+    return self._original[name] in self._scale_of
+
+  def _fold_scales(self) -> dict[str, str | None]:
+    """Takes the scales of quantised weights out of the names.
+
+    Raises:
+      ValueError: naming a weight whose scales are neither one nor one a row.
+    """
+    scale_of: dict[str, str | None] = {}
+    for name, dtype in list(self.dtypes.items()):
+      is_float8 = str(dtype).startswith('float8')
+      if _NO_WEIGHTS.search(name) or not (is_float8 or dtype == np.int8):
+        continue
+      stem = name.rpartition('.')[0]
+      scales = [s for s in (f'{stem}.{end}' for end in _SCALES) if s in self]
+      if scales:
+        shape, scale = self.shapes[name], scales[0]
+        size = math.prod(self.shapes[scale])
+        if size not in (1, *shape[:1]):
+          raise ValueError(
+            f'{self.path}: {scale!r} has shape {self.shapes[scale]} for a '
+            f'weight of {shape}, neither one scale nor one for each row; take '
+            'the bfloat16 or float16 file of the same release'
+          )
+        scale_of[self._original[name]] = self._original[scale]
+        self.drop(scale)
+      elif is_float8:
+        scale_of[self._original[name]] = None
+      else:
+        continue
+      self.dtypes[name] = _FOLDED
+    if scale_of:
+      for name in [n for n in self.shapes if _NO_WEIGHTS.search(n)]:
+        self.drop(name)
+    return scale_of
+
+  def __contains__(self, name: str) -> bool:
+    return name in self.shapes
 
   def rename(self, aliases: Mapping[str, str]) -> None:
     """Gives arrays their first names; one that is there under both is one."""

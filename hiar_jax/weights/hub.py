@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 _TRUE = ('1', 'ON', 'YES', 'TRUE')
-_NAME = re.compile(r'[\w.-]+/[\w.-]+(?:/[\w. +@=-]+)*')
+_NAME = re.compile(r'[\w.-]+/[\w.-]+(?:[:/][\w. +@=-]+(?:/[\w. +@=-]+)*)?')
 _WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt')
 _INDEX = '.index.json'
 # Folders of a release's parts, and Wan's tokenizer.
@@ -30,6 +30,8 @@ EXPERTS = (
   ('high_noise_model', 'low_noise_model'),
   ('transformer', 'transformer_2'),
 )
+# LightX2V's files, one a layer, which an index beside them names.
+_LAYER = re.compile(r'block_\d+|non_block')
 # Another precision of the same network: 'model.fp16.safetensors'.
 _VARIANT = re.compile(r'\.(fp16|bf16|fp32|fp8\w*|ema|non_ema)(?=[.-])')
 
@@ -40,8 +42,8 @@ def download(
   """The folder or file of a hub's release, fetched unless it was before.
 
   Args:
-    name: 'owner/name', or 'owner/name/...' for a folder or file in it. With
-      HF_HUB_OFFLINE=1 only what is there is used.
+    name: 'owner/name', or 'owner/name/...' or 'owner/name:...' for a folder or
+      file in it. With HF_HUB_OFFLINE=1 only what is there is used.
     as_base: of two transformers none is needed.
     has: kinds of parts that are there already, as `releases.Release` names
       them: weights of theirs are not fetched.
@@ -57,7 +59,8 @@ def download(
       f'{name!r} is no folder; to fetch it from a hub, '
       "pip install 'hiar_jax[convert]'"
     ) from None
-  owner, repo, *inside = name.split('/')
+  # 'owner/name:path' and 'owner/name/path' are the same.
+  owner, repo, *inside = name.replace(':', '/', 1).split('/')
   repo, inner = f'{owner}/{repo}', '/'.join(inside)
   if os.environ.get('HF_HUB_OFFLINE', '').upper() in _TRUE:
     return _offline(huggingface_hub, repo, name) / inner
@@ -145,6 +148,8 @@ def choose(
   if 'transformer' in has and any(map(_is_weights, chosen)):
     rest = []
   sets = {_stem(f) for f in rest}
+  if any(f.endswith(_INDEX) for f in rest):
+    sets = {stem for stem in sets if not _LAYER.fullmatch(stem)}
   if len(sets) > 1:
     raise _several(repo, root, rest, inside)
   chosen += rest

@@ -231,10 +231,14 @@ def _has_weights(folder: pathlib.Path) -> bool:
 def files_of(path: pathlib.Path) -> list[pathlib.Path]:
   """A file of weights, its other shards, index and config.json."""
   stem = re.split(r'-\d{5}-of-|\.', path.name)[0]
+  named: set[str] = set()
+  if path.name.endswith(safetensors_io.INDEX_SUFFIX):
+    named |= {f.name for f in safetensors_io.indexed(path)}
   return [
     file
     for file in sorted(path.parent.iterdir())
     if file.name == 'config.json'
+    or file.name in named
     or (file.name.startswith(stem) and _is_weights(file))
   ]
 
@@ -243,6 +247,12 @@ def _experts(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
   for pair in hub.EXPERTS:
     if all((path / name).is_dir() for name in pair):
       return tuple(path / name for name in pair)
+  index = path / 'model_index.json'
+  if index.is_file() and (path / hub.EXPERTS[1][0]).is_dir():
+    # One was fetched of the two that the pipeline has.
+    other = safetensors_io.read_json(index).get(hub.EXPERTS[1][1])
+    if isinstance(other, list) and any(other):
+      return tuple(path / name for name in hub.EXPERTS[1])
   return ()
 
 
@@ -266,9 +276,19 @@ def _by_contents(
 def _sets(files: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
   """Name without number and suffix -> its index, or any of its files.
 
-  Of a set in both formats the safetensors.
+  Of a set in both formats the safetensors. What an index names is its set's,
+  whatever it is called: LightX2V has a file for each layer.
   """
   sets: dict[str, pathlib.Path] = {}
+  files = list(files)
+  for index in (
+    f for f in files if f.name.endswith(safetensors_io.INDEX_SUFFIX)
+  ):
+    try:
+      named = safetensors_io.read_json(index).get('weight_map', {}).values()
+    except ValueError:
+      continue  # Whoever reads it says what is wrong.
+    files = [f for f in files if f.name not in set(named)]
   order = lambda f: (_is_pickle_name(f), not f.name.endswith('.json'), f.name)
   for file in sorted(files, key=order):
     name = re.sub(r'-\d{5}-of-\d{5}(?=\.)', '', file.name)

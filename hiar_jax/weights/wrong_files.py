@@ -164,7 +164,8 @@ _NAMES = (
   ),
   (
     r'(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale)$',
-    'stored in scaled fp8, which ComfyUI reads; ' + _QUANTISED,
+    'stored in scaled fp8 whose scales are of no float8 or int8 weight; '
+    + _QUANTISED,
   ),
   (
     r'^(vace_blocks|vace_patch_embedding)\.',
@@ -236,16 +237,8 @@ def describe_arrays(
   if attention(1, 'q') in shapes and bias not in shapes:
     return 'a T5 encoder; Wan2.1 has the umT5 one, with positions in each layer'
   kinds = {
-    name: str(dtype)
-    for name, dtype in dtypes.items()
-    if name not in ('spiece_model', 'scaled_fp8')
+    name: str(dtype) for name, dtype in dtypes.items() if name != 'spiece_model'
   }
-  fp8 = sum(kind.startswith('float8') for kind in kinds.values())
-  if fp8:
-    return (
-      f'stored in fp8 ({fp8} of {len(kinds)} arrays), which ComfyUI reads; '
-      + _QUANTISED
-    )
   integers = sum(kind.startswith(('int', 'uint')) for kind in kinds.values())
   # One alone is a mistake, and is named by the check of every array.
   if integers > len(kinds) // 8:
@@ -264,6 +257,11 @@ def _describe_inputs(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
   channels = patches[1]
   out, rest = divmod(head[0], patches[2] * patches[3] * patches[4])
+  if (channels, out) == (48, 48):
+    return (
+      'the transformer of Wan2.2-TI2V-5B, whose latents have 48 channels and '
+      "are of another VAE; diffusers' WanPipeline reads it"
+    )
   if rest or out == channels:
     return None
   if (channels, out) == (36, 16):
