@@ -193,6 +193,32 @@ def measure(frames: Iterable[np.ndarray]) -> Statistics:
   )
 
 
+def of_pair(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+  """The numbers of one frame, and of it and the one before; by name.
+
+  Those of `Statistics` but for the colour, for curves of a video that is being
+  made.
+
+  Args:
+    before: uint8 [H, W, 3].
+    after: likewise.
+
+  Raises:
+    ValueError: see `measure`.
+  """
+  for index, frame in enumerate((before, after)):
+    _check_frame(frame, before.shape, index)
+  first, second = _Frame(before), _Frame(after)
+  return {
+    'saturation': second.saturation(),
+    'sharpness': second.sharpness(),
+    'contrast': second.contrast(),
+    'similarity': _correlation(first.luma, second.luma),
+    'difference': _difference(before, after),
+    'motion': _motion(first, second),
+  }
+
+
 def summarise(statistics: Statistics) -> Summary:
   """The row of numbers of one video."""
   means = {name: getattr(statistics, name).mean() for name in SERIES}
