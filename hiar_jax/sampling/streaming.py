@@ -153,6 +153,8 @@ class Stream:
       the codec sees them; None if it begins with its first block. They are no
       item of the stream.
     reason: of the engine's mode, for people.
+    ahead: blocks that are begun before they are asked for. 1: a block's copy
+      to the host hides behind the next one. 0: a prompt shows a block sooner.
   """
 
   def __init__(
@@ -182,6 +184,7 @@ class Stream:
       reason: of the engine's mode, for people.
     """
     self.reason = reason
+    self.ahead = 1
     self._closed = False
     self._engine, self._codec = engine, codec
     params = engine.place(engine.denoiser.unstack_layers(params))
@@ -205,6 +208,11 @@ class Stream:
     # Blocks that have left, and blocks that the first stage has begun.
     self._block = self._begun = 0
     self._ready: list[jax.Array] = []
+
+  @property
+  def engine(self) -> Engine:
+    """Its programs; `turns` tells which squares of the grid a block takes."""
+    return self._engine
 
   @property
   def mode(self) -> str:
@@ -234,8 +242,7 @@ class Stream:
   def __next__(self) -> np.ndarray:
     if self._closed:
       raise StopIteration
-    # One block ahead: this one's copy to the host hides behind the next.
-    while len(self._ready) < 2:
+    while len(self._ready) < 1 + self.ahead:
       self._ready.append(self._start_block())
     return np.asarray(self._ready.pop(0))
 
@@ -248,8 +255,9 @@ class Stream:
   ) -> int:
     """Changes the prompt; nothing before the named block changes.
 
-    Blocks under way keep theirs: one is always made ahead, and every stage has
-    begun one, so that the returned block may be some blocks after the last.
+    Blocks under way keep theirs: `ahead` are made before they are asked for,
+    and every stage has begun one, so that the returned block may be some blocks
+    after the last.
 
     Args:
       prompts: one for all samples, or one per sample.
