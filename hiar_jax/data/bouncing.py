@@ -28,6 +28,7 @@ from hiar_jax.data.bouncing_words import (
 from hiar_jax.runtime import provenance
 
 # What the seam of `data.prompts` asks a source for.
+examples = bouncing_words.examples
 reword = bouncing_words.reword
 unknown_words = bouncing_words.unknown_words
 

@@ -26,6 +26,14 @@ SIZES = ('small', 'large')
 MOTIONS = ('slowly', 'fast')
 
 CAPTION = 'a {size} {colour} {shape} drifting {motion} over {background}'
+EXAMPLES = (
+  'a large red disc drifting fast over dark blue',
+  'a large cyan square drifting slowly over black',
+  'a large yellow ring drifting fast over dark purple',
+  'a large magenta triangle drifting fast over dark green',
+  'a small white disc drifting fast over dark red',
+  'a large orange square drifting fast over grey',
+)
 FREE_CAPTIONS = (
   'a {colour} {shape} drifting {motion} over {background}',
   'a {size} {colour} {shape} over {background}',
@@ -47,6 +55,11 @@ class PromptTerms:
   background: str | None = None
   size: str | None = None
   motion: str | None = None
+
+
+def examples() -> tuple[str, ...]:
+  """Prompts that show what there is."""
+  return EXAMPLES
 
 
 def reword(prompt: str) -> str:

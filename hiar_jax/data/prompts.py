@@ -161,6 +161,18 @@ def reworded(source: str | None, prompt: str) -> str:
   return prompt if rewords is None else rewords(prompt)
 
 
+def examples(source: str | None) -> tuple[str, ...]:
+  """Some prompts of a source; arguments as `not_taught`.
+
+  By the function `examples` of the source's module; none if it has no such
+  function.
+  """
+  if source is None:
+    return ()
+  tells = seams.optional_function('data', source, 'examples')
+  return () if tells is None else tuple(tells())
+
+
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
   """Number from 1, start in the file and bytes of every line."""
   start = 0

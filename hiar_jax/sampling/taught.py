@@ -42,6 +42,20 @@ class TaughtEncoder:
       [data_prompts.reworded(self._source, caption) for caption in captions]
     )
 
+  def examples(self) -> tuple[str, ...]:
+    """Prompts that the model follows, if its source has some."""
+    return data_prompts.examples(self._source)
+
+  def notes(self, caption: str) -> list[str]:
+    """What a prompt asks for in vain, a sentence each."""
+    notes = data_prompts.not_taught(self._source, caption)
+    count = getattr(self._encoder, 'num_cut', None)
+    if count is not None and (cut := count(caption)):
+      notes.append(
+        f'{caption!r} is too long: the model does not see its last {cut} tokens'
+      )
+    return notes
+
   def _note(self, caption: str) -> None:
     # Guidance leads away from the empty prompt, which lacks nothing.
     if caption in self._noted or not caption.strip():
@@ -49,11 +63,5 @@ class TaughtEncoder:
     if len(self._noted) == _REMEMBERED:
       self._noted.clear()
     self._noted[caption] = None
-    notes = data_prompts.not_taught(self._source, caption)
-    count = getattr(self._encoder, 'num_cut', None)
-    if count is not None and (cut := count(caption)):
-      notes.append(
-        f'{caption!r} is too long: the model does not see its last {cut} tokens'
-      )
-    for note in notes:
+    for note in self.notes(caption):
       print(f'note: {note}', file=sys.stderr)
