@@ -20,7 +20,15 @@ _CONVERT = [
   'tokenizers>=0.20',
   'torch>=2.6',
 ]
+# The live page, and the notebook's preview.
+_LIVE = [
+  'ipywidgets>=8.1',
+  'starlette>=0.46',
+  'uvicorn>=0.35',
+  'websockets>=14.0',
+]
 _TEST = [
+  *_LIVE,
   'ipykernel>=6.29',
   'mypy>=1.15',
   'nbclient>=0.10',
@@ -56,7 +64,7 @@ setuptools.setup(
   ],
   package_dir={'hiar_jax.configs': 'configs', 'hiar_jax.launch': 'launch'},
   package_data={
-    'hiar_jax': ['weights/assets/**', 'py.typed'],
+    'hiar_jax': ['serving/page/*', 'weights/assets/**', 'py.typed'],
     'hiar_jax.launch': ['*.ipynb', '*.sbatch', '*.sh', '*.yaml'],
   },
   entry_points={'console_scripts': ['hiar-jax = hiar_jax.__main__:main']},
@@ -88,6 +96,7 @@ setuptools.setup(
     'tqdm>=4.60',
   ],
   extras_require={
+    'live': _LIVE,
     'test': _TEST,
     'parity': _PARITY,
     'convert': _CONVERT,

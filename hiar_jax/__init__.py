@@ -33,6 +33,7 @@ _ROOMS = (
   'planning',
   'runtime',
   'sampling',
+  'serving',
   'text',
   'training',
   'weights',

@@ -37,6 +37,7 @@ COMMANDS = {
       'one video, written while it is made, as long as you like',
       ('--stream',),
     ),
+    Command('serve', 'serve', 'a page on which a video never ends'),
     Command(
       'teacher',
       'sample_teacher',

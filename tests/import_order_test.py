@@ -21,7 +21,7 @@ _ROWS = (
   ('evaluation',),
   ('sampling',),
   ('training',),
-  ('planning',),
+  ('planning', 'serving'),
 )
 _ROW = {room: row for row, rooms in enumerate(_ROWS) for room in rooms}
 _MOST_ENTRIES = 17

@@ -110,6 +110,8 @@ def test_the_wheel_puts_one_name_into_the_environment(environment):
     'hiar_jax'
   }
   assert (packages / 'hiar_jax' / 'py.typed').is_file()
+  page = packages / 'hiar_jax' / 'serving' / 'page'
+  assert (page / 'index.html').is_file() and (page / 'live.js').is_file()
   assert (packages / 'hiar_jax' / 'launch' / 'pod.sh').is_file()
 
 

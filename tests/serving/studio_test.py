@@ -1,0 +1,114 @@
+"""Streams of a pipeline as a server needs them, on a network of the tests."""
+
+import numpy as np
+import pytest
+
+from hiar_jax import noise_schedule, rollout
+from hiar_jax.codecs import linear
+from hiar_jax.sampling import video_pipeline
+from hiar_jax.serving import studio
+from tests import toy_network
+
+
+class Encoder:
+  """Some numbers for every text; counts what it encodes."""
+
+  def __init__(self):
+    self.encoded = []
+
+  def encode(self, prompts):
+    self.encoded += prompts
+    config = toy_network.CONFIG
+    return np.stack(
+      [
+        np.random.default_rng(ord(p[0])).normal(
+          size=(config.text_len, config.text_dim)
+        )
+        for p in prompts
+      ]
+    ).astype(np.float32)
+
+
+def make(order='step_first', **config):
+  codec = linear.fit_linear_codec(
+    [np.random.default_rng(0).integers(0, 255, (3, 4, 8, 3)).astype(np.uint8)],
+    channels=toy_network.CONFIG.channels,
+    spatial_stride=2,
+  )
+  return video_pipeline.VideoPipeline(
+    name='toy',
+    denoiser=toy_network.DENOISER,
+    params=toy_network.params(),
+    encoder=Encoder(),
+    codec=codec,
+    rollout=rollout.RolloutConfig(
+      levels=noise_schedule.warped_levels((1000, 500), 5.0),
+      frames_per_block=2,
+      window=4,
+      **config,
+    ),
+    schedule={'shift': 5.0, 'indices': (1000, 500)},
+    order=order,
+    fps=8.0,
+  )
+
+
+def test_blocks_are_those_of_a_stream_with_a_change_in_it():
+  pipeline = make()
+  one = studio.Studio(pipeline)
+  making = one.open('a', seed=3)
+  blocks = [making.first, making.next()]
+  at = making.send('b')
+  blocks += [making.next() for _ in range(3)]
+  making.close()
+  stream = pipeline.stream('a', seed=3)
+  stream.send('b', at=at)
+  for block in blocks:
+    np.testing.assert_array_equal(block, next(stream)[0])
+  # With two steps no block is under way, and none is made ahead.
+  assert at == 2
+
+
+def test_texts_are_encoded_once():
+  pipeline = make()
+  one = studio.Studio(pipeline)
+  one.encode('b')
+  making = one.open('a', seed=0)
+  making.send('b')
+  making.next()
+  one.open('a', seed=1).close()
+  making.close()
+  assert pipeline.encoder.encoded == ['b', 'a']
+
+
+def test_modes_are_those_that_the_weights_have():
+  assert studio.Studio(make()).mode == 'batched'
+  assert studio.Studio(make()).modes[:2] == ('batched', 'serial')
+  assert studio.Studio(make(context='shared')).modes == ('shared',)
+  assert studio.Studio(make('block_first')).mode == 'block_first'
+  with pytest.raises(ValueError, match="mode 'serial' is not one of"):
+    studio.Studio(make(context='shared'), mode='serial')
+
+
+def test_squares_of_the_grid_are_each_denoised_once_and_committed_once():
+  making = studio.Studio(make()).open('a', seed=0)
+  seen = {}
+  for block in range(4):
+    told = making.turns(block)
+    assert told['steps'] == 2
+    for blocks, verbs in zip(told['turns'], told['verbs'], strict=True):
+      for step, (b, verb) in enumerate(zip(blocks, verbs, strict=True)):
+        if b >= 0:
+          seen.setdefault((b, step), []).append(verb)
+  making.close()
+  for block in range(3):
+    for step in range(2):
+      assert seen[block, step][:2] == ['D', 'C'][: len(seen[block, step])]
+      assert block > 1 or len(seen[block, step]) == 2
+
+
+def test_a_loop_without_stages_has_one_turn_of_all_steps():
+  making = studio.Studio(make('block_first')).open('a', seed=0)
+  assert making.turns(2) == {'turns': [[2]], 'steps': 2, 'verbs': [['DC']]}
+  assert making.send('b', recache=True) == 1
+  making.close()
