@@ -62,6 +62,7 @@ COMMANDS = {
   'Measure': (
     Command('evaluate', 'evaluate', 'scores of videos, a row for each order'),
     Command('evaluate teacher', 'evaluate_teacher', "scores of the teacher's"),
+    Command('study', 'study', 'arms of training beside each other, a report'),
     Command(
       'evaluate videos', 'evaluate_videos', 'a report on folders of any videos'
     ),

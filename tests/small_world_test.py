@@ -10,7 +10,12 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # What they are made of.
 _OWN = (
   *('configs/bouncing', 'hiar_jax/data/bouncing', 'hiar_jax/evaluation/bou'),
-  *('configs/drifting', 'hiar_jax/data/drifting', 'hiar_jax/evaluation/drif'),
+  *(
+    'configs/study',
+    'configs/drifting',
+    'hiar_jax/data/drifting',
+    'hiar_jax/evaluation/drif',
+  ),
 )
 # The second one has a plain word for a name: as a module or a config alone.
 _WORLDS = re.compile(r'bouncing|(^|[./:])drifting(_\w+)?([./:]|$)', re.I)
@@ -94,4 +99,5 @@ def test_their_own_files_are_few():
     'configs/bouncing.py',
     'configs/bouncing_linear.py',
     'configs/drifting.py',
+    'configs/study.py',
   ]

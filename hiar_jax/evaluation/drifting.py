@@ -43,7 +43,7 @@ IDENTITY = (
   *('hue', 'gradient', 'texture', 'size', 'speed', 'sharpness', 'saturation'),
 )
 # The others' curves: what the drift is read beside.
-BESIDE = ('visible', 'shape_ok', 'motion')
+BESIDE = ('visible', 'shape_ok', 'overlap', 'motion')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +52,10 @@ class Identity:
 
   Attributes:
     numbers: each of IDENTITY over all but the first part; `visible` and
-      `shape_ok`, shares of the frames; `motion`, px per frame; `motion_ok`, 1
-      if it moves in the prompt's manner and at a speed of the world.
+      `shape_ok`, shares of the frames; `overlap` with the prompt's shape where
+      one is seen, intersection over union, 0 where none is; `motion`, px per
+      frame; `motion_ok`, 1 if it moves in the prompt's manner and at a speed
+      of the world; `semantic`, the mean of `shape_ok` and `motion_ok`.
     curves: each of IDENTITY and BESIDE, [K]; NaN where nothing is visible.
   """
 
@@ -121,6 +123,7 @@ def identity(
     'saturation': _ratio(_parts(chroma, parts), reference.chroma),
     'visible': _parts(frames.visible_F, parts),
     'shape_ok': _parts(right, parts),
+    'overlap': _parts(likeness[shape], parts),
     'motion': _parts(speed_F, parts, np.nanmedian),
   }
   numbers = {name: _mean(curves[name][1:]) for name in IDENTITY}
@@ -128,6 +131,7 @@ def identity(
   numbers |= {
     'visible': float(frames.visible_F.mean()),
     'shape_ok': float(right.mean()),
+    'overlap': float(likeness[shape].mean()),
     'motion': pace,
     'motion_ok': float(
       _manner(frames) == motion
@@ -136,6 +140,7 @@ def identity(
       < cfg.speed[1] * drifting_frames.TOLERANCE
     ),
   }
+  numbers['semantic'] = (numbers['shape_ok'] + numbers['motion_ok']) / 2
   return Identity(numbers, curves)
 
 
@@ -260,6 +265,11 @@ def open_scores(config: Mapping[str, Any]) -> 'HeldOutScores':
   return HeldOutScores(drifting.WorldConfig(**config['world']))
 
 
+def open_identities(config: Mapping[str, Any]) -> 'HeldOutScores':
+  """For `evaluation.measures`; errors as `open_scores`."""
+  return open_scores(config)
+
+
 def open_measures(config: Mapping[str, Any]) -> 'HeldOutScores':
   """For `evaluation.measures`; errors as `open_scores`."""
   return open_scores(config)
@@ -351,6 +361,7 @@ class HeldOutScores:
 _COLUMNS = {
   'visible': ('visible', '.2f'),
   'shape ok': ('shape_ok', '.2f'),
+  'overlap': ('overlap', '.2f'),
   'px/frame': ('motion', '.2f'),
   'motion ok': ('motion_ok', '.2f'),
   'hue deg': ('hue', '.1f'),

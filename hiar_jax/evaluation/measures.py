@@ -65,6 +65,43 @@ class Scores(Protocol):
     """Results of `score` by the name of what made the videos, as text."""
 
 
+class Identities(Protocol):
+  """What `open_identities` gives: who a video stays, scene by scene.
+
+  For the study, which compares arms of training on the same held-out scenes.
+  """
+
+  def prompts(self, count: int) -> tuple[str, ...]:
+    """Prompts of scenes 0 .. count - 1, which no training has seen."""
+
+  def true_videos(self, count: int, num_frames: int | None) -> np.ndarray:
+    """Their videos, uint8 [count, num_frames, H, W, 3]; None: the config's."""
+
+  def identity(
+    self, video_FHWC: np.ndarray, number: int, *, parts: int, given: int
+  ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """One video, uint8, of scene `number`: numbers, and curves over its parts.
+
+    Args:
+      video_FHWC: of the scene's prompt.
+      number: of the scene.
+      parts: equal ones, of a curve.
+      given: true frames that it began with, and is compared with the scene
+        gone on; 0: none, it is compared with its own start.
+    """
+
+
+def open_identities(config: ml_collections.ConfigDict) -> Identities:
+  """The identities that the module `config.measures` names knows.
+
+  Raises:
+    ValueError: if it has none, or they do not fit the config.
+  """
+  name = config.get('measures', _DEFAULT)
+  opens = seams.function('evaluation', name, 'open_identities', key='measures')
+  return opens(config)
+
+
 def open_scores(config: ml_collections.ConfigDict) -> Scores:
   """The scores of the module that `config.measures` names.
 

@@ -61,7 +61,7 @@ def page(
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width">'
-    f'<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>'
+    f'<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>'
     + '\n'.join(sections)
     + '</body></html>'
   )
@@ -109,7 +109,7 @@ def _summary(measured):
       tag = 'b' if strict else 'span'
       cells += f'<td><{tag}>{mean}</{tag}><small>{interval}</small></td>'
     body += f'<tr><th>{html.escape(label)}</th><td>{count}</td>{cells}</tr>'
-  return _table(('', 'videos', *_headings()), body) + note
+  return table(('', 'videos', *_headings()), body) + note
 
 
 def _charts(measured):
@@ -150,7 +150,7 @@ def _videos(measured, beside, embed):
         f'{row.contrast:.3f} · drift {row.drift:.3f}</small></td>'
       )
     rows += f'<tr><th>{html.escape(name)}</th>{cells}</tr>'
-  return _table(('', *(html.escape(f.name) for f in measured)), rows, 'videos')
+  return table(('', *(html.escape(f.name) for f in measured)), rows, 'videos')
 
 
 def _player(path, beside, embed):
@@ -183,7 +183,7 @@ def _each(measured):
     for folder in measured
     for video in folder.videos.values()
   )
-  return _table(('', 'folder', 'frames', *_headings()), rows)
+  return table(('', 'folder', 'frames', *_headings()), rows)
 
 
 def _headings():
@@ -193,7 +193,8 @@ def _headings():
   ]
 
 
-def _table(headings, body, kind=''):
+def table(headings: Sequence[str], body: str, kind: str = '') -> str:
+  """Rows of HTML under headings, which scroll where they are too wide."""
   head = ''.join(f'<th>{heading}</th>' for heading in headings)
   return (
     f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>'
@@ -220,7 +221,8 @@ def _meaning():
   )
 
 
-_STYLE = """
+# Of every page of this room.
+STYLE = """
 body { font: 15px/1.45 system-ui, 'DejaVu Sans', sans-serif; color: #222;
   max-width: 1320px; margin: 1.5em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.8em }

@@ -6,6 +6,7 @@ of the files: what differs from scene to scene cancels out.
 """
 
 import csv
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -81,11 +82,20 @@ def estimate(values: np.ndarray) -> Estimate:
   mean = values.mean(axis=0)
   if count == 1:
     return Estimate(mean, mean * np.nan, mean * np.nan)
-  draws = np.random.default_rng(_SEED).multinomial(
-    count, np.full(count, 1 / count), size=_SAMPLES
-  )
-  low, high = np.percentile(draws @ values / count, (2.5, 97.5), axis=0)
+  draws = _draws(count) @ values / count
+  low, high = np.percentile(draws, (2.5, 97.5), axis=0)
   return Estimate(mean, low, high)
+
+
+# A table asks for the same ones again and again.
+@functools.lru_cache(maxsize=4)
+def _draws(count: int) -> np.ndarray:
+  """How often each sample has each video: float64 [samples, V]."""
+  return (
+    np.random.default_rng(_SEED)
+    .multinomial(count, np.full(count, 1 / count), size=_SAMPLES)
+    .astype(np.float64)
+  )
 
 
 def columns(folder: folders.Folder) -> dict[str, Estimate]:

@@ -102,7 +102,7 @@ def sample(
     request: what to make.
     keys_B: from `seeds.keys`.
     states_BLD: text states.
-    initial: latents [1, F, h, w, C] that come first.
+    initial: latents [1 or B, F, h, w, C] that come first.
     report: is told, after each block, how many network passes it took.
 
   Returns:
@@ -151,7 +151,7 @@ def sample(
     finish(sweep, all_but=0)
     if sweep.anchors:
       anchored = past
-  given = [] if initial is None else [initial.repeat(len(keys_B), 0)]
+  given = [] if initial is None else [_for_each(initial, len(keys_B))]
   # Joined by NumPy: a device would compile a program for every length.
   return np.concatenate([*given, *map(np.asarray, x)], 1)
 
@@ -265,6 +265,12 @@ def _first_noise(keys_B, block, *, denoiser, config):
   return _noise(keys_B, denoiser, config)(0, block)
 
 
+def _for_each(initial, size):
+  """One sample's given latents for all, or each its own."""
+  shape = (size, *initial.shape[1:])
+  return initial if initial.shape == shape else initial.repeat(size, 0)
+
+
 @functools.partial(jax.jit, static_argnames=('denoiser', 'config'))
 def _begin(params, states_BLD, initial, *, denoiser, config):
   """The projected prompts, and the past with the given frames."""
@@ -272,7 +278,7 @@ def _begin(params, states_BLD, initial, *, denoiser, config):
   sampler = rollout.Sampler(denoiser, params, text, config)
   past = sampler.empty_past()
   if initial is not None:
-    initial = jnp.repeat(initial, len(states_BLD), 0)
+    initial = _for_each(initial, len(states_BLD))
     past = sampler.anchor(past, initial)
   return text, past
 
@@ -283,7 +289,7 @@ def _begin_shared(params, states_BLD, initial, *, denoiser, config):
   text = denoiser.project_text(params, states_BLD)
   sampler = rollout.Sampler(denoiser, params, text, config)
   if initial is not None:
-    initial = jnp.repeat(initial, len(states_BLD), 0)
+    initial = _for_each(initial, len(states_BLD))
   return text, rollout.stacked_pasts(sampler, initial)
 
 
