@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import runpy
 import sys
+import textwrap
 from typing import NamedTuple, NoReturn
 
 from hiar_jax.runtime import config_flag, interrupts
@@ -113,7 +114,8 @@ def help_page() -> str:
   """What `hiar-jax --help` shows."""
   parts = [_TITLE, _USAGE]
   parts += [_table(title, group) for title, group in COMMANDS.items()]
-  parts.append(_END.format(configs=', '.join(config_flag.packaged())))
+  names = textwrap.wrap(', '.join(config_flag.packaged()), 78)
+  parts.append(_END.format(configs='\n  '.join(names)))
   return '\n\n'.join(parts)
 
 
