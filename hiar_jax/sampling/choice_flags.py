@@ -32,6 +32,12 @@ class ChoiceFlags:
       'with --pipeline: what the weights were trained for; default: what their '
       'names tell',
     )
+    self._vae = flags.DEFINE_string(
+      'vae',
+      None,
+      'with --pipeline: another VAE, such as a tiny one (taew2_1.safetensors), '
+      "which is fast and close to it; a file, a folder or a hub's name",
+    )
     trained = "default: the weights'"
     self._steps = flags.DEFINE_list(
       'steps',
@@ -90,6 +96,7 @@ class ChoiceFlags:
       name,
       base=self._base.value,
       family=self._family.value,
+      vae=self._vae.value,
       **options,
       **self.made,
     )
@@ -100,7 +107,7 @@ class ChoiceFlags:
     Raises:
       ValueError: if a flag goes with --pipeline alone, or does not fit.
     """
-    for flag in (self._base, self._family):
+    for flag in (self._base, self._family, self._vae):
       if flag.value is not None:
         raise ValueError(f'--{flag.name} goes with --pipeline')
     return choices.apply(pipeline, **self.made)

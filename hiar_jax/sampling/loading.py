@@ -16,10 +16,11 @@ from typing import Any
 import jax
 
 from hiar_jax import rollout
-from hiar_jax.codecs import linear
+from hiar_jax.codecs import linear, tiny
 from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import umt5, vae
+from hiar_jax.models import umt5
+from hiar_jax.models import vae as models_vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
 from hiar_jax.sampling import choices, taught
@@ -34,6 +35,7 @@ from hiar_jax.weights import (
   layouts,
   lora_files,
   networks,
+  other_vae,
   parts,
   released_family,
   releases,
@@ -60,6 +62,7 @@ def load(
   *,
   base: Path | Sequence[Path] | None = None,
   family: str | None = None,
+  vae: Path | None = None,
   text_encoder: str | pathlib.Path = 'keep',
   text_cache: str | pathlib.Path | None = None,
   loras: Sequence[lora_files.Given] = (),
@@ -83,6 +86,8 @@ def load(
       the VAE and the text encoder of Wan2.1.
     family: what the weights were trained for, one of families.FAMILIES; None:
       what names and config.json tell, which is said in a line.
+    vae: instead of the VAE that comes with the weights: a file of the tiny one
+      (taew2_1.safetensors or .pth), another VAE, or a hub's name of either.
     text_encoder: see `from_config`.
     text_cache: likewise.
     loras: likewise.
@@ -99,19 +104,24 @@ def load(
   known = None if family is None else families.get(family)
   folder = None if base is not None else _own_folder(name_or_path)
   if folder is None:
-    needs = ['transformer', 'vae']
+    needs = ['transformer'] if vae is not None else ['transformer', 'vae']
     if text_encoder in text_umt5.CHOICES:
       needs += ['text_encoder', 'tokenizer']
-    folder, known = _converted(name_or_path, base, needs, known)
+    folder, known = _converted(name_or_path, base, needs, known, loras)
   config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
   if config.get(layouts.IS_BASE_MODEL) and (known is None or known.is_base):
     print(f'note: {_BASE_MODEL_NOTE.format(name_or_path)}', file=sys.stderr)
   if known is not None:
     config |= known.sections()
+  codec = folder / layouts.codec_file(config)
+  if vae is not None:
+    config.pop('vae', None)
+    codec, sizes = other_vae.find(vae)
+    config |= sizes
   pipeline = from_config(
     config,
     weights=folder / layouts.STUDENT_FILE,
-    codec=folder / layouts.codec_file(config),
+    codec=codec,
     text_encoder=text_encoder,
     text_cache=text_cache,
     loras=loras,
@@ -141,6 +151,7 @@ def _converted(
   base: Path | Sequence[Path] | None,
   needs: Sequence[str],
   family: families.Family | None,
+  loras: Sequence[lora_files.Given],
 ) -> tuple[pathlib.Path, families.Family]:
   """The converted folder of published weights, and what they are."""
   names = releases.split_names(name)
@@ -149,7 +160,9 @@ def _converted(
   known = []
 
   def look(release: releases.Release) -> None:
-    known.append(released_family.find(name, release, family))
+    known.append(
+      released_family.find(name, release, family, has_lora=bool(loras))
+    )
 
   folder = conversion_cache.cached(name, base=base, needs=needs, check=look)
   return folder, known[0]
@@ -194,7 +207,8 @@ def from_config(
       codec) and 'umt5' (sizes of the text encoder, instead of 'text'; it and
       its tokenizer lie beside the weights); others are ignored.
     weights: of `networks.save_weights`.
-    codec: of `linear.save_linear_codec`, or of the VAE.
+    codec: of `linear.save_linear_codec`, of the VAE or, without 'vae' in the
+      config, of a tiny one.
     text_encoder: 'keep', 'release' or a path, see `text_umt5.load_encoder`.
     text_cache: a folder for the states of prompts, see there.
     loras: LoRA files that are added to the weights, each as a path or as (path,
@@ -236,6 +250,12 @@ def from_config(
     lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=device), abstract
   )
   merge = functools.partial(lora_files.merge_stacked, added)
+  opened = _load_codec(codec, config)
+  if opened.channels != denoiser.config.channels:
+    raise ValueError(
+      f'{weights} makes latents of {denoiser.config.channels} channels, and '
+      f'{codec} takes {opened.channels}'
+    )
   return VideoPipeline(
     name=config['name'],
     denoiser=denoiser,
@@ -247,7 +267,7 @@ def from_config(
     encoder=taught.TaughtEncoder(
       encoder, config.get('prompts', {}).get('source')
     ),
-    codec=_load_codec(codec, config),
+    codec=opened,
     rollout=rollout_config,
     schedule=config['schedule'],
     identity=_identity(weights, codec, added),
@@ -274,7 +294,7 @@ def _check_parts(
   configs: dict[str, Any] = {'transformer': denoiser.config}
   names = {'transformer': weights}
   if 'vae' in config:
-    configs['vae'], names['vae'] = vae.VAEConfig(**config['vae']), codec
+    configs['vae'], names['vae'] = models_vae.VAEConfig(**config['vae']), codec
   if 'umt5' in config:
     configs['text_encoder'] = umt5.UMT5Config(**config['umt5'])
     folder = pathlib.Path(weights).parent
@@ -319,9 +339,13 @@ def export(
 
 def _load_codec(path: str | pathlib.Path, config: Mapping[str, Any]) -> Any:
   if 'vae' in config:
-    return codecs_vae.load_vae_codec(path, vae.VAEConfig(**config['vae']))
+    return codecs_vae.load_vae_codec(
+      path, models_vae.VAEConfig(**config['vae'])
+    )
   if not pathlib.Path(path).exists():
     raise FileNotFoundError(f'no codec at {path}')
+  if pathlib.Path(path).suffix != '.npz':
+    return tiny.load_tiny_codec(path)
   # Asked first: np.load leaves a file open that turns out not to be an archive.
   if not zipfile.is_zipfile(path):
     raise ValueError(f'codec {path} is damaged')

@@ -9,7 +9,11 @@ from hiar_jax.weights.releases import Path, Release, split_names
 
 
 def find(
-  name: Path | Sequence[Path], release: Release, given: Family | None = None
+  name: Path | Sequence[Path],
+  release: Release,
+  given: Family | None = None,
+  *,
+  has_lora: bool = False,
 ) -> Family:
   """The family of a release's transformer; prints what is taken, and why.
 
@@ -17,6 +21,7 @@ def find(
     name: as the release was asked for.
     release: what was found under it.
     given: as a person says; what the names tell is not asked then.
+    has_lora: whether a LoRA is added to the weights.
 
   Raises:
     ValueError: if nothing tells, or a name tells that it is none of these.
@@ -37,10 +42,10 @@ def find(
     given, told = found
     reason = f'by the name {told!r}'
   print(f'note: {name}: {given}; {reason}', file=sys.stderr)
-  if given.lora:
+  if given.lora and not has_lora:
     print(
-      f'note: {given.title} is its base with {given.lora} merged into it; '
-      'without that it makes worse videos',
+      f'note: {given.title} is its base with its {given.lora} (loras=, --lora) '
+      'merged into it; without that it makes worse videos',
       file=sys.stderr,
     )
   return given

@@ -122,7 +122,7 @@ def test_a_student_is_run_as_its_name_tells_and_a_line_says_so(load, capsys):
 def test_each_family_has_its_own_window_sink_and_steps(load, capsys):
   long = load('longlive_base').rollout
   assert (long.window, long.sink) == (12, 3)
-  assert 'lora.pt merged into it' in capsys.readouterr().err
+  assert 'with its lora.pt (loras=, --lora)' in capsys.readouterr().err
   few = load('framewise-2step').rollout
   assert (few.frames_per_block, few.num_steps) == (1, 2)
   assert few.of_block(0).num_steps == 4 and few.of_block(1).num_steps == 2
