@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hiar_jax.training import losses
+from hiar_jax.training import exit_pass, losses
 from hiar_jax.training import rollout as training_rollout
 
 CUT_STARTS = ('reencoded', 'as_made')
@@ -16,8 +16,10 @@ class DistillConfig:
   Attributes:
     order: of the training rollout, 'step_first' (HiAR) or 'block_first'
       (Self-Forcing).
-    past_gradient: see `training_rollout`; the forward KL's mode 'cached' keeps
-      to it as well.
+    past_gradient: see `exit_pass`; the forward KL's mode 'cached' keeps to it
+      as well.
+    exit_pass: 'parallel' (all blocks' D passes as one) or 'blocks' (one after
+      the other, for less memory; with a 'detached' past alone).
     block_first_context: see `training_rollout`; of no meaning to 'step_first'.
     loss_blocks: the losses see the last blocks of a rollout, and if it is
       longer their first block carries none.
@@ -45,6 +47,7 @@ class DistillConfig:
 
   order: str = 'step_first'
   past_gradient: str = 'detached'
+  exit_pass: str = 'parallel'
   block_first_context: str = 'clean'
   loss_blocks: int = 7
   cut_start: str = 'reencoded'
@@ -65,8 +68,9 @@ class DistillConfig:
   def __post_init__(self):
     for name, allowed in (
       ('order', training_rollout.TRAINING_ORDERS),
-      ('past_gradient', training_rollout.PAST_GRADIENTS),
+      ('past_gradient', exit_pass.PAST_GRADIENTS),
       ('block_first_context', training_rollout.BLOCK_FIRST_CONTEXTS),
+      ('exit_pass', exit_pass.WAYS),
       ('cut_start', CUT_STARTS),
       ('forward_kl_target', losses.FORWARD_KL_TARGETS),
       ('forward_kl_attention', FORWARD_KL_ATTENTION),
@@ -75,6 +79,11 @@ class DistillConfig:
         raise ValueError(
           f'{name}={getattr(self, name)!r} is not one of {allowed}'
         )
+    if self.exit_pass == 'blocks' and self.past_gradient != 'detached':
+      raise ValueError(
+        f"exit_pass='blocks' goes with past_gradient='detached', not with "
+        f'{self.past_gradient!r}: a block has no gradient of later ones then'
+      )
     for name in (
       'loss_blocks',
       'forward_kl_steps',

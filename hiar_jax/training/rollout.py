@@ -3,8 +3,8 @@
 `record_rollout` runs every block up to the exit step, without gradient, and
 records of the last blocks the input of their D pass there, its x0, and the K/V
 that they see. Given those, the exit step's D passes no longer depend on each
-other: `exit_pass` makes them as one parallel forward over all these blocks, and
-only that one carries gradient. Its values are those of the record.
+other: `exit_pass` has them, and only they carry gradient. Their values are
+those of the record.
 
 A rollout may be longer than what is recorded, by a number of blocks that is not
 known when it is compiled: one program serves all lengths.
@@ -20,140 +20,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.models import attention, kv_cache
-from hiar_jax.models.kv_cache import KV, KVCache
-from hiar_jax.rollout import Noise, RolloutConfig, Sampler
+from hiar_jax.models import kv_cache
+from hiar_jax.models.kv_cache import KVCache
+from hiar_jax.rollout import Noise, Sampler
+from hiar_jax.training import exit_pass
+from hiar_jax.training.record import Record, Seen
 
-PAST_GRADIENTS = ('detached', 'straight_through')
 TRAINING_ORDERS = ('step_first', 'block_first')
 BLOCK_FIRST_CONTEXTS = ('clean', 'matched')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Seen:
-  """How the keys of an exit pass lie, and which of its blocks sees which.
-
-  They are the ring itself, in the order of frames, as long as nothing in it
-  had to be overwritten. Else they are the context of the R - 1 blocks that a
-  later one sees, then what the ring held when the first of the R came: its
-  sink, and the others newest first, so that each block sees a prefix of them.
-
-  Attributes:
-    config: of the rollout.
-    blocks: R.
-    before: frames before these blocks; None: not known, at least one block.
-  """
-
-  config: RolloutConfig
-  blocks: int
-  before: int | None
-
-  def __post_init__(self):
-    if self.before is None and self.config.sink > self.config.frames_per_block:
-      raise ValueError(
-        f'sink={self.config.sink} is more than a block of '
-        f'{self.config.frames_per_block} frames: rollouts of several lengths '
-        'in one program need it to be full after their first block'
-      )
-
-  @property
-  def kept(self) -> int:
-    """Frames of the blocks themselves that a later one sees."""
-    return (self.blocks - 1) * self.config.frames_per_block
-
-  @property
-  def in_ring(self) -> bool:
-    if self.before is None:
-      return False
-    return self.before + self.kept <= self.config.past_frames
-
-  @property
-  def same_frames(self) -> tuple[int, int]:
-    """Where the context of the blocks themselves lies."""
-    start = (self.before or 0) if self.in_ring else 0
-    return start, start + self.kept
-
-  def mask(self) -> np.ndarray:
-    """bool [R f, R f + frames of the keys]: who sees whom."""
-    config, size = self.config, self.config.frames_per_block
-    own, before = self.blocks * size, self.before
-    if before is None:  # As if the ring were full.
-      before = -(-(config.past_frames + config.sink) // size + 1) * size
-    mask = attention.own_then_past_mask(
-      before + own,
-      size,
-      window=config.window,
-      sink=config.sink,
-      first=before % size,
-      rows=own,
-    )
-    if self.in_ring:
-      return mask[:, : own + before + self.kept]
-    sink = min(config.sink, before)
-    others = min(config.past_frames, before) - sink
-    order = [
-      *range(before, before + self.kept),
-      *range(sink),
-      *range(before - 1, before - 1 - others, -1),
-    ]
-    return np.concatenate([mask[:, :own], mask[:, own:][:, order]], 1)
-
-  def keys(self, ring: KVCache, own: KVCache, older: KVCache) -> KV:
-    """The keys.
-
-    Args:
-      ring: after these blocks.
-      own: their context, one after the other.
-      older: the ring when the first of them came.
-    """
-    if self.in_ring:
-      return KV(ring.k, ring.v)
-    others = older.slots - older.sink
-    newest = older.frames - 1 - jnp.arange(others) - older.sink
-    slots = jnp.concatenate(
-      [jnp.arange(older.sink), older.sink + newest % max(others, 1)]
-    )
-
-    def join(own, ring):
-      by_frame = (*ring.shape[:2], -1, older.tokens_per_frame, *ring.shape[3:])
-      ordered = jnp.take(ring.reshape(by_frame), slots, axis=2)
-      return jnp.concatenate([own, ordered.reshape(ring.shape)], 2)
-
-    return KV(join(own.k, older.k), join(own.v, older.v))
-
-
-@flax.struct.dataclass
-class Record:
-  """What the gradient-free pass leaves of a rollout's last R blocks.
-
-  Attributes:
-    inputs: of the exit step's D passes, [R, B, f, h, w, C].
-    levels: of those inputs, [R].
-    x0: estimates of those passes, [R, B, f, h, w, C].
-    x0_before: of the blocks before them, [b, B, f, h, w, C]; if their number
-      was not known, unused ones come after them.
-    num_before: how many of those there are.
-    keys: K/V that the blocks see.
-    num_keys: of those, frames that are there; None: all.
-    position: of the first frame of the R blocks.
-    seen: how the keys lie.
-  """
-
-  inputs: jax.Array
-  levels: jax.Array
-  x0: jax.Array
-  x0_before: jax.Array
-  num_before: jax.Array
-  keys: KV
-  num_keys: jax.Array | None
-  position: jax.Array
-  seen: _Seen = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +71,7 @@ def training_rollout(
     num_blocks: blocks to make.
     exit_step: see `record_rollout`.
     order: see there.
-    past_gradient: see `exit_pass`.
+    past_gradient: see `exit_pass.parallel`.
     grad_blocks: only these last blocks carry gradient; None = all.
     initial: clean latents that come first.
     block_first_context: see `record_rollout`.
@@ -217,7 +95,7 @@ def training_rollout(
     initial=initial,
     before=num_blocks - grad_blocks,
   )
-  x0 = exit_pass(sampler, record, past_gradient=past_gradient)
+  x0 = exit_pass.parallel(sampler, record, past_gradient=past_gradient)
   return jnp.concatenate([rollout.join_blocks(record.x0_before), x0], 1)
 
 
@@ -282,7 +160,7 @@ def _record(sampler, loop, num_blocks, given, before, most, *, known):
   """Runs a loop: `before` blocks of at most `most`, then those recorded."""
   size = sampler.config.frames_per_block
   frames_before = given + size * before
-  seen = _Seen(sampler.config, num_blocks, frames_before if known else None)
+  seen = Seen(sampler.config, num_blocks, frames_before if known else None)
   model = sampler.denoiser.config
   shape = (most, sampler.batch, *sampler.config.block_shape(model))
 
@@ -325,53 +203,6 @@ def _record(sampler, loop, num_blocks, given, before, most, *, known):
   return jax.lax.stop_gradient(record)
 
 
-def exit_pass(
-  sampler: Sampler, record: Record, *, past_gradient: str
-) -> jax.Array:
-  """The exit step's D passes of the recorded blocks, as one forward.
-
-  Args:
-    sampler: of the rollout; the gradient flows to its parameters and text.
-    record: of `record_rollout`.
-    past_gradient: 'detached': the past carries no gradient (the papers).
-      'straight_through': the past has the committed values and the gradient of
-      the exit step's own K/V (what the public code does, spec 9).
-
-  Returns:
-    x0, [B, R * f, h, w, C].
-
-  Raises:
-    ValueError: for an unknown past_gradient.
-  """
-  flow = _exit_flow(sampler, record, past_gradient)
-  levels = _per_frame(record.levels, sampler)
-  x = rollout.join_blocks(record.inputs)
-  return noise_schedule.flow_to_x0(x, flow, levels)
-
-
-def _exit_flow(sampler, record, past_gradient):
-  if past_gradient not in PAST_GRADIENTS:
-    raise ValueError(
-      f'past_gradient {past_gradient!r} is not one of {PAST_GRADIENTS}'
-    )
-  x = rollout.join_blocks(record.inputs)
-  seen, same = record.seen, None
-  if past_gradient == 'straight_through':
-    same = seen.same_frames
-  flow, _ = sampler.denoiser.flow(
-    sampler.params,
-    x,
-    _per_frame(record.levels, sampler),
-    sampler.text,
-    positions_F=record.position + jnp.arange(x.shape[1], dtype=jnp.int32),
-    past=record.keys,
-    past_frames=record.num_keys,
-    frame_mask=seen.mask(),
-    same_frames=same,
-  )
-  return flow
-
-
 def cached_flow(
   sampler: Sampler, x_BFhwC: jax.Array, step: int, *, past_gradient: str
 ) -> jax.Array:
@@ -384,7 +215,7 @@ def cached_flow(
     sampler: as above.
     x_BFhwC: all frames at level t_step; a multiple of a block.
     step: static.
-    past_gradient: as in `exit_pass`.
+    past_gradient: as in `exit_pass.parallel`.
   """
   frozen = _without_gradient(sampler)
   size = sampler.config.frames_per_block
@@ -402,7 +233,7 @@ def cached_flow(
 
   loop = _Loop(frozen.empty_past(), block)
   record = _record(frozen, loop, num_blocks, 0, 0, 0, known=True)
-  return _exit_flow(sampler, record, past_gradient)
+  return exit_pass.flow(sampler, record, past_gradient)
 
 
 def _without_gradient(sampler: Sampler) -> Sampler:
@@ -490,8 +321,3 @@ def _shared(sampler, noise, exit_step, past, total):
     return pasts, (x, sampler.levels[exit_step], x0, kv)
 
   return _Loop(pasts, block, of_exit)
-
-
-def _per_frame(levels_b, sampler):
-  """Levels of blocks to levels of frames, [1, F]."""
-  return jnp.repeat(levels_b, sampler.config.frames_per_block)[None]

@@ -24,7 +24,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import attention, lora
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
-from hiar_jax.training import losses, microbatches, recoding
+from hiar_jax.training import exit_pass, losses, microbatches, recoding
 from hiar_jax.training import rollout as training_rollout
 from hiar_jax.training import state as training_state
 from hiar_jax.training.distill_config import DistillConfig
@@ -130,9 +130,12 @@ class Distillation:
       # Scores first: critic and teacher judge the record, which is what the
       # exit pass gives, before that pass's residuals take room.
       record, direction = jax.lax.optimization_barrier((record, direction))
-      x0 = training_rollout.exit_pass(
-        sampler, record, past_gradient=self.config.past_gradient
-      )
+      if self.config.exit_pass == 'blocks':
+        x0 = exit_pass.one_by_one(sampler, record)
+      else:
+        x0 = exit_pass.parallel(
+          sampler, record, past_gradient=self.config.past_gradient
+        )
       mask = None
       if before is not None:
         # The first frames of a cut have no past to be judged with.

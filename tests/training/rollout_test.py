@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from hiar_jax import noise_schedule, rollout
+from hiar_jax.training import exit_pass
 from hiar_jax.training.rollout import (
   cached_flow,
-  exit_pass,
   record_rollout,
   training_rollout,
 )
@@ -310,7 +310,7 @@ def test_one_program_makes_rollouts_of_several_lengths(order):
         *(sampler, NOISE, grad_blocks, 1),
         **(arguments | dict(before=before, most_before=3)),
       )
-      x0 = exit_pass(sampler, record, past_gradient='straight_through')
+      x0 = exit_pass.parallel(sampler, record, past_gradient='straight_through')
       return jnp.sum(jnp.sin(x0)), (x0, record.x0_before)
 
     return jax.grad(loss, has_aux=True)(params)
