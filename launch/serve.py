@@ -16,6 +16,7 @@ Needs the extra `live`: pip install 'hiar_jax[live]'.
 
 import asyncio
 import os
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -102,25 +103,28 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(
       f'--host={_HOST.value} lets others in: give a --token that they must show'
     )
-  limits = protocol.Limits(
-    sessions=_SESSIONS.value,
-    waiting=_WAITING.value,
-    sockets=_SOCKETS.value,
-    upload_bytes=_UPLOAD_MB.value * 2**20,
-    drain_s=_DRAIN_S.value,
-  )
   # Before the weights are read: whether the port is free is known at once.
   listening = server.bind(_HOST.value, _PORT.value)
   name = _PIPELINE.value or loading.known_names()[0]
   pipeline = _CHOICES.load(
     name, text_encoder=_TEXT_ENCODER.value, text_cache=_TEXT_CACHE.value
   )
-  rules = gate.Rules(_HOST.value, token, tuple(_ORIGIN.value))
-  made_by = studio.Studio(
-    pipeline,
-    mode=_MODE.value,
-    mesh=_mesh(),
+  made_by = studio.Studio(pipeline, mode=_MODE.value, mesh=_mesh())
+  sessions = min(_SESSIONS.value, made_by.max_sessions)
+  if sessions < _SESSIONS.value:
+    print(
+      f'note: the device has room for {sessions} videos at a time, not for '
+      f'--sessions={_SESSIONS.value}',
+      file=sys.stderr,
+    )
+  limits = protocol.Limits(
+    sessions=sessions,
+    waiting=_WAITING.value,
+    sockets=_SOCKETS.value,
+    upload_bytes=_UPLOAD_MB.value * 2**20,
+    drain_s=_DRAIN_S.value,
   )
+  rules = gate.Rules(_HOST.value, token, tuple(_ORIGIN.value))
   prompts = tuple(_PROMPT.value) or made_by.examples() or (_FALLBACK,)
   streaming.check_prompts(prompts)
 

@@ -15,6 +15,8 @@ from hiar_jax.sampling import modes, streaming
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 
 _KEPT_TEXTS = 256
+# Of a device's memory; the decoder has its own, and XLA.
+_USABLE = 0.8
 
 
 class Studio:
@@ -25,6 +27,7 @@ class Studio:
     mode: of streams that ask for none.
     reason: of the mode, for people.
     modes: that may be asked for.
+    max_sessions: videos at a time that the device has room for.
   """
 
   def __init__(
@@ -56,10 +59,13 @@ class Studio:
       )
     self.mode = mode
     self.modes = tuple(filter(self._fits, streaming.MODES))
-    if mode not in self.modes:
-      raise ValueError(
-        f'mode {mode!r} is not one of {self.modes}, those of this pipeline'
-      )
+    engine = self._engine(mode)
+    self.max_sessions = _room(engine, pipeline.params)
+    # Once: every stream would lay the weights out for itself.
+    params = engine.denoiser.unstack_layers(pipeline.params)
+    self.pipeline = dataclasses.replace(
+      self.pipeline, params=engine.place(params)
+    )
 
   def notes(self, prompt: str) -> list[str]:
     """What a prompt asks for in vain, a sentence each."""
@@ -73,14 +79,17 @@ class Studio:
 
   def _fits(self, mode: str) -> bool:
     """Whether streams of the pipeline may run in a mode."""
-    config = self.pipeline.rollout
-    if mode == 'shared':
-      config = dataclasses.replace(config, context='shared')
     try:
-      streaming.Engine(self.pipeline.denoiser, config, mode, self._mesh)
+      self._engine(mode)
     except ValueError:
       return False
     return True
+
+  def _engine(self, mode: str) -> streaming.Engine:
+    config = self.pipeline.rollout
+    if mode == 'shared':
+      config = dataclasses.replace(config, context='shared')
+    return streaming.Engine(self.pipeline.denoiser, config, mode, self._mesh)
 
   def encode(self, prompt: str) -> None:
     """Encodes a prompt, so that later it need not be waited for."""
@@ -107,6 +116,16 @@ class Studio:
       mesh=self._mesh,
     )
     return Making(stream)
+
+
+def _room(engine: streaming.Engine, params: dict) -> int:
+  """Videos whose caches fit beside the weights, one of them being made."""
+  need = modes.estimate_memory(engine, params, 1)
+  device = jax.local_devices()[0]
+  if engine.mesh is not None:
+    device = engine.mesh.local_devices[0]
+  room = _USABLE * modes.device_memory(device) - need.weights - need.temporaries
+  return max(1, int(room // need.caches))
 
 
 class Making:

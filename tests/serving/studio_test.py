@@ -5,7 +5,7 @@ import pytest
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import linear
-from hiar_jax.sampling import video_pipeline
+from hiar_jax.sampling import modes, video_pipeline
 from hiar_jax.serving import studio
 from tests import toy_network
 
@@ -86,7 +86,7 @@ def test_modes_are_those_that_the_weights_have():
   assert studio.Studio(make()).modes[:2] == ('batched', 'serial')
   assert studio.Studio(make(context='shared')).modes == ('shared',)
   assert studio.Studio(make('block_first')).mode == 'block_first'
-  with pytest.raises(ValueError, match="mode 'serial' is not one of"):
+  with pytest.raises(ValueError, match="'serial' does not go with context"):
     studio.Studio(make(context='shared'), mode='serial')
 
 
@@ -112,3 +112,12 @@ def test_a_loop_without_stages_has_one_turn_of_all_steps():
   assert making.turns(2) == {'turns': [[2]], 'steps': 2, 'verbs': [['DC']]}
   assert making.send('b', recache=True) == 1
   making.close()
+
+
+def test_as_many_videos_as_the_device_has_room_for(monkeypatch):
+  one = studio.Studio(make())
+  assert one.max_sessions > 1000
+  need = modes.estimate_memory(one._engine('batched'), one.pipeline.params, 1)
+  room = need.weights + need.temporaries + 3.5 * need.caches
+  monkeypatch.setattr(modes, 'device_memory', lambda device: room / 0.8)
+  assert studio.Studio(make()).max_sessions == 3
