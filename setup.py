@@ -22,6 +22,7 @@ _CONVERT = [
 ]
 # The live page, and the notebook's preview.
 _LIVE = [
+  'ipython>=8.0',
   'ipywidgets>=8.1',
   'starlette>=0.46',
   'uvicorn>=0.35',

@@ -28,6 +28,7 @@ _MOST_ENTRIES = 17
 
 # Distribution names where they are not the import's.
 _DISTRIBUTION = {
+  'IPython': 'ipython',
   'PIL': 'pillow',
   'absl': 'absl-py',
   'array_record': 'array-record',

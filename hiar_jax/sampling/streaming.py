@@ -14,6 +14,7 @@ asks for the same blocks, sends the same prompts, and gets all frames.
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -129,6 +130,8 @@ class Engine:
     everywhere = NamedSharding(self.mesh, PartitionSpec())
 
     def one(a):
+      if getattr(a, 'sharding', None) == everywhere:
+        return a
       if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         return jax.device_put(np.asarray(a), everywhere)
       data = jax.device_put(np.asarray(jax.random.key_data(a)), everywhere)
@@ -155,6 +158,10 @@ class Stream:
     reason: of the engine's mode, for people.
     ahead: blocks that are begun before they are asked for. 1: a block's copy
       to the host hides behind the next one. 0: a prompt shows a block sooner.
+    prompts: that are sent, the last ones.
+    fps: frames a second, or None.
+
+  One thread may ask for blocks while another sends prompts.
   """
 
   def __init__(
@@ -169,6 +176,7 @@ class Stream:
     initial: np.ndarray | None = None,
     origin: int = 0,
     reason: str = 'as asked for',
+    fps: float | None = None,
   ):
     """Prepares a stream; the first `next` compiles.
 
@@ -182,8 +190,10 @@ class Stream:
       initial: latents [B, F, h, w, C] that the video goes on from.
       origin: position of the first frame, for tests of shift invariance.
       reason: of the engine's mode, for people.
+      fps: frames a second, for `show`.
     """
-    self.reason = reason
+    self.reason, self.fps, self.prompts = reason, fps, list(prompts)
+    self._lock = threading.Lock()
     self.ahead = 1
     self._closed = False
     self._engine, self._codec = engine, codec
@@ -231,20 +241,30 @@ class Stream:
 
   def close(self) -> None:
     """Ends the stream: its caches are freed, and no block comes any more."""
-    self._closed = True
-    self._ready.clear()
-    self._coming.clear()
-    self._state = self._decoder = self._bank = self._params = None
+    with self._lock:
+      self._closed = True
+      self._ready.clear()
+      self._coming.clear()
+      self._state = self._decoder = self._bank = self._params = None
 
   def __iter__(self) -> Iterator[np.ndarray]:
     return self
 
   def __next__(self) -> np.ndarray:
-    if self._closed:
-      raise StopIteration
-    while len(self._ready) < 1 + self.ahead:
-      self._ready.append(self._start_block())
-    return np.asarray(self._ready.pop(0))
+    with self._lock:
+      if self._closed:
+        raise StopIteration
+      while len(self._ready) < 1 + self.ahead:
+        self._ready.append(self._start_block())
+      block = self._ready.pop(0)
+    # A prompt is not held up by the work that is under way.
+    return np.asarray(block)
+
+  def show(self, **options: Any) -> Any:
+    """Plays the stream in a notebook's cell; see `preview.Preview`."""
+    from hiar_jax.sampling import preview  # Pictures and threads: not all want.
+
+    return preview.Preview(self, **options)
 
   def send(
     self,
@@ -286,12 +306,15 @@ class Stream:
     if len(prompts) != batch:
       raise ValueError(f'{len(prompts)} prompts for {batch} samples')
     check_prompts(prompts)
-    at = self._begun if at is None else at
-    if at < self._begun:
-      raise ValueError(
-        f'block {at} has been started; the next to start is {self._begun}'
-      )
-    self._coming[at] = self._encode_text(prompts), recache
+    states = self._encode_text(prompts)
+    with self._lock:
+      at = self._begun if at is None else at
+      if at < self._begun:
+        raise ValueError(
+          f'block {at} has been started; the next to start is {self._begun}'
+        )
+      self._coming[at] = states, recache
+      self.prompts = prompts
     return at
 
   def _change_prompt(

@@ -250,6 +250,7 @@ class VideoPipeline:
       prompts,
       keys,
       initial=initial,
+      fps=self.fps,
       **reason,
     )
 

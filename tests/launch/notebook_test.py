@@ -13,9 +13,7 @@ _PATH = pathlib.Path(__file__).parents[2] / 'launch' / 'quickstart.ipynb'
 # The same cells on fewer blocks.
 _SHORTER = (
   (r'num_blocks=28', 'num_blocks=4'),
-  (r'range\(1, 24\)', 'range(1, 6)'),
-  (r'^  8: ', '  2: '),
-  (r'^  16: ', '  4: '),
+  (r'wait\(6\)', 'wait(1.5)'),
 )
 
 
@@ -60,6 +58,13 @@ def test_videos_play_and_pictures_show(executed):
   assert all('<video' in html and 'data:video/mp4' in html for html in videos)
   # Two contact sheets and the live preview.
   assert len(_outputs(executed, 'image/png')) == 3
+
+
+def test_the_preview_is_a_picture_with_a_box_and_buttons(executed):
+  widgets = executed.metadata['widgets']
+  (state,) = [kind['state'] for kind in widgets.values()]
+  models = [model['model_name'] for model in state.values()]
+  assert {'ImageModel', 'TextModel', 'ButtonModel'} <= set(models)
 
 
 def test_the_live_stream_takes_new_prompts(executed):
