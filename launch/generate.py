@@ -43,6 +43,7 @@ import numpy as np
 from absl import flags
 
 from hiar_jax.data import given_frames
+from hiar_jax.data import prompts as data_prompts
 from hiar_jax.runtime import (
   compile_clock,
   config_flag,
@@ -73,7 +74,10 @@ _PIPELINE = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'what the video shows')
 _PROMPTS_FILE = flags.DEFINE_string(
-  'prompts_file', None, 'instead of --prompt: a text file, one prompt a line'
+  'prompts_file',
+  None,
+  'instead of --prompt: a text file, one prompt a line, or a .jsonl file of '
+  'objects with `prompt`',
 )
 _OUT = flags.DEFINE_string('out', 'video.mp4', 'the file to write')
 _NUM_BLOCKS = flags.DEFINE_integer(
@@ -421,16 +425,7 @@ def _prompts() -> list[str]:
   if _PROMPT.value is not None:
     prompts = [_PROMPT.value]
   else:
-    path = pathlib.Path(_PROMPTS_FILE.value)
-    if not path.is_file():
-      raise FileNotFoundError(f'no prompts file {path}')
-    try:
-      lines = path.read_text(encoding='utf-8').splitlines()
-    except UnicodeDecodeError as error:
-      raise ValueError(f'prompts file {path} is not UTF-8 text') from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-      raise ValueError(f'prompts file {path} has no prompt in it')
+    prompts = list(data_prompts.FilePrompts(_PROMPTS_FILE.value))
   streaming.check_prompts(prompts)
   return prompts
 

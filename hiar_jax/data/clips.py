@@ -50,10 +50,7 @@ def read(
     raise FileNotFoundError(f'no video at {path}')
   try:
     with av.open(address(path)) as container:
-      if not container.streams.video:
-        raise ValueError(f'{path} has no video in it')
-      stream = container.streams.video[0]
-      stream.thread_type = 'AUTO'
+      stream = video_stream(container, path)
       aspect = float(stream.sample_aspect_ratio or 1)
       chosen: list[np.ndarray] = []
       seconds = 0.0
@@ -77,6 +74,24 @@ def read(
 def address(path: pathlib.Path) -> str:
   """The file for FFmpeg, which would take '10:30.mp4' for a protocol."""
   return f'file:{path}'
+
+
+def video_stream(container: Any, path: pathlib.Path) -> Any:
+  """The stream of a file that people see, which is not its cover picture.
+
+  Raises:
+    ValueError: if it has none.
+  """
+  import av
+
+  cover = av.stream.Disposition.attached_pic
+  streams = [s for s in container.streams.video if not s.disposition & cover]
+  if not streams:
+    raise ValueError(f'{path} has no video in it')
+  best = container.streams.best('video')
+  stream = best if best in streams else streams[0]
+  stream.thread_type = 'AUTO'
+  return stream
 
 
 def _nearest(

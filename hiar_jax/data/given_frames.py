@@ -7,6 +7,7 @@ import collections
 import itertools
 import os
 import pathlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ _Timed = tuple[float, float, Any]
 _MARGIN = 1.0
 # Rates that differ by less are one.
 _SAME_RATE = 0.005
+_ANIMATED = ('GIF', 'WEBP', 'PNG', 'AVIF')
+_HEIC = (b'ftypheic', b'ftypheix', b'ftyphevc', b'ftypmif1', b'ftypmsf1')
 # As browsers show what is left transparent.
 _BACKGROUND = 'white'
 
@@ -62,16 +65,40 @@ def read(
     raise FileNotFoundError(f'no image or video at {path}')
   fit = _Fit(path, height, width)
   try:
-    with Image.open(path) as image:
-      frames, rate = _of_picture(image, fit, fps, last)
+    with warnings.catch_warnings():
+      # Of a hundred million pixels; of twice as many it is an error.
+      warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+      with Image.open(path) as image:
+        _check_pixels(image, path)
+        frames, rate = _of_picture(image, fit, fps, last)
   except UnidentifiedImageError:
+    _check_no_heic(path)
     frames, rate = _of_video(path, fit, fps, last)
-  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+  except Image.DecompressionBombError as error:
+    raise ValueError(f'{path} is too large: {error}') from error
+  except (OSError, SyntaxError) as error:
     raise ValueError(f'{path} is damaged: {error}') from error
   notes = list(fit.notes)
   if rate and abs(rate / fps - 1) > _SAME_RATE:
     notes.append(f'{path}: {rate:.4g} frames a second, read at {fps:g}')
   return np.stack(frames), notes
+
+
+def _check_pixels(image: Image.Image, path: pathlib.Path) -> None:
+  if image.mode == 'F':
+    raise ValueError(
+      f'{path} has pixels of floating point, whose white is not known; save it '
+      'with 8 or 16 bits'
+    )
+
+
+def _check_no_heic(path: pathlib.Path) -> None:
+  """Says what phones save; FFmpeg would read it as a video that is damaged."""
+  with path.open('rb') as file:
+    if file.read(12)[4:] in _HEIC:
+      raise ValueError(
+        f'{path} is a HEIC picture, whatever its name; save it as JPEG or PNG'
+      )
 
 
 class _Fit:
@@ -100,7 +127,7 @@ def _of_picture(
 ) -> tuple[list[np.ndarray], float | None]:
   """Frames of a picture; of an animated one at the rate."""
   count = getattr(image, 'n_frames', 1)
-  if count == 1 or image.format not in ('GIF', 'WEBP', 'PNG'):
+  if count == 1 or image.format not in _ANIMATED:
     return [fit(_pixels(image))], None
   durations = []
   for index in range(count):
@@ -135,23 +162,25 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _of_video(
-  path: pathlib.Path, fit: _Fit, fps: float, last: int | None
+  path: pathlib.Path,
+  fit: _Fit,
+  fps: float,
+  last: int | None,
+  seeks: bool = True,
 ) -> tuple[list[np.ndarray], float | None]:
   """Frames of a video at the rate, and the rate of the file."""
   import av
 
   try:
     with av.open(clips.address(path)) as container:
-      if not container.streams.video:
-        raise ValueError(f'{path} has no video in it')
-      stream = container.streams.video[0]
-      stream.thread_type = 'AUTO'
+      stream = clips.video_stream(container, path)
       aspect = float(stream.sample_aspect_ratio or 1)
       rate = float(stream.average_rate or 0) or None
       timed = clips.timed(container, stream)
       chosen: Iterable[Any] = _forward(timed, fps)
       if last is not None:
-        _seek_to_end(container, stream, last / fps + _MARGIN)
+        if seeks:
+          _seek_to_end(container, stream, last / fps + _MARGIN)
         chosen = _backward(timed, fps, last)
       # One after another: a decoded frame is large before it is fitted.
       frames = [fit(*clips.upright(frame, aspect)) for frame in chosen]
@@ -160,6 +189,9 @@ def _of_video(
       f'{path} is neither a picture nor a video that can be decoded '
       f'({error.strerror})'
     ) from error
+  if not frames and last is not None and seeks:
+    # Some files are sought beyond their end.
+    return _of_video(path, fit, fps, last, seeks=False)
   if not frames:
     raise ValueError(f'{path} has no frame that can be decoded')
   return frames, rate

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from hiar_jax.runtime import files, seams
 
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
+_NO_LINES = ('.json', '.csv', '.tsv')
 _JSON_LINES = ('.jsonl', '.ndjson')
 
 
@@ -54,8 +55,14 @@ class FilePrompts:
         naming the line.
     """
     self._path = pathlib.Path(path)
+    suffix = self._path.suffix.lower()
     if objects is None:
-      objects = self._path.suffix in _JSON_LINES
+      objects = suffix in _JSON_LINES
+    if suffix in _NO_LINES:
+      raise ValueError(
+        f'{self._path} is no list of prompts: a text file has one a line, and '
+        'a .jsonl file one JSON object a line'
+      )
     self._field = field if objects else None
     self._starts, self._ends = array.array('q'), array.array('q')
     digest = hashlib.sha256()
@@ -97,10 +104,18 @@ class FilePrompts:
     try:
       text = line.decode().strip()
     except UnicodeDecodeError as error:
+      is_utf16 = number == 1 and line[:2] in (b'\xff\xfe', b'\xfe\xff')
       raise ValueError(
         f'{self._path} is not UTF-8: byte {error.start + 1} of line {number} '
         f'is 0x{line[error.start]:02x}'
+        + ' (it begins as UTF-16 does; save it as UTF-8)'
+        * is_utf16
       ) from None
+    if '\r' in text:
+      raise ValueError(
+        f'line {number} of {self._path} has a carriage return inside: as the '
+        'line ends of a file they are not read'
+      )
     if not text or self._field is None:
       return text or None
     try:

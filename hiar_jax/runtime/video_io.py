@@ -31,11 +31,15 @@ import numpy as np
 _FFMPEG = 'IMAGEIO_FFMPEG_EXE'
 # Macroblocks of a frame, and along a side, at H.264's highest level 6.2.
 _MAX_BLOCKS, _MAX_BLOCKS_ALONG = 139_264, 1055
+# Bytes of a name; a file system takes 255, and some are added.
+_LONGEST_NAME = 200
 # Each of some 2 s plays without those after it.
 _FRAGMENTS = (
   '+empty_moov+default_base_moof+frag_keyframe',
   *('-frag_duration', '2000000'),
 )
+# Of which a file's times are exact enough to be read again.
+_FPS_RANGE = (0.001, 1000)
 _FILTERS = {'nearest': 'neighbor', 'lanczos': 'lanczos'}
 
 
@@ -85,6 +89,10 @@ class VideoWriter:
     """
     if not 0 < fps < math.inf:
       raise ValueError(f'fps={fps} is not positive and finite')
+    if not _FPS_RANGE[0] <= fps <= _FPS_RANGE[1]:
+      raise ValueError(
+        f'fps={fps} is not between {_FPS_RANGE[0]} and {_FPS_RANGE[1]}'
+      )
     if scale < 1:
       raise ValueError(f'scale={scale} is not a whole number >= 1')
     if resampling not in _FILTERS:
@@ -373,6 +381,11 @@ def check_writable(path: str | pathlib.Path) -> None:
     raise FileNotFoundError(f'cannot write {path}: no folder {folder}')
   if not folder.is_dir():
     raise NotADirectoryError(f'cannot write {path}: {folder} is not a folder')
+  if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
+    raise OSError(
+      f'cannot write {path}: its name has {length} bytes, {_LONGEST_NAME} are '
+      'the most'
+    )
   if path.is_dir():
     raise IsADirectoryError(f'cannot write {path}: it is a folder')
   # Only an attempt tells about read-only file systems and quotas.

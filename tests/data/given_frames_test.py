@@ -2,6 +2,7 @@
 
 import fractions
 import subprocess
+import zlib
 
 import imageio_ffmpeg
 import numpy as np
@@ -190,3 +191,67 @@ def test_what_is_neither_is_named(tmp_path):
     read(tmp_path / 'nowhere.png')
   with pytest.raises(ValueError, match='at least 1 is needed'):
     read(tmp_path / 'x.txt', last=0)
+
+
+def _ffmpeg(*arguments):
+  subprocess.run(
+    [
+      *(imageio_ffmpeg.get_ffmpeg_exe(), '-nostdin', '-v', 'error', '-y'),
+      *map(str, arguments),
+    ],
+    check=True,
+  )
+
+
+def test_a_cover_picture_is_not_the_video(tmp_path):
+  video, cover = tmp_path / 'v.mp4', tmp_path / 'cover.png'
+  write_video(video, ramp(8), np.arange(8) / 8)
+  Image.new('RGB', (40, 40), GREEN).save(cover)
+  for name, disposition in (
+    ('first.mp4', ('-disposition:v:0', 'attached_pic')),
+    ('plain.mkv', ()),
+  ):
+    path = tmp_path / name
+    inputs = ('-i', video, '-i', cover, '-map', '1', '-map', '0')
+    _ffmpeg(*inputs, '-c', 'copy', *disposition, path)
+    frames, _ = read(path)
+    assert brightness(frames) == list(range(8)), name
+  song = tmp_path / 'song.mp3'
+  sound = ('-f', 'lavfi', '-i', 'sine=d=1', '-i', cover, '-map', '0')
+  picture = ('-map', '1', '-c:v', 'png', '-disposition:v:0', 'attached_pic')
+  _ffmpeg(*sound, *picture, song)
+  with pytest.raises(ValueError, match=r'song\.mp3 has no video in it'):
+    read(song)
+
+
+def test_the_end_of_a_broadcast_s_recording_is_found(tmp_path):
+  write_video(tmp_path / 'v.mp4', ramp(40), np.arange(40) / 8)
+  late = ('-c:v', 'libx264', '-qp', '0', '-output_ts_offset', '36000')
+  _ffmpeg('-i', tmp_path / 'v.mp4', *late, tmp_path / 'v.ts')
+  frames, _ = read(tmp_path / 'v.ts', last=3)
+  assert len(frames) == 3
+
+
+def test_a_picture_of_too_many_pixels_is_not_called_damaged(tmp_path):
+  path = tmp_path / 'x.png'
+  # All that says its size: the header.
+  Image.new('1', (8, 8)).save(path)
+  data = bytearray(path.read_bytes())
+  data[16:24] = (20_000).to_bytes(4, 'big') * 2
+  data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=r'x\.png is too large: .*400000000'):
+    read(path)
+
+
+def test_pixels_of_floating_point_are_refused(tmp_path):
+  Image.fromarray(np.full((16, 32), 0.5, np.float32)).save(tmp_path / 'x.tif')
+  with pytest.raises(ValueError, match='pixels of floating point'):
+    read(tmp_path / 'x.tif')
+
+
+def test_heic_is_told_under_any_name(tmp_path):
+  data = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(99)
+  (tmp_path / 'x.png').write_bytes(data)
+  with pytest.raises(ValueError, match=r'x\.png is a HEIC picture'):
+    read(tmp_path / 'x.png')

@@ -115,6 +115,29 @@ def test_what_is_no_prompt_is_named(tmp_path, name, content, message):
     prompts.FilePrompts(path)
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path):
+  for name, content in (
+    ('a.json', b'["a cat"]'),
+    ('a.csv', b'prompt,seed'),
+    ('a.TSV', b'prompt'),
+  ):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f'{name} is no list of prompts'):
+      prompts.FilePrompts(tmp_path / name)
+  for content, message in (
+    ('a cat'.encode('utf-16'), 'begins as UTF-16 does; save it as UTF-8'),
+    (b'a cat\ra dog\r', 'line 1 of .* has a carriage return inside'),
+  ):
+    (tmp_path / 'a.txt').write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+      prompts.FilePrompts(tmp_path / 'a.txt')
+
+
+def test_json_lines_are_told_by_capitals_too(tmp_path):
+  (tmp_path / 'A.JSONL').write_bytes(b'{"prompt": "a cat"}\n')
+  assert list(prompts.FilePrompts(tmp_path / 'A.JSONL')) == ['a cat']
+
+
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='no prompts at .*none.txt'):
     prompts.open_prompts({'path': str(tmp_path / 'none.txt')}, {})

@@ -149,16 +149,16 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
     "no pipeline 'nowhere'": ['--pipeline=nowhere', prompt],
     'give either --prompt or --prompts_file': [_CONFIG, weights],
     "prompt '' is not a text": [_CONFIG, weights, '--prompt='],
-    'no prompts file missing.txt': [
+    'no prompts at missing.txt': [
       _CONFIG,
       weights,
       '--prompts_file=missing.txt',
     ],
-    'prompts file empty.txt has no prompt in it': [
-      *(_CONFIG, weights, '--prompts_file=empty.txt')
-    ],
-    'prompts file not_text.txt is not UTF-8 text': [
+    'not_text.txt has no prompts: all lines are blank': [
       *(_CONFIG, weights, '--prompts_file=not_text.txt')
+    ],
+    'empty.txt is not UTF-8: ': [
+      *(_CONFIG, weights, '--prompts_file=empty.txt')
     ],
     'flag --num_blocks=0': [*good, '--num_blocks=0'],
     "GB of the host's memory": [*good, '--num_blocks=100000000'],

@@ -162,6 +162,8 @@ def test_frames_of_another_kind_are_refused(tmp_path, frames, message):
   [
     ({'fps': 0}, 'fps=0 is not positive'),
     ({'fps': float('inf')}, 'fps=inf is not positive and finite'),
+    ({'fps': 1e-9}, 'fps=1e-09 is not between 0.001 and 1000'),
+    ({'fps': 1e9}, 'fps=1000000000.0 is not between'),
     ({'scale': 0}, 'scale=0 is not'),
     ({'resampling': 'cubic'}, "'cubic' is not one of"),
   ],
@@ -209,6 +211,8 @@ def test_an_unwritable_place_is_named_before_the_work(tmp_path):
     video_io.check_writable(tmp_path / 'file' / 'video.mp4')
   with pytest.raises(IsADirectoryError, match='it is a folder'):
     video_io.check_writable(tmp_path)
+  with pytest.raises(OSError, match='its name has 251 bytes, 200 are the most'):
+    video_io.check_writable(tmp_path / ('x' * 247 + '.mp4'))
   with pytest.raises(ValueError, match=r'does not end in \.mp4'):
     video_io.VideoWriter(tmp_path / 'video.avi', fps=8)
   assert os.listdir(tmp_path) == ['file']
