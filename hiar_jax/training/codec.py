@@ -7,6 +7,7 @@ normal (arXiv:1312.6114).
 B batch, F frames, H W height and width, C latent channels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,14 +80,26 @@ def make_step(
   kl_weight: float,
   ema_decay: float,
 ) -> Callable[..., Any]:
-  """A pure (RegressionState, clips, key) -> (state, metrics)."""
+  """A (RegressionState, clips, key) -> (state, metrics); donates the state.
 
-  def step(state, video, key):
-    (value, parts), grads = jax.value_and_grad(
+  In two programs: crops and whole frames have gradients of their own, and one
+  update, whose two thousand small kernels would else be compiled twice.
+  """
+
+  @jax.jit
+  def gradients(params, video, key):
+    return jax.value_and_grad(
       lambda params: loss(config, params, video, key, kl_weight=kl_weight),
       has_aux=True,
-    )(state.net.params)
-    state, metrics = state.update(value, grads, optimiser, ema_decay)
+    )(params)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state, value, grads):
+    return state.update(value, grads, optimiser, ema_decay)
+
+  def step(state, video, key):
+    (value, parts), grads = gradients(state.net.params, video, key)
+    state, metrics = update(state, value, grads)
     return state, {'loss': value, **parts, **metrics}
 
   return step

@@ -33,14 +33,11 @@ def build(config: Config) -> phase_parts.Phase:
   batches = sources.batches(
     clips, batch_size=config.batch_size, seed=config.seed
   )
-  update = jax.jit(
-    training_codec.make_step(
-      vae_config,
-      optimiser,
-      kl_weight=numbers.kl_weight,
-      ema_decay=config.ema_decay,
-    ),
-    donate_argnums=0,
+  update = training_codec.make_step(
+    vae_config,
+    optimiser,
+    kl_weight=numbers.kl_weight,
+    ema_decay=config.ema_decay,
   )
 
   def step(state, batch, iteration):
