@@ -56,6 +56,8 @@ class WorldConfig:
     orbit: radius of the circle that a circling shape's centre runs on.
     period: of the texture.
     hue_step: between the two hues of the background, in turns, either way.
+    edge: px over which a shape's edge fades; 1 is a sharp one.
+    shapes: of SHAPES, those that there are.
   """
 
   height: int = 24
@@ -66,8 +68,14 @@ class WorldConfig:
   orbit: tuple[float, float] = (3.0, 5.5)
   period: tuple[float, float] = (6.0, 10.0)
   hue_step: tuple[float, float] = (0.12, 0.38)
+  edge: float = 1.0
+  shapes: tuple[str, ...] = SHAPES
 
   def __post_init__(self):
+    if not self.shapes or {*self.shapes} - {*SHAPES}:
+      raise ValueError(f'shapes={self.shapes} are not some of {SHAPES}')
+    if self.edge < 1:
+      raise ValueError(f'edge={self.edge} is below 1, a pixel')
     if self.num_frames < 1:
       raise ValueError(f'num_frames={self.num_frames} is not positive')
     for field in ('radius', 'speed', 'orbit', 'period', 'hue_step'):
@@ -137,7 +145,7 @@ def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
   key = np.array([seed, index], np.uint64)
   # Uniform numbers only: numpy keeps their stream fixed across versions.
   u = np.random.Generator(np.random.Philox(key=key)).random(18)
-  shape, motion = _pick(SHAPES, u[0]), _pick(MOTIONS, u[1])
+  shape, motion = _pick(tuple(cfg.shapes), u[0]), _pick(MOTIONS, u[1])
   step = _between(cfg.hue_step, u[4]) * (1 if u[5] < 0.5 else -1)
   radius, speed = _between(cfg.radius, u[11]), _between(cfg.speed, u[12])
   size = np.array([cfg.height, cfg.width], np.float64)
@@ -186,6 +194,7 @@ def render(scene: Scene, cfg: WorldConfig) -> np.ndarray:
     *(scene.shape, scene.positions, scene.radius),
     height=cfg.height,
     width=cfg.width,
+    edge=cfg.edge,
   )[..., None]
   ground = background(scene, cfg)
   video = ground + cover_FHW * (object_rgb(scene) - ground)
@@ -240,6 +249,7 @@ def coverage(
   *,
   height: int,
   width: int,
+  edge: float = 1.0,
 ) -> np.ndarray:
   """The share of each pixel that a shape covers, from its signed distance.
 
@@ -249,6 +259,7 @@ def coverage(
     radius: in px, a number or one per frame [F].
     height: of the frame in px.
     width: of the frame in px.
+    edge: px over which it fades.
 
   Returns:
     float32 [F, H, W] in [0, 1].
@@ -272,7 +283,7 @@ def coverage(
     distance = np.maximum(y, side) - r / 2
   else:
     raise ValueError(f'shape={shape!r} is not one of {SHAPES}')
-  return np.clip(np.float32(0.5) - distance, 0, 1)
+  return np.clip(np.float32(0.5) - distance / np.float32(edge), 0, 1)
 
 
 def parse_prompt(prompt: str) -> tuple[str | None, str | None]:

@@ -153,7 +153,10 @@ def shape_likeness(
   for shape in drifting.SHAPES:
     radius = np.sqrt(np.nan_to_num(frames.area_F) / unit_area(shape))
     drawn = drifting.coverage(
-      shape, centre, radius, height=cfg.height, width=cfg.width
+      *(shape, centre, radius),
+      height=cfg.height,
+      width=cfg.width,
+      edge=cfg.edge,
     )
     both = np.minimum(drawn, frames.cover_FHW).sum((1, 2))
     either = np.maximum(drawn, frames.cover_FHW).sum((1, 2))

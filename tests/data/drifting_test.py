@@ -86,6 +86,24 @@ def test_what_no_frame_has_room_for_is_refused():
     drifting.WorldConfig(period=(9.0, 6.0))
   with pytest.raises(ValueError, match='num_frames=0'):
     drifting.WorldConfig(num_frames=0)
+  with pytest.raises(ValueError, match='edge=0.5'):
+    drifting.WorldConfig(edge=0.5)
+  with pytest.raises(ValueError, match='ring'):
+    drifting.WorldConfig(shapes=('disc', 'ring'))
+
+
+def test_a_world_of_fewer_and_softer_shapes_has_only_those():
+  scenes = _scenes(40, edge=3.0, shapes=('disc', 'triangle'))
+  assert {s.shape for s in scenes} == {'disc', 'triangle'}
+  covers = [
+    drifting.coverage(
+      'disc', scenes[0].positions, 5.0, height=24, width=24, edge=edge
+    )
+    for edge in (1.0, 3.0)
+  ]
+  assert covers[0].sum() == pytest.approx(covers[1].sum(), rel=0.02)
+  partly = [((c > 0.05) & (c < 0.95)).sum() for c in covers]
+  assert partly[1] > 2 * partly[0]
 
 
 def test_a_prompt_of_other_words_is_told_of():
