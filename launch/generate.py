@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from absl import flags
 
-from hiar_jax.data import given_frames
+from hiar_jax.data import clips, given_frames
 from hiar_jax.data import prompts as data_prompts
 from hiar_jax.runtime import (
   compile_clock,
@@ -137,6 +137,24 @@ _CONTINUE_FRAMES = flags.DEFINE_integer(
   'only the last frames of --continue_from; default: all of them',
   lower_bound=1,
 )
+_FIT = flags.DEFINE_enum(
+  'fit',
+  'crop',
+  clips.FITS,
+  'how --continue_from and --over are brought to the size of the videos: cut '
+  'at the edges, between black bars, or in another shape',
+)
+_OVER = flags.DEFINE_string(
+  'over',
+  None,
+  'a video that is made over, as far as it fills whole blocks; goes with '
+  '--strength, and --num_blocks is then its length',
+)
+_STRENGTH = flags.DEFINE_float(
+  'strength',
+  None,
+  'of --over: the level in (0, 1] that noise takes it to; 1 leaves nothing',
+)
 _SCALE = flags.DEFINE_integer(
   'scale', None, 'factor of enlargement; default: up to 512 px', lower_bound=1
 )
@@ -204,15 +222,19 @@ def main(argv: Sequence[str]) -> None:
   chosen = seeds.of_videos(_seed(), len(prompts), _NUM_VIDEOS.value)
   paths = _paths(len(chosen))
   pipeline = _load(watch)
+  num_blocks, start = _start(pipeline)
   request = calls.Request(
-    num_blocks=_NUM_BLOCKS.value,
+    num_blocks=num_blocks,
     order=pipeline.order,
     anchor_blocks=_ANCHOR_BLOCKS.value,
     block_first_steps=_BLOCK_FIRST_STEPS.value,
   )
   given, scale = _initial_frames(pipeline), _scale(pipeline)
   made_with = video_files.settings(
-    pipeline, request, scale=scale, initial_frames=given
+    *(pipeline, request),
+    scale=scale,
+    initial_frames=given,
+    start=start,
   )
   jobs = [
     video_files.Job(path, prompts[i // _NUM_VIDEOS.value], chosen[i])
@@ -229,7 +251,10 @@ def main(argv: Sequence[str]) -> None:
   if jobs:
     with watch('sample, decode and encode'):
       video_files.write(
-        *(pipeline, jobs, request, made_with), initial_frames=given, done=_told
+        *(pipeline, jobs, request, made_with),
+        initial_frames=given,
+        start=start,
+        done=_told,
       )
   print(watch)
 
@@ -279,6 +304,23 @@ def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
   return pipeline
 
 
+def _start(
+  pipeline: video_pipeline.VideoPipeline,
+) -> tuple[int, calls.Start | None]:
+  """The number of blocks, and what they start from: --over, if given."""
+  if (_OVER.value is None) != (_STRENGTH.value is None):
+    raise ValueError('--over and --strength go together')
+  if _OVER.value is None:
+    return _NUM_BLOCKS.value, None
+  height, width, _ = pipeline.frame_shape
+  frames, notes = given_frames.read(
+    *(_OVER.value, height, width), fps=pipeline.fps, fit=_FIT.value
+  )
+  for note in notes:
+    print(f'note: {note}', file=sys.stderr)
+  return pipeline.start_from(frames, _STRENGTH.value)
+
+
 def _initial_frames(
   pipeline: video_pipeline.VideoPipeline,
 ) -> np.ndarray | None:
@@ -292,6 +334,7 @@ def _initial_frames(
     *(_CONTINUE.value, height, width),
     fps=pipeline.fps,
     last=_CONTINUE_FRAMES.value,
+    fit=_FIT.value,
   )
   for note in notes:
     print(f'note: {note}', file=sys.stderr)
@@ -301,8 +344,8 @@ def _initial_frames(
 def _stream(prompts: list[str], watch: _Stopwatch) -> None:
   """Writes one video block by block until its end or Ctrl-C."""
   switches = _switches()
-  if _NUM_VIDEOS.value != 1:
-    raise ValueError('--num_videos does not go with --stream')
+  if _NUM_VIDEOS.value != 1 or _OVER.value is not None:
+    raise ValueError('--num_videos and --over do not go with --stream')
   if len(prompts) > 1:
     raise ValueError(
       f'--stream makes one video, not {len(prompts)}; change the prompt with '

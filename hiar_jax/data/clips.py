@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+FITS = ('crop', 'pad', 'stretch')  # See `fit`.
+
 # Seconds by which the times of containers are off: some count milliseconds.
 _ROUNDING = 1.5e-3
 
@@ -142,26 +144,37 @@ def upright(frame: Any, aspect: float) -> tuple[np.ndarray, float]:
 
 
 def fit(
-  frame: np.ndarray, aspect: float, height: int, width: int
+  frame: np.ndarray, aspect: float, height: int, width: int, how: str = 'crop'
 ) -> np.ndarray:
-  """Scaled to cover height x width, the middle kept.
+  """Brings a frame to height x width.
 
   Args:
     frame: uint8 [H', W', 3].
     aspect: width of one of its pixels over its height.
     height: H.
     width: W.
+    how: one of FITS. 'crop': scaled to cover the size, the middle kept; 'pad':
+      scaled to lie within it, between black bars; 'stretch': all of it, in
+      another shape.
   """
   rows, columns = frame.shape[:2]
   if (rows, columns) == (height, width) and aspect == 1:
     return frame
-  # The largest part of the frame that has the wanted shape.
   shown = columns * aspect
-  scale = min(rows / height, shown / width)
-  used_rows, used_columns = scale * height, scale * width / aspect
-  top, left = (rows - used_rows) / 2, (columns - used_columns) / 2
-  box = (left, top, left + used_columns, top + used_rows)
   image = Image.fromarray(np.ascontiguousarray(frame))
-  return np.asarray(
-    image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-  )
+  filtered = Image.Resampling.LANCZOS
+  if how == 'pad':
+    scale = min(height / rows, width / shown)
+    size = max(1, round(shown * scale)), max(1, round(rows * scale))
+    padded = Image.new('RGB', (width, height))
+    corner = (width - size[0]) // 2, (height - size[1]) // 2
+    padded.paste(image.resize(size, filtered), corner)
+    return np.asarray(padded)
+  box = (0.0, 0.0, float(columns), float(rows))
+  if how == 'crop':
+    # The largest part of the frame that has the wanted shape.
+    scale = min(rows / height, shown / width)
+    used_rows, used_columns = scale * height, scale * width / aspect
+    top, left = (rows - used_rows) / 2, (columns - used_columns) / 2
+    box = (left, top, left + used_columns, top + used_rows)
+  return np.asarray(image.resize((width, height), filtered, box=box))

@@ -36,11 +36,12 @@ def read(
   *,
   fps: float,
   last: int | None = None,
+  fit: str = 'crop',
 ) -> tuple[np.ndarray, list[str]]:
   """Reads a picture, or a video's end, at a given size and rate.
 
-  Turned as the file says, laid over white where it is transparent, scaled to
-  cover the size, the middle kept. Frames of a video are chosen by their times.
+  Turned as the file says, laid over white where it is transparent, and brought
+  to the size. Frames of a video are chosen by their times.
 
   Args:
     path: of a picture, animated or not, or of a video.
@@ -49,6 +50,7 @@ def read(
     fps: frames a second of what is returned.
     last: how many frames to keep, the last ones; no more are decoded than that
       takes. None: all.
+    fit: how another shape is brought to the size, see `clips.fit`.
 
   Returns:
     uint8 [F, H, W, 3], 1 for a picture; and what was done to the frames, a line
@@ -63,22 +65,22 @@ def read(
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'no image or video at {path}')
-  fit = _Fit(path, height, width)
+  fitted = _Fit(path, height, width, fit)
   try:
     with warnings.catch_warnings():
       # Of a hundred million pixels; of twice as many it is an error.
       warnings.simplefilter('ignore', Image.DecompressionBombWarning)
       with Image.open(path) as image:
         _check_pixels(image, path)
-        frames, rate = _of_picture(image, fit, fps, last)
+        frames, rate = _of_picture(image, fitted, fps, last)
   except UnidentifiedImageError:
     _check_no_heic(path)
-    frames, rate = _of_video(path, fit, fps, last)
+    frames, rate = _of_video(path, fitted, fps, last)
   except Image.DecompressionBombError as error:
     raise ValueError(f'{path} is too large: {error}') from error
   except (OSError, SyntaxError) as error:
     raise ValueError(f'{path} is damaged: {error}') from error
-  notes = list(fit.notes)
+  notes = list(fitted.notes)
   if rate and abs(rate / fps - 1) > _SAME_RATE:
     notes.append(f'{path}: {rate:.4g} frames a second, read at {fps:g}')
   return np.stack(frames), notes
@@ -102,24 +104,33 @@ def _check_no_heic(path: pathlib.Path) -> None:
 
 
 class _Fit:
-  """Brings frames to a size, and notes what was cut off."""
+  """Brings frames to a size, and notes what that did to them."""
 
-  def __init__(self, path: pathlib.Path, height: int, width: int):
+  def __init__(self, path: pathlib.Path, height: int, width: int, how: str):
+    if how not in clips.FITS:
+      raise ValueError(f'fit={how!r} is not one of {clips.FITS}')
     self.notes: list[str] = []
-    self._path, self._size = path, (height, width)
+    self._path, self._size, self._how = path, (height, width), how
 
   def __call__(self, pixels: np.ndarray, aspect: float = 1.0) -> np.ndarray:
     height, width = self._size
     rows, columns = pixels.shape[:2]
     ratio = columns * aspect * height / (rows * width)
     if abs(ratio - 1) > 0.01 and not self.notes:
-      cut = 1 - min(ratio, 1 / ratio)
-      side = 'width' if ratio > 1 else 'height'
+      part = 1 - min(ratio, 1 / ratio)
+      side, other = 'width', 'height'
+      if ratio < 1:
+        side, other = other, side
+      done = {
+        'crop': f'{part:.0%} of its {side} is cut off at the edges',
+        'pad': f'{part:.0%} of the {other} is black bars',
+        'stretch': f'its {side} is made {part:.0%} less, beside its {other}',
+      }
       self.notes.append(
         f'{self._path}: {columns}x{rows} is not the shape of {width}x{height}; '
-        f'{cut:.0%} of its {side} is cut off at the edges'
+        + done[self._how]
       )
-    return clips.fit(pixels, aspect, height, width)
+    return clips.fit(pixels, aspect, height, width, self._how)
 
 
 def _of_picture(

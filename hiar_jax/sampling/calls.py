@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import rollout
+from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.sampling import memory, seeds
 
@@ -74,13 +74,29 @@ class Request:
       )
 
 
-def num_passes(request: Request, config: rollout.RolloutConfig) -> int:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+  """What the blocks come from, where that is not pure noise.
+
+  Attributes:
+    latents: clean, [1, F, h, w, C] in whole blocks; noise takes them to the
+      level of the step, as if the steps before it had made them.
+    step: the first that is run, from 1 on.
+  """
+
+  latents: np.ndarray
+  step: int
+
+
+def num_passes(
+  request: Request, config: rollout.RolloutConfig, start: Start | None = None
+) -> int:
   """Network passes that `sample` makes for one batch.
 
   Raises:
-    ValueError: if the request and the config do not go together.
+    ValueError: if the request, the config and the start do not go together.
   """
-  return sum(sweep.passes for sweep in _plan(request, config))
+  return sum(sweep.passes for sweep in _plan(request, config, start))
 
 
 def sample(
@@ -92,6 +108,7 @@ def sample(
   states_BLD: np.ndarray,
   initial: np.ndarray | None,
   report: Callable[[int], None],
+  start: Start | None = None,
 ) -> np.ndarray:
   """Samples one batch.
 
@@ -104,6 +121,7 @@ def sample(
     states_BLD: text states.
     initial: latents [1 or B, F, h, w, C] that come first.
     report: is told, after each block, how many network passes it took.
+    start: what the blocks come from; None: pure noise.
 
   Returns:
     float32 [B, F, h, w, C], the given frames included.
@@ -111,15 +129,21 @@ def sample(
   Raises:
     ValueError: if the request and the config do not go together.
   """
-  sweeps, shared = _plan(request, config), _is_shared(request, config)
+  sweeps = _plan(request, config, start)
+  shared = _is_shared(request, config)
   static = {'denoiser': denoiser, 'config': config.of_block(1)}
   begin = _begin_shared if shared else _begin
   params = denoiser.unstack_layers(params)
   text, anchored = begin(params, states_BLD, initial, **static)
-  x = [
-    _first_noise(keys_B, np.int32(block), **static)
-    for block in range(request.num_blocks)
-  ]
+  x: list[Any] = []
+  for block in range(request.num_blocks):
+    if start is None:
+      x.append(_first_noise(keys_B, np.int32(block), **static))
+      continue
+    first = block * config.frames_per_block
+    clean = start.latents[:, first : first + config.frames_per_block]
+    step = np.int32(start.step)
+    x.append(_noised(clean, keys_B, step, np.int32(block), **static))
   under_way: collections.deque[jax.Array] = collections.deque()
 
   def finish(sweep, all_but):
@@ -222,9 +246,13 @@ def _is_shared(request: Request, config: rollout.RolloutConfig) -> bool:
   return request.order == 'step_first' and config.context == 'shared'
 
 
-def _plan(request: Request, config: rollout.RolloutConfig) -> list[_Sweep]:
+def _plan(
+  request: Request, config: rollout.RolloutConfig, start: Start | None = None
+) -> list[_Sweep]:
   """The sweeps of an order; the rollout's functions say what they mean."""
   num_steps, blocks = config.num_steps, range(request.num_blocks)
+  if start is not None:
+    return _plan_from(start.step, request, config)
   if config.first_levels and request.order != 'block_first':
     raise ValueError(
       "levels of a first block's own go with order 'block_first', not with "
@@ -256,6 +284,27 @@ def _plan(request: Request, config: rollout.RolloutConfig) -> list[_Sweep]:
   return sweeps
 
 
+def _plan_from(
+  step: int, request: Request, config: rollout.RolloutConfig
+) -> list[_Sweep]:
+  """The sweeps from a later step on."""
+  num_steps, blocks = config.num_steps, range(request.num_blocks)
+  if request.order == 'hybrid' or _is_shared(request, config):
+    raise ValueError(
+      "a clip is made over in the orders 'block_first' and 'step_first', not "
+      f'in {request.order!r} with context {config.context!r}'
+    )
+  if config.first_levels:
+    raise ValueError(
+      'a clip is made over with the same levels for all blocks: say steps=...'
+    )
+  if not 1 <= step < num_steps:
+    raise ValueError(f'the first step {step} is not in 1..{num_steps - 1}')
+  if request.order == 'block_first':
+    return [_Sweep(blocks, step, num_steps - step)]
+  return [_Sweep(blocks, later, 1) for later in range(step, num_steps)]
+
+
 def _noise(keys_B: Any, denoiser: Any, config: Any) -> rollout.Noise:
   return rollout.named_noise(keys_B, config.block_shape(denoiser.config))
 
@@ -269,6 +318,15 @@ def _for_each(initial, size):
   """One sample's given latents for all, or each its own."""
   shape = (size, *initial.shape[1:])
   return initial if initial.shape == shape else initial.repeat(size, 0)
+
+
+@functools.partial(jax.jit, static_argnames=('denoiser', 'config'))
+def _noised(clean, keys_B, step, block, *, denoiser, config):
+  """Clean latents at the level of a step, [B, f, h, w, C]."""
+  eps = _noise(keys_B, denoiser, config)(step, block)
+  clean = jnp.broadcast_to(clean, eps.shape)
+  level = jnp.asarray(config.levels, jnp.float32)[step]
+  return noise_schedule.add_noise(clean, eps, level)
 
 
 @functools.partial(jax.jit, static_argnames=('denoiser', 'config'))

@@ -50,6 +50,7 @@ def settings(
   *,
   scale: int,
   initial_frames: np.ndarray | None = None,
+  start: calls.Start | None = None,
 ) -> dict[str, Any]:
   """All that makes videos what they are, prompt and seed aside; JSON."""
   made_of = dataclasses.asdict(request)
@@ -58,6 +59,9 @@ def settings(
   given = None
   if initial_frames is not None:
     given = hashlib.sha256(initial_frames.tobytes()).hexdigest()
+  begun = None
+  if start is not None:
+    begun = [start.step, hashlib.sha256(start.latents.tobytes()).hexdigest()]
   return provenance.jsonable(
     {
       'weights': pipeline.identity,
@@ -66,6 +70,7 @@ def settings(
       'size': pipeline.frame_shape[:2],
       'scale': scale,
       'given': given,
+      'start': begun,
       **made_of,
     }
   )
@@ -90,6 +95,7 @@ def write(
   made_with: dict[str, Any],
   *,
   initial_frames: np.ndarray | None = None,
+  start: calls.Start | None = None,
   done: Callable[[Job], None] = lambda job: None,
 ) -> None:
   """Makes videos; in memory is one batch.
@@ -100,6 +106,7 @@ def write(
     request: of a call; its seeds and number of videos are not looked at.
     made_with: `settings` of this request.
     initial_frames: see `VideoPipeline.__call__`.
+    start: see `VideoPipeline.start_from`.
     done: is told of each when its files are there.
 
   Raises:
@@ -118,6 +125,7 @@ def write(
         request, num_videos=1, seed=[jobs[i].seed for i in batch]
       ),
       initial_frames=initial_frames,
+      start=start,
     )
     # The last batch is filled up with copies of the last video.
     for i, latents_FhwC in zip(dict.fromkeys(batch.tolist()), latents):

@@ -20,6 +20,7 @@ import numpy as np
 
 from hiar_jax import rollout
 from hiar_jax.codecs import pixels
+from hiar_jax.data import clips
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.runtime import metrics
 from hiar_jax.sampling import (
@@ -90,6 +91,9 @@ class VideoPipeline:
     anchor_blocks: int = 0,
     block_first_steps: int = 0,
     initial_frames: np.ndarray | Video | None = None,
+    clip: np.ndarray | Video | None = None,
+    strength: float | None = None,
+    fit: str | None = None,
     progress: bool = True,
     **chosen: Any,
   ) -> Video | list[Video]:
@@ -110,6 +114,13 @@ class VideoPipeline:
       initial_frames: uint8 [F, H, W, 3], one picture [H, W, 3], or a Video,
         that the videos go on from. They come first in the result, as the
         codec sees them.
+      clip: uint8 [F, H, W, 3] or a Video that is made over, as far as it fills
+        whole blocks; their number is the video's, and num_blocks is not looked
+        at.
+      strength: with a clip, how much of it is made over: the level in (0, 1]
+        that noise takes it to, see `start_from`.
+      fit: brings given frames of another size to that of the videos, see
+        `clips.fit`; None: they must have it.
       progress: show a bar of the network passes.
       **chosen: order, context, window, sink, steps, ..., instead of what the
         weights were trained for: see `choices.Choices`.
@@ -122,6 +133,11 @@ class VideoPipeline:
     """
     pipeline = choices.apply(self, **chosen)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    start = None
+    if (clip is None) != (strength is None):
+      raise ValueError('clip and strength go together')
+    if clip is not None and strength is not None:
+      num_blocks, start = pipeline.start_from(clip, strength, fit)
     request = calls.Request(
       num_blocks=num_blocks,
       num_videos=num_videos,
@@ -131,7 +147,11 @@ class VideoPipeline:
       block_first_steps=block_first_steps,
     )
     latents = pipeline.sample(
-      prompts, request, initial_frames=initial_frames, progress=progress
+      *(prompts, request),
+      initial_frames=initial_frames,
+      start=start,
+      fit=fit,
+      progress=progress,
     )
     frames = pipeline.decode(latents)
     videos = [
@@ -148,21 +168,23 @@ class VideoPipeline:
     request: calls.Request,
     *,
     initial_frames: np.ndarray | Video | None = None,
+    start: calls.Start | None = None,
+    fit: str | None = None,
     progress: bool = True,
   ) -> np.ndarray:
-    """Makes latents; arguments as in `__call__`.
+    """Makes latents; arguments as in `__call__`, `start` from `start_from`.
 
     Returns:
       float32 [B, F, h, w, C], B = prompts * num_videos, prompt by prompt;
       given frames included.
     """
     streaming.check_prompts(prompts)
-    passes = calls.num_passes(request, self.rollout)
+    passes = calls.num_passes(request, self.rollout, start)
     size = len(prompts) * request.num_videos
     seeds_B = seeds.of_videos(request.seed, len(prompts), request.num_videos)
     initial = None
     if initial_frames is not None:
-      initial = self.encode(initial_frames)
+      initial = self.encode(initial_frames, fit)
     self._check_host(size, request.num_blocks, initial)
     states_PLD = self.encoder.encode(prompts)
     in_turn = batches(size)
@@ -183,6 +205,7 @@ class VideoPipeline:
             states_PLD[prompt],
             initial,
             report,
+            start,
           )
         )
     return np.concatenate(latents)[:size]
@@ -194,6 +217,7 @@ class VideoPipeline:
     seed: int | Sequence[int] = 0,
     mode: str = modes.AUTO,
     initial_frames: np.ndarray | Video | None = None,
+    fit: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     **chosen: Any,
   ) -> streaming.Stream:
@@ -210,6 +234,7 @@ class VideoPipeline:
       seed: another seed gives another video; or one for each prompt.
       mode: one of streaming.MODES, or 'auto': the fastest one that fits, see
         `modes.choose_mode`. The stream's `mode` and `reason` tell.
+      fit: see `__call__`.
       initial_frames: see `__call__`; the stream has them as the codec sees
         them in `given`, and begins with the block after them.
       mesh: runs the stages on the devices of its axis `stage`. Under several
@@ -241,7 +266,8 @@ class VideoPipeline:
     engine = streaming.Engine(pipeline.denoiser, config, mode, mesh)
     initial = None
     if initial_frames is not None:
-      initial = pipeline.encode(initial_frames).repeat(len(prompts), 0)
+      initial = pipeline.encode(initial_frames, fit)
+      initial = initial.repeat(len(prompts), 0)
     return streaming.Stream(
       engine,
       self.params,
@@ -283,14 +309,64 @@ class VideoPipeline:
       (size, 1 + (count - 1) * stride, *self.frame_shape),
     )
 
-  def encode(self, frames_FHWC: np.ndarray | Video) -> np.ndarray:
-    """Given frames to latents [1, F, h, w, C]."""
+  def start_from(
+    self, clip: np.ndarray | Video, strength: float, fit: str | None = None
+  ) -> tuple[int, calls.Start | None]:
+    """What a video that makes a clip over starts from.
+
+    The steps from the first one on whose level is not above `strength` are run,
+    on the clip with noise to that level: the least that is made over is the
+    last step, and 1 leaves nothing of the clip but its length.
+
+    Args:
+      clip: see `__call__`.
+      strength: a level in (0, 1].
+      fit: see `__call__`.
+
+    Returns:
+      The number of blocks, and what they start from; None: pure noise.
+
+    Raises:
+      ValueError: if no step has so low a level, or the clip fills no block.
+    """
+    levels = self.rollout.levels[:-1]
+    if not 0 < strength <= 1:
+      raise ValueError(f'strength={strength} is not in (0, 1]')
+    steps = [j for j, level in enumerate(levels) if level <= strength + 1e-6]
+    if not steps:
+      shown = ', '.join(f'{level:.3g}' for level in levels)
+      raise ValueError(
+        f'strength={strength} is below the levels of all steps, {shown}; more '
+        'steps or a smaller shift have lower ones'
+      )
+    frames = np.asarray(clip.frames if isinstance(clip, Video) else clip)
+    stride, size = self.codec.temporal_stride, self.rollout.frames_per_block
+    blocks = (
+      ((len(frames) - 1) // stride + 1) // size if frames.ndim == 4 else 0
+    )
+    if not blocks:
+      raise ValueError(
+        f'a clip of {len(frames)} frames does not fill a block, which has '
+        f'{1 + (size - 1) * stride}'
+      )
+    used = 1 + (blocks * size - 1) * stride
+    latents = self.encode(frames[:used], fit)
+    if not steps[0]:
+      return blocks, None
+    return blocks, calls.Start(latents, steps[0])
+
+  def encode(
+    self, frames_FHWC: np.ndarray | Video, fit: str | None = None
+  ) -> np.ndarray:
+    """Given frames to latents [1, F, h, w, C]; `fit` as in `__call__`."""
     if isinstance(frames_FHWC, Video):
       frames_FHWC = frames_FHWC.frames
     frames_FHWC = np.asarray(frames_FHWC)
     if frames_FHWC.ndim == 3:  # One picture.
       frames_FHWC = frames_FHWC[None]
     wanted = self.frame_shape
+    if fit is not None:
+      frames_FHWC = _fitted(frames_FHWC, wanted, fit)
     if (
       frames_FHWC.dtype != np.uint8
       or frames_FHWC.ndim != 4
@@ -308,6 +384,17 @@ class VideoPipeline:
         f'{count} given frames are not 1 + {stride}k; the last {fewer} would do'
       )
     return np.asarray(_encode_frames(self.codec, frames_FHWC[None]))
+
+
+def _fitted(frames: np.ndarray, size: tuple[int, ...], how: str) -> np.ndarray:
+  """Frames at another size; what are no frames is left for others to name."""
+  if how not in clips.FITS:
+    raise ValueError(f'fit={how!r} is not one of {clips.FITS}')
+  if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+    return frames
+  height, width = size[:2]
+  fitted = [clips.fit(frame, 1.0, height, width, how) for frame in frames]
+  return np.stack(fitted) if fitted else frames
 
 
 @contextlib.contextmanager

@@ -170,6 +170,30 @@ def test_another_shape_is_cut_at_the_edges_and_said(tmp_path):
   assert '32x18 is not the shape of 32x16; 11% of its height' in notes[0]
 
 
+@pytest.mark.parametrize(
+  ('fit', 'said', 'corner'),
+  [
+    ('pad', '50% of the width is black bars', (0, 0, 0)),
+    ('stretch', 'its height is made 50% less, beside its width', GREEN),
+  ],
+)
+def test_another_shape_is_padded_or_stretched_on_request(
+  tmp_path, fit, said, corner
+):
+  pixels = np.full((32, 32, 3), GREEN, np.uint8)
+  pixels[:4] = pixels[-4:] = RED
+  Image.fromarray(pixels).save(tmp_path / 'x.png')
+  frames, (note,) = given_frames.read(
+    tmp_path / 'x.png', 16, 32, fps=8.0, fit=fit
+  )
+  assert frames.shape == (1, 16, 32, 3) and note.endswith(said), note
+  assert tuple(frames[0, 8, 0]) == corner
+  # All of its height is there.
+  assert tuple(frames[0, 0, 16]) == RED and tuple(frames[0, -1, 16]) == RED
+  with pytest.raises(ValueError, match="fit='fill' is not one of"):
+    given_frames.read(tmp_path / 'x.png', 16, 32, fps=8.0, fit='fill')
+
+
 @pytest.mark.parametrize('suffix', ['jpg', 'png', 'mp4'])
 def test_a_damaged_file_is_named(tmp_path, suffix):
   path = tmp_path / f'cut.{suffix}'

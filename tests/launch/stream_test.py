@@ -267,7 +267,7 @@ def test_each_mistake_is_one_line(arguments, tmp_path):
     ],
     'flag --num_blocks=0, without end,': [*not_streamed, '--num_blocks=0'],
     '--order does not go with --stream': [*good, '--order=block_first'],
-    '--num_videos does not go with': [*good, '--num_videos=2'],
+    '--num_videos and --over do not go with': [*good, '--num_videos=2'],
     '--stream makes one video, not 2': [
       *(*arguments[2:], '--prompts_file=two.txt')
     ],
