@@ -266,7 +266,10 @@ def test_each_mistake_is_one_line(arguments, tmp_path):
       *(*not_streamed, '--mode=serial')
     ],
     'flag --num_blocks=0, without end,': [*not_streamed, '--num_blocks=0'],
-    '--order does not go with --stream': [*good, '--order=block_first'],
+    "no stream has order 'hybrid'": [*good, '--order=hybrid'],
+    '--family goes with --pipeline': [*good, '--family=hiar'],
+    'window=10 is not a positive multiple': [*good, '--window=10'],
+    '--over and --strength go together': [*not_streamed, '--over=x.mp4'],
     '--num_videos and --over do not go with': [*good, '--num_videos=2'],
     '--stream makes one video, not 2': [
       *(*arguments[2:], '--prompts_file=two.txt')
