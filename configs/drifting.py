@@ -4,7 +4,8 @@
   hiar-jax trajectories --config=drifting
   hiar-jax train --config=drifting:student_start
   hiar-jax train --config=drifting:distill
-  hiar-jax generate --config=drifting --pipeline=... --prompt "a disc gliding"
+  hiar-jax generate --config=drifting --prompt="a disc gliding" \
+    --weights=runs/drifting/distill/weights.safetensors
 
 The codec, principal components of 8x8 patches, is fitted to the first videos
 when there is none yet. `hiar-jax study` trains its arms from this config.
@@ -89,9 +90,9 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
-    num=512,
+    num=320,
     num_frames=_FRAMES,
-    shard_size=64,
+    shard_size=32,
     batch_size=16,
     seed=1,
     num_steps=24,
@@ -131,7 +132,7 @@ def _teacher(c):
 
 
 def _student_start(c):
-  c.iterations = 1000
+  c.iterations = 600
   c.start_context = 'random'
   c.ema_decay = 0.98
   c.optimiser = _muon(2e-3, 1e-3, warmup=20)
@@ -139,7 +140,7 @@ def _student_start(c):
 
 
 def _distill(c, phase):
-  c.iterations = 320
+  c.iterations = 240
   c.rollout_blocks = (5, 5)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)
@@ -156,7 +157,7 @@ def _distill(c, phase):
     forward_kl_attention='bidirectional',
     generator_every=4,
     ema_decay=0.95,
-    ema_start=80,
+    ema_start=60,
   )
   if phase == 'self_forcing':
     c.distill.order = 'block_first'
