@@ -28,11 +28,16 @@ def test_sigterm_is_noted_until_the_loop_asks():
 
 
 def test_a_second_interrupt_is_not_waited_with():
-  with stopping.StopSignals() as stop:
-    signal.raise_signal(signal.SIGINT)
-    assert stop.requested(1)
-    with pytest.raises(KeyboardInterrupt):
+  # A shell's background jobs ignore SIGINT: then there would be no second one.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with stopping.StopSignals() as stop:
       signal.raise_signal(signal.SIGINT)
+      assert stop.requested(1)
+      with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def test_outside_of_the_main_thread_nothing_is_touched():
