@@ -58,6 +58,12 @@ _MESH = flags.DEFINE_integer(
   'devices that the denoising steps are spread over; default: one',
   lower_bound=1,
 )
+_SHARE_BATCH = flags.DEFINE_bool(
+  'share_batch',
+  None,
+  "make the blocks of all sessions as one batch, with mode 'batched' on one "
+  'device; default: on accelerators',
+)
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'to listen on')
 _PORT = flags.DEFINE_integer(
   'port', 8000, 'likewise; 0 is any free one', 0, 65535
@@ -109,16 +115,21 @@ def main(argv: Sequence[str]) -> None:
   pipeline = _CHOICES.load(
     name, text_encoder=_TEXT_ENCODER.value, text_cache=_TEXT_CACHE.value
   )
-  made_by = studio.Studio(pipeline, mode=_MODE.value, mesh=_mesh())
-  sessions = min(_SESSIONS.value, made_by.max_sessions)
-  if sessions < _SESSIONS.value:
+  made_by = studio.Studio(
+    pipeline,
+    mode=_MODE.value,
+    mesh=_mesh(),
+    share_batch=_SHARE_BATCH.value,
+    places=_SESSIONS.value,
+  )
+  if made_by.places < _SESSIONS.value:
     print(
-      f'note: the device has room for {sessions} videos at a time, not for '
-      f'--sessions={_SESSIONS.value}',
+      f'note: the device has room for {made_by.places} videos at a time, not '
+      f'for --sessions={_SESSIONS.value}',
       file=sys.stderr,
     )
   limits = protocol.Limits(
-    sessions=sessions,
+    sessions=made_by.places,
     waiting=_WAITING.value,
     sockets=_SOCKETS.value,
     upload_bytes=_UPLOAD_MB.value * 2**20,

@@ -6,7 +6,7 @@ last stage every second tick, the first one after S ticks and all B after
 2B + S - 2 (HiAR, arXiv:2603.08703). Only the block's latents hop to the next
 stage; each stage's past stays where it is.
 
-One function, `_tick`, says what a stage does; `executors` maps it over the
+One function, `stage_tick`, says what a stage does; `executors` maps it over the
 stages of one device or of a mesh.
 
 The paper's fused form makes C(b, j) and D(b + 1, j) one pass of twice the
@@ -120,7 +120,9 @@ class Pipeline(Stages):
     )
 
   def _run_local(self, params, bank, slots_tL, keys_B, state, stages):
-    tick: Callable[..., Any] = self._fused_tick if self.fused else self._tick
+    tick: Callable[..., Any] = (
+      self._fused_tick if self.fused else self.stage_tick
+    )
 
     def one_tick(state, slots):
       def one_stage(args, past):
@@ -169,7 +171,18 @@ class Pipeline(Stages):
     alone = self.stages_per_device == 1 or not self.batched
     return alone and (not self.mesh or self.mesh.size == self.num_devices)
 
-  def _tick(self, params, bank, keys_B, tick, stage, slot, hold, inbox, past):
+  def stage_tick(
+    self,
+    params: dict,
+    bank: TextKV,
+    keys_B: jax.Array,
+    tick: jax.Array,
+    stage: jax.Array,
+    slot: jax.Array,
+    hold: jax.Array,
+    inbox: jax.Array,
+    past: Callable[[], Any],
+  ) -> tuple[jax.Array, jax.Array, KV, jax.Array]:
     """What one stage does in one tick: D if tick - stage is even, else C.
 
     Before its first block a stage works on whatever its buffers hold; that

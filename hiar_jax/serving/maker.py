@@ -26,6 +26,9 @@ from hiar_jax.serving import protocol, studio
 # so many of others.
 _FAIR_SHARE = 8
 _SMOOTHING = 0.9
+# How much sooner than it must a session takes a block, in times of a block, to
+# share a batch.
+_SOON = 1.0
 # Of one session, that wait to be encoded.
 _MAX_PROMPTS = 8
 
@@ -136,6 +139,19 @@ class Maker:
     return len(self._places)
 
   @property
+  def turn_s(self) -> float:
+    """Seconds until everybody has had a block; for the maker's thread."""
+    turns = {
+      id(
+        job
+        if place.making is None or place.making.row is None
+        else place.making.row
+      )
+      for job, place in self._places.items()
+    }
+    return self.block_s * max(1, len(turns))
+
+  @property
   def waiting(self) -> int:
     """Sessions in the queue."""
     return len(self._waiting)
@@ -204,14 +220,7 @@ class Maker:
   # On the threads that prepare.
 
   def _warm_up(self, prompt: str) -> None:
-    self.studio.encode(prompt)
-    making = self.studio.open(prompt, seed=0)
-    for _ in range(2):
-      making.next()
-    making.send(prompt)
-    for _ in range(self.studio.pipeline.rollout.num_steps + 2):
-      making.next()
-    making.close()
+    self.studio.warm_up(prompt)
     self.ready = True
 
   def _open(self, job: Job) -> None:
@@ -274,8 +283,10 @@ class Maker:
       return
     place.making = making
     try:
+      making.begin()
       job.started(making)
-      self._hand_over(job, place, making.first, 0.0)
+      if making.first is not None:
+        self._hand_over(job, making.first, 0.0)
     except Exception as error:
       self._drop(job, error)
 
@@ -368,24 +379,66 @@ class Maker:
     return None, wait
 
   def _make(self, job: Job) -> None:
-    place = self._places[job]
-    assert place.making is not None
+    jobs = [job, *self._beside(job)]
+    makings = [
+      making for one in jobs if (making := self._places[one].making) is not None
+    ]
     began = time.monotonic()
     try:
-      frames = place.making.next()
-      seconds = time.monotonic() - began
-      self.block_s = (
-        _SMOOTHING * self.block_s + (1 - _SMOOTHING) * seconds
-        if self.block_s
-        else seconds
-      )
-      self._hand_over(job, place, frames, seconds)
+      made = self.studio.step(makings)
     except Exception as error:
-      self._drop(job, error)
+      self._lose(job, error)
+      return
+    seconds = time.monotonic() - began
+    self.block_s = (
+      _SMOOTHING * self.block_s + (1 - _SMOOTHING) * seconds
+      if self.block_s
+      else seconds
+    )
+    for one, frames in zip(jobs, made, strict=True):
+      if frames is None:
+        continue
+      try:
+        self._hand_over(one, frames, seconds)
+      except Exception as error:
+        self._drop(one, error)
 
-  def _hand_over(
-    self, job: Job, place: _Place, frames: np.ndarray, seconds: float
-  ) -> None:
+  def _beside(self, job: Job) -> list[Job]:
+    """Who takes a block in one batch with a job: those who soon want one."""
+    making = self._places[job].making
+    if making is None or making.row is None:
+      return []
+    soon = time.monotonic() + _SOON * self.block_s
+    beside = []
+    for one, place in self._places.items():
+      if (
+        one is job or place.making is None or place.making.row is not making.row
+      ):
+        continue
+      at = one.wants_at()
+      # A whole video, which waits for nobody, goes along.
+      if at is not None and (at <= soon or at == float('inf')):
+        beside.append(one)
+    return beside
+
+  def _lose(self, job: Job, error: Exception) -> None:
+    """Ends a job by an error, and all that were made in one batch with it."""
+    making = self._places[job].making
+    row = None if making is None else making.row
+    lost = [job]
+    if row is not None:
+      # What it held may be half written.
+      row.clear()
+      lost = [
+        one
+        for one, place in self._places.items()
+        if place.making is not None and place.making.row is row
+      ]
+    for one in lost:
+      self._drop(one, error)
+
+  def _hand_over(self, job: Job, frames: np.ndarray, seconds: float) -> None:
+    place = self._places[job]
     self.counts['blocks'] += 1
     self.counts['frames'] += len(frames)
     block, place.blocks = place.blocks, place.blocks + 1

@@ -6,17 +6,18 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from hiar_jax.sampling import modes, streaming
+from hiar_jax.sampling import modes, seeds, streaming, together
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 
 _KEPT_TEXTS = 256
 # Of a device's memory; the decoder has its own, and XLA.
 _USABLE = 0.8
+_MOST_PLACES = 256
 
 
 class Studio:
@@ -27,7 +28,7 @@ class Studio:
     mode: of streams that ask for none.
     reason: of the mode, for people.
     modes: that may be asked for.
-    max_sessions: videos at a time that the device has room for.
+    places: sessions at a time.
   """
 
   def __init__(
@@ -36,6 +37,8 @@ class Studio:
     *,
     mode: str = modes.AUTO,
     mesh: jax.sharding.Mesh | None = None,
+    share_batch: bool | None = None,
+    places: int = 4,
   ):
     """Chooses the mode; nothing is compiled yet.
 
@@ -43,6 +46,10 @@ class Studio:
       pipeline: it makes the videos.
       mode: see `VideoPipeline.stream`.
       mesh: likewise.
+      share_batch: make the blocks of all sessions as one batch, where the mode
+        is 'batched' on one device; None: on accelerators. A CPU is as fast
+        without, and has less to compile.
+      places: sessions at a time; fewer where the device has no room for them.
 
     Raises:
       ValueError: if the mode does not go with the pipeline or the mesh, or the
@@ -60,12 +67,24 @@ class Studio:
     self.mode = mode
     self.modes = tuple(filter(self._fits, streaming.MODES))
     engine = self._engine(mode)
-    self.max_sessions = _room(engine, pipeline.params)
+    can = mode == 'batched' and mesh is None
+    if share_batch and not can:
+      raise ValueError(
+        f"a batch of sessions goes with mode 'batched' on one device, not with "
+        f'{mode!r}' + (' on a mesh' if mesh is not None else '')
+      )
+    if share_batch is None:
+      share_batch = can and jax.local_devices()[0].platform != 'cpu'
+    self.places = min(places, _room(engine, pipeline.params, share_batch))
     # Once: every stream would lay the weights out for itself.
-    params = engine.denoiser.unstack_layers(pipeline.params)
-    self.pipeline = dataclasses.replace(
-      self.pipeline, params=engine.place(params)
-    )
+    params = engine.place(engine.denoiser.unstack_layers(pipeline.params))
+    self.pipeline = dataclasses.replace(self.pipeline, params=params)
+    self._row = None
+    if share_batch:
+      self._row = together.Together(
+        *(engine, params, pipeline.codec, self._texts.encode),
+        places=self.places,
+      )
 
   def notes(self, prompt: str) -> list[str]:
     """What a prompt asks for in vain, a sentence each."""
@@ -103,11 +122,15 @@ class Studio:
     mode: str | None = None,
     initial_frames: np.ndarray | None = None,
   ) -> 'Making':
-    """Begins a video and makes its first block, compiling what it needs.
+    """Prepares a video, compiling what it needs.
+
+    Its first block is made with it, unless it goes into a row.
 
     Raises:
       ValueError: naming the value that does not fit.
     """
+    if self._row is not None and mode in (None, self.mode):
+      return self._open_together(prompt, seed, initial_frames)
     stream = self.pipeline.stream(
       prompt,
       seed=seed,
@@ -115,27 +138,104 @@ class Studio:
       initial_frames=initial_frames,
       mesh=self._mesh,
     )
-    return Making(stream)
+    return OwnStream(stream)
+
+  def step(self, makings: Sequence['Making']) -> list[np.ndarray | None]:
+    """The next block of some videos: one, or several of one row.
+
+    Returns:
+      For each uint8 [F, H, W, 3], or None while the first is on its way.
+    """
+    first = makings[0]
+    if isinstance(first, InRow):
+      return first.row.step([m.member for m in makings if isinstance(m, InRow)])
+    return [making.next() for making in makings]
+
+  def warm_up(self, prompt: str) -> None:
+    """Compiles what sessions of the usual mode need, with videos of a prompt.
+
+    Before there are any: it steps and leaves as the maker's thread does.
+    """
+    self.encode(prompt)
+    count = 1 if self._row is None else self.places
+    makings: list[Making] = []
+    for seed in range(count):
+      makings.append(self.open(prompt, seed=seed))
+      makings[-1].begin()
+      # Those after the first block and those with another prompt as well.
+      for _ in range(self.pipeline.rollout.num_steps + 2):
+        self.step(makings)
+    makings[0].send(prompt)
+    for _ in range(self.pipeline.rollout.num_steps + 2):
+      self.step(makings)
+    for making in makings:
+      making.close()
+
+  def _open_together(
+    self, prompt: str, seed: int, initial_frames: np.ndarray | None
+  ) -> 'InRow':
+    assert self._row is not None
+    streaming.check_prompts([prompt])
+    initial = None
+    if initial_frames is not None:
+      initial = self.pipeline.encode(initial_frames)
+    (key,) = seeds.keys(seeds.of_videos(seed, 1))
+    return InRow(self._row, self._row.prepare(prompt, key, initial))
 
 
-def _room(engine: streaming.Engine, params: dict) -> int:
-  """Videos whose caches fit beside the weights, one of them being made."""
-  need = modes.estimate_memory(engine, params, 1)
+def _room(engine: streaming.Engine, params: dict, as_batch: bool) -> int:
+  """Videos whose caches fit beside the weights."""
   device = jax.local_devices()[0]
   if engine.mesh is not None:
     device = engine.mesh.local_devices[0]
-  room = _USABLE * modes.device_memory(device) - need.weights - need.temporaries
-  return max(1, int(room // need.caches))
+  room = _USABLE * modes.device_memory(device)
+
+  def need(count: int) -> float:
+    one = modes.estimate_memory(engine, params, count if as_batch else 1)
+    # A row that grows is there twice for a moment.
+    return one.total + (one.caches if as_batch else (count - 1) * one.caches)
+
+  count = 1
+  while need(count + 1) <= room and count < _MOST_PLACES:
+    count += 1
+  return count
 
 
-class Making:
-  """One video that is being made.
+class Making(Protocol):
+  """One video that is being made, by the maker's thread alone.
 
   Attributes:
     mode: of its stream.
     given: uint8 [F, H, W, 3], the frames that it goes on from, or None.
-    first: uint8 [F, H, W, 3], its first block.
+    first: uint8 [F, H, W, 3], its first block, if it is there already.
+    row: of the videos that are made as one batch with it; None: none are.
   """
+
+  mode: str
+  given: np.ndarray | None
+  first: np.ndarray | None
+  row: Any
+
+  def begin(self) -> None:
+    """Takes its place."""
+
+  def next(self) -> np.ndarray:
+    """The next block, uint8 [F, H, W, 3], if it is in no row."""
+
+  def send(self, prompt: str, recache: bool = False) -> int:
+    """Changes the prompt; the block from which it shows."""
+
+  def turns(self, block: int) -> dict[str, Any]:
+    """See `squares`."""
+
+  def close(self) -> None:
+    """Frees what the video holds on the device."""
+
+
+class OwnStream:
+  """A `Making` that is a stream of its own."""
+
+  row: Any = None
 
   def __init__(self, stream: streaming.Stream):
     """Makes the first block of a stream of one video."""
@@ -144,44 +244,82 @@ class Making:
     stream.ahead = 0
     self.mode = stream.mode
     self.given = None if stream.given is None else np.asarray(stream.given)[0]
-    self.first = self.next()
+    self.first: np.ndarray | None = self.next()
+
+  def begin(self) -> None:
+    """See `Making`."""
 
   def next(self) -> np.ndarray:
     """The next block, uint8 [F, H, W, 3]."""
     return next(self._stream)[0]
 
   def send(self, prompt: str, recache: bool = False) -> int:
-    """Changes the prompt; the block from which it shows."""
+    """See `Making`."""
     return self._stream.send(prompt, recache=recache)
 
   def turns(self, block: int) -> dict[str, Any]:
-    """The squares of the grid that were worked on to finish a block.
-
-    Returns:
-      `turns`: for each turn the block of every stage, from the noisiest on,
-      negative where it has none; `steps`: the denoising steps of each stage;
-      `verbs`: for each turn what every stage did, D, C or both.
-    """
-    engine = self._stream.engine
-    turns = engine.turns(block)
-    steps = engine.config.num_steps
-    if engine.stages is None or len(turns[0]) != steps:
-      # A stage takes a block through several steps in a turn.
-      return {
-        'turns': turns,
-        'steps': steps,
-        'verbs': [['DC'] * len(turn) for turn in turns],
-      }
-    before = engine.stages.finish_turn(block - 1) + 1 if block else 0
-    verbs = [
-      ['D' if (turn - stage) % 2 == 0 else 'C' for stage in range(steps)]
-      for turn in range(before, before + len(turns))
-    ]
-    return {'turns': turns, 'steps': steps, 'verbs': verbs}
+    """See `Making`."""
+    return squares(self._stream.engine, block)
 
   def close(self) -> None:
-    """Frees what the video holds on the device."""
+    """See `Making`."""
     self._stream.close()
+
+
+class InRow:
+  """A `Making` that is one of several made as one batch.
+
+  Attributes:
+    member: of the row.
+  """
+
+  def __init__(self, row: together.Together, member: together.Member):
+    self.row, self.member = row, member
+    self.mode, self.given = row.engine.mode, member.given
+    self.first: np.ndarray | None = None
+
+  def begin(self) -> None:
+    """See `Making`."""
+    self.row.join(self.member)
+
+  def next(self) -> np.ndarray:
+    """See `Making`."""
+    raise AssertionError('a video of a row gets on by a step of the row')
+
+  def send(self, prompt: str, recache: bool = False) -> int:
+    """See `Making`."""
+    if recache:
+      raise ValueError(f"recache goes with mode 'block_first', not {self.mode}")
+    return self.row.send(self.member, prompt)
+
+  def turns(self, block: int) -> dict[str, Any]:
+    """See `Making`."""
+    return squares(self.row.engine, block)
+
+  def close(self) -> None:
+    """See `Making`."""
+    self.row.leave(self.member)
+
+
+def squares(engine: streaming.Engine, block: int) -> dict[str, Any]:
+  """The squares of the grid that were worked on to finish a block.
+
+  Returns:
+    `turns`: for each turn the block of every stage, from the noisiest on,
+    negative where it has none; `steps`: the denoising steps of each stage;
+    `verbs`: for each turn what every stage did, D, C or both.
+  """
+  turns, steps = engine.turns(block), engine.config.num_steps
+  if engine.stages is None or len(turns[0]) != steps:
+    # A stage takes a block through several steps in a turn.
+    verbs = [['DC'] * len(turn) for turn in turns]
+  else:
+    first = engine.stages.finish_turn(block - 1) + 1 if block else 0
+    verbs = [
+      ['D' if (turn - stage) % 2 == 0 else 'C' for stage in range(steps)]
+      for turn in range(first, first + len(turns))
+    ]
+  return {'turns': turns, 'steps': steps, 'verbs': verbs}
 
 
 class _EncodedOnce:

@@ -40,6 +40,7 @@ _TOO_LATE_S = 2.0
 # How long before a session runs dry its next block is asked for, besides the
 # time that it takes; a session that ran dry has more for a while.
 _LEAD_S = 0.25
+_MARGIN = 1.5
 _LEAD_DECAY = 0.9995  # a frame
 _MAX_EVENTS = 512
 _GOODBYE_S = 2.0  # for the last events
@@ -184,8 +185,8 @@ class Viewer:
     if due is None:
       return None if ahead else 0.0
     ready = sum(n for block, n in ahead if block >= self._skip_before)
-    others = self._maker.block_s * max(1, self._maker.running)
-    return due + ready / self.fps - self._lead - 1.5 * others
+    lead = self._lead + _MARGIN * self._maker.turn_s
+    return due + ready / self.fps - lead
 
   def queued(self, place: int) -> None:
     """See `maker.Job`."""

@@ -59,7 +59,7 @@ class Making:
   """A bar that moves over a coloured ground."""
 
   def __init__(self, prompt, initial):
-    self.mode, self.given = 'fake', initial
+    self.mode, self.given, self.row = 'fake', initial, None
     self._prompts, self._block, self.closed = [(0, prompt)], 0, False
     self.first = self.next()
 
@@ -77,6 +77,9 @@ class Making:
       frame[:, (self._block * _FRAMES + i) % 44 :][:, :4] = 255
     self._block += 1
     return frames
+
+  def begin(self):
+    """Has nothing to do."""
 
   def send(self, prompt, recache=False):
     """Shows two blocks later, as if some were under way."""
@@ -122,6 +125,14 @@ class Studio:
     """Does nothing."""
     if 'refuse' in prompt:
       streaming.check_prompts([''])
+
+  def warm_up(self, prompt):
+    """Makes a block."""
+    self.open(prompt, seed=0).close()
+
+  def step(self, makings):
+    """Blocks of all of them."""
+    return [making.next() for making in makings]
 
   def open(self, prompt, *, seed, mode=None, initial_frames=None):
     """A new bar."""

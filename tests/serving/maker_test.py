@@ -133,6 +133,50 @@ def test_a_crash_ends_its_own_session_alone(made, capsys):
   assert 'a crash that was asked for' in capsys.readouterr().err
 
 
+class Row:
+  """Of fake videos, which are made one by one."""
+
+  cleared = 0
+
+  def clear(self):
+    self.cleared += 1
+
+
+def test_a_crash_in_a_shared_batch_ends_those_in_it_alone(made, capsys):
+  one, row = made(), Row()
+  apart, first, second = Job(), Job(), Job()
+  for job in (apart, first, second):
+    one.submit(job)
+  wait_until(lambda: apart.blocks and first.blocks and second.blocks)
+  first.making.row = second.making.row = row
+  one.prompt(second, protocol.Prompt('crash'))
+  assert first.over.wait(20) and second.over.wait(20)
+  assert first.error.code == second.error.code == 'crashed'
+  assert row.cleared == 1
+  seen = len(apart.blocks)
+  wait_until(lambda: len(apart.blocks) > seen + 20)
+  capsys.readouterr()
+
+
+def test_who_soon_wants_a_block_takes_it_in_the_same_batch(made):
+  one, row, steps = made(), Row(), []
+  plain = one.studio.step
+  one.studio.step = lambda makings: steps.append(len(makings)) or plain(makings)
+  one.block_s = 1.0
+  first, second = Job(blocks=1), Job(blocks=1, wants=2.0)
+  for job in (first, second):
+    one.submit(job)
+  wait_until(lambda: first.blocks and second.blocks)
+  with one._changed:
+    first.making.row = second.making.row = row
+    second.wants = time.monotonic() + 0.5
+    first.left = second.left = 5
+    steps.clear()
+  one.wake()
+  wait_until(lambda: len(first.blocks) == len(second.blocks) == 5)
+  assert steps == [2, 2, 2, 2]
+
+
 def test_a_prompt_that_cannot_be_encoded_leaves_the_video_alone(made):
   one, job = made(), Job()
   one.submit(job)

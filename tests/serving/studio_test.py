@@ -115,9 +115,30 @@ def test_a_loop_without_stages_has_one_turn_of_all_steps():
 
 
 def test_as_many_videos_as_the_device_has_room_for(monkeypatch):
-  one = studio.Studio(make())
-  assert one.max_sessions > 1000
+  one = studio.Studio(make(), places=9)
+  assert one.places == 9
   need = modes.estimate_memory(one._engine('batched'), one.pipeline.params, 1)
-  room = need.weights + need.temporaries + 3.5 * need.caches
+  room = need.total + 2.5 * need.caches
   monkeypatch.setattr(modes, 'device_memory', lambda device: room / 0.8)
-  assert studio.Studio(make()).max_sessions == 3
+  assert studio.Studio(make(), places=9).places == 3
+  assert studio.Studio(make(), places=9, share_batch=True).places == 1
+
+
+def test_sessions_of_one_batch_make_the_blocks_of_sessions_alone():
+  alone = studio.Studio(make()).open('a', seed=3)
+  expected = [alone.first, alone.next(), alone.next()]
+  one = studio.Studio(make(), share_batch=True, places=2)
+  one.warm_up('b')
+  first, other = one.open('a', seed=3), one.open('b', seed=4)
+  first.begin()
+  blocks = one.step([first])
+  other.begin()
+  blocks += [one.step([other, first])[1] for _ in range(2)]
+  assert first.turns(2) == alone.turns(2)
+  for block, wanted in zip(blocks, expected, strict=True):
+    # Sums of a batch are in another order: a level of 255 may differ.
+    np.testing.assert_allclose(block.astype(int), wanted.astype(int), atol=1)
+  # Another mode is a stream of its own.
+  assert one.open('a', seed=0, mode='serial').row is None
+  with pytest.raises(ValueError, match="goes with mode 'batched'"):
+    studio.Studio(make(), mode='serial', share_batch=True)
