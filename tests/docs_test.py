@@ -101,6 +101,13 @@ def _flags_of(program):
   source = (_ROOT / 'launch' / f'{program}.py').read_text()
   for module in re.findall(r'(\w+)\.define_flags\(\)', source):
     source += (_ROOT / 'hiar_jax' / 'runtime' / f'{module}.py').read_text()
+  if 'ChoiceFlags()' in source:
+    choices = _ROOT / 'hiar_jax' / 'sampling' / 'choice_flags.py'
+    source += choices.read_text()
+    # Those of whole numbers are rows of a table there.
+    source = re.sub(
+      r"^ *\('(\w+)', '", r"DEFINE_integer('\1'", source, flags=re.M
+    )
   return {'config', *re.findall(r"DEFINE_\w+\(\s*'(\w+)'", source)}
 
 
