@@ -10,14 +10,20 @@ From published weights and a file of prompts, one a line, to a student:
   hiar-jax train --config=hiar_1_3b:distill
   hiar-jax export --config=hiar_1_3b:distill --out=hiar
 
+To fine-tune the teacher on captioned videos first (docs/training_data.md):
+
+  hiar-jax encode videos --config=hiar_1_3b:teacher
+  hiar-jax encode prompts --config=hiar_1_3b:teacher
+  hiar-jax train --config=hiar_1_3b:teacher
+
 On several hosts every one of them is started as docs/multihost.md says. Does it
 fit, and how long at least:
 
   hiar-jax plan --config=hiar_1_3b --topology v5e:2x2
   hiar-jax plan --config=hiar_1_3b --topology v5p:4x4x4 --part=training
 
-Numbers are the paper's (arXiv:2603.08703); those of the student's start, which
-it does not give, are marked.
+Numbers are the paper's (arXiv:2603.08703); those of the student's start and of
+the teacher's fine-tuning, which it does not give, are marked.
 """
 
 import dataclasses
@@ -28,7 +34,7 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.text import tokens
 from hiar_jax.training.loop_config import LoopConfig
 
-PHASES = ('prompts', 'trajectories', 'student_start', 'distill')
+PHASES = ('prompts', 'trajectories', 'teacher', 'student_start', 'distill')
 _RUNS = 'runs/hiar_1_3b'
 
 
@@ -95,15 +101,45 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.loop = dataclasses.asdict(LoopConfig())
   # One stage to a chip of four.
   c.plan = dict(topology='v5e:2x2', batch_size=1, weights_dtype='bfloat16')
+  if phase == 'teacher':
+    return _teacher(c)
   if phase == 'student_start':
     return _student_start(c)
   return _distill(c)
+
+
+def _teacher(c):
+  del c.prompts
+  # mp4 and others, with captions.jsonl or a text file beside each.
+  c.videos = dict(
+    source='folder', path='videos', fps=16, num_frames=81, height=480, width=832
+  )
+  c.latents = dict(dir=f'{_RUNS}/latents', num=0, shard_size=64, batch_size=8)
+  c.states.dir = f'{_RUNS}/caption_states'
+  c.start_weights = 'weights/wan2.1_1.3b'
+  c.caption_dropout = 0.1
+  # Ours: the paper trains no teacher.
+  c.timestep_shift = 5.0
+  c.iterations = 3000
+  c.microbatches = 1
+  c.optimiser = dict(
+    name='adamw',
+    learning_rate=1e-5,
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    warmup=100,
+  )
+  c.ema_decay = 0.999
+  return c
 
 
 def _student_start(c):
   c.start_context = 'random'
   # Ours: the paper names neither.
   c.iterations = 3000
+  c.microbatches = 1
   c.optimiser = dict(
     name='adamw',
     learning_rate=2e-6,

@@ -3,9 +3,9 @@
   hiar-jax train --config=wan_tiny:student_start,FOLDER
 
 and so on. FOLDER, by default the one that it is started in, has weights/ and
-prompts.txt as for hiar_1_3b, and runs/ from the first command on. Latent frames
-of 4x4, 6 of them in 2 blocks, two steps, one device. The tests run it with
-random weights.
+prompts.txt (and videos/ for the teacher) as for hiar_1_3b, and runs/ from the
+first command on. Latent frames of 4x4, 6 of them in 2 blocks, two steps, one
+device. The tests run it with random weights.
 """
 
 import ml_collections
@@ -24,6 +24,9 @@ _PATHS = (
   'text.folder',
   'states.dir',
   'trajectories.dir',
+  'start_weights',
+  'videos.path',
+  'latents.dir',
 )
 
 
@@ -39,7 +42,9 @@ def get_config(arguments: str = 'distill') -> ml_collections.ConfigDict:
   c.name = 'wan_tiny'
   for key in _PATHS:
     section, _, name = key.rpartition('.')
-    holder = c[section] if section else c
+    holder = c.get(section, {}) if section else c
+    if name not in holder:
+      continue  # Of another phase.
     path = holder[name].replace('1_3b', 'tiny')
     holder[name] = f'{root}/{path}' if root else path
   c.model.update(
@@ -73,7 +78,11 @@ def get_config(arguments: str = 'distill') -> ml_collections.ConfigDict:
   c.checkpoint_every = 2
   # A step of AdamW is about as long as the learning rate.
   c.optimiser.learning_rate = 1e-3
-  if phase != 'student_start':
+  if phase == 'teacher':
+    c.videos.update(dict(num_frames=11, height=8, width=8))
+    c.latents.update(dict(shard_size=4, batch_size=2))
+    c.optimiser.warmup = 0
+  elif phase != 'student_start':
     c.rollout_blocks = (2, 2)
     c.critic_optimiser.learning_rate = 1e-3
     c.distill.update(dict(loss_blocks=2, ema_start=2))

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from hiar_jax.data import trajectories, trajectory_files
-from hiar_jax.runtime import stopping
+from hiar_jax.runtime import stopping, video_io
 from hiar_jax.weights import safetensors_io
 from tests import fake_release
 
@@ -182,9 +182,39 @@ def one_device(tmp_path_factory):
   return shell
 
 
-def assert_close(actual, folder):
+@pytest.fixture(scope='module')
+def videos(one_device):
+  """The same, with captioned videos that were encoded by two processes."""
+  shell = one_device
+  folder = shell.folder / 'videos'
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for index in range(10):
+    # Of a moving mean, so that no two are alike to the VAE.
+    frames = (
+      rng.integers(0, 256, (1, 16, 16, 3))
+      * np.linspace(1, 0, 11)[:, None, None, None]
+    )
+    path = folder / f'{index}.mp4'
+    video_io.write_video(path, frames.astype(np.uint8), fps=16)
+    path.with_suffix('.txt').write_text(_PROMPTS[index])
+  (folder / '3.mp4').write_bytes(b'no video')
+  pair = Shell(shell.folder, devices=8, processes=2)
+  for what in ('videos', 'prompts'):
+    said = pair.run(
+      'encode', what, '--config=wan_tiny:teacher,.', everywhere=True
+    )
+    assert 'share 0 of 2' in said
+  said = shell.run(
+    'encode', 'videos', '--config=wan_tiny:teacher,.', '--verify'
+  )
+  assert '9 videos, whole; 1 could not be read' in said
+  return shell
+
+
+def assert_close(actual, folder, run='distill'):
   expected = safetensors.numpy.load_file(
-    folder / _RUNS / 'distill' / 'weights.safetensors'
+    folder / _RUNS / run / 'weights.safetensors'
   )
   start = safetensors.numpy.load_file(
     folder / 'weights/wan2.1_1.3b/student.safetensors'
@@ -294,9 +324,45 @@ def test_eight_devices_end_where_one_does(processes, one_device, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('phase', ['student_start', 'distill', 'self_forcing'])
-def test_a_killed_phase_ends_bit_equal(phase, one_device):
-  shell = one_device
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_teacher_trains_on_eight_devices_as_on_one(processes, videos):
+  """In two microbatches there, in one here."""
+  folder = videos.folder
+  if not (folder / _RUNS / 'teacher').exists():
+    videos.run('train', '--config=wan_tiny:teacher,.')
+  shell = Shell(folder, devices=8, processes=processes)
+  workdir = folder / f'teacher_{processes}'
+  shell.run(
+    *('train', f'--config={_ROOT / "tests" / "wan_tiny_pod.py"}:teacher,.'),
+    *(f'--config.workdir={workdir}', '--config.microbatches=2'),
+    everywhere=True,
+  )
+  path = workdir / 'weights.safetensors'
+  assert_close(safetensors.numpy.load_file(path), folder, 'teacher')
+
+
+@pytest.mark.slow
+def test_text_that_two_processes_encode_as_they_train_is_that_of_one(
+  one_device,
+):
+  folder = one_device.folder
+  pod = f'--config={_ROOT / "tests" / "wan_tiny_pod.py"}:distill,.,live'
+  ones = [f'--config.mesh.{axis}=1' for axis in ('fsdp', 'tensor', 'context')]
+  one_device.run('train', pod, f'--config.workdir={folder / _RUNS}/live', *ones)
+  pair = Shell(folder, devices=8, processes=2)
+  pair.run(
+    'train', pod, f'--config.workdir={folder}/live_pair', everywhere=True
+  )
+  path = folder / 'live_pair' / 'weights.safetensors'
+  assert_close(safetensors.numpy.load_file(path), folder, 'live')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'phase', ['teacher', 'student_start', 'distill', 'self_forcing']
+)
+def test_a_killed_phase_ends_bit_equal(phase, videos):
+  shell = videos
   train = ('train', f'--config=wan_tiny:{phase},.')
   ends = []
   for name in ('whole', 'cut'):
