@@ -12,6 +12,7 @@ import pytest
 
 from hiar_jax.data import prompts as data_prompts
 from hiar_jax.data import text_states
+from hiar_jax.runtime import stopping
 from hiar_jax.text import embeddings
 from hiar_jax.weights import conversion, releases
 from tests import fake_release, forked_runs
@@ -87,23 +88,43 @@ def contents(folder):
   return found
 
 
-def test_a_killed_run_goes_on_to_the_same_files(inputs, environment, tmp_path):
-  whole = start(inputs, environment)
-  output, _ = whole.communicate(timeout=300)
-  assert whole.returncode == 0, output
+@pytest.fixture(scope='module')
+def whole(inputs, environment):
+  """What a run to which nothing happened printed; its files are there."""
+  run = start(inputs, environment)
+  output, _ = run.communicate(timeout=300)
+  assert run.returncode == 0, output
+  return output
+
+
+def test_what_is_encoded_cut_and_added_is_said(whole):
+  output = whole
   assert f'{_NUM} of {_NUM} prompts to encode; share 0 of 1' in output
   assert 'added 2 texts beside the prompts' in output
   # The last, and the twelve with three to six times 'red'.
   assert '13 of these prompts have more than 8 tokens and lose ' in output
+
+
+@pytest.mark.parametrize(
+  ('ending', 'status'),
+  [
+    (signal.SIGKILL, -signal.SIGKILL),
+    (signal.SIGTERM, stopping.SIGTERM_STATUS),
+  ],
+)
+def test_an_ended_run_goes_on_to_the_same_files(
+  ending, status, whole, inputs, environment, tmp_path
+):
   out = tmp_path / 'states'
   where = f'--config.states.dir={out}'
   run = start(inputs, environment, where)
   while len(list(out.glob('states-*.array_record'))) < 2:
     assert run.poll() is None, run.stdout.read()
     time.sleep(0.001)
-  run.send_signal(signal.SIGKILL)
-  run.communicate()
-  assert run.returncode == -signal.SIGKILL
+  run.send_signal(ending)
+  output, _ = run.communicate()
+  assert run.returncode == status, output
+  assert 'Traceback' not in output
   assert len(list(out.glob('states-*.array_record'))) < _NUM // 2
   output, _ = start(inputs, environment, where, '--verify').communicate()
   assert 'is missing' in output and 'problems; delete' in output

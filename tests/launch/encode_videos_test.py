@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.data import latents
-from hiar_jax.runtime import video_io
+from hiar_jax.runtime import stopping, video_io
 from hiar_jax.weights import conversion, releases
 from tests import fake_release, forked_runs
 
@@ -91,23 +91,43 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_killed_run_goes_on_to_the_same_files(inputs, start, tmp_path):
-  whole = start()
-  output, _ = whole.communicate(timeout=300)
-  assert whole.returncode == 0, output
+@pytest.fixture(scope='module')
+def whole(start):
+  """What a run to which nothing happened printed; its files are there."""
+  run = start()
+  output, _ = run.communicate(timeout=300)
+  assert run.returncode == 0, output
+  return output
+
+
+def test_videos_that_are_left_out_are_named_and_counted(whole):
+  output = whole
   assert f'{_NUM} of {_NUM} videos to encode; share 0 of 1' in output
   assert 'left out: ' in output and '04.mp4 cannot be decoded' in output
   assert '09.mp4 is too short: it has 0.38 s' in output
   assert f'2 of {_NUM} videos were left out' in output
+
+
+@pytest.mark.parametrize(
+  ('ending', 'status'),
+  [
+    (signal.SIGKILL, -signal.SIGKILL),
+    (signal.SIGTERM, stopping.SIGTERM_STATUS),
+  ],
+)
+def test_an_ended_run_goes_on_to_the_same_files(
+  ending, status, whole, inputs, start, tmp_path
+):
   out = tmp_path / 'latents'
   where = f'--config.latents.dir={out}'
   run = start(where)
   while len(list(out.glob('latents-*.array_record'))) < 2:
     assert run.poll() is None, run.stdout.read()
     time.sleep(0.001)
-  run.send_signal(signal.SIGKILL)
-  run.communicate()
-  assert run.returncode == -signal.SIGKILL
+  run.send_signal(ending)
+  output, _ = run.communicate()
+  assert run.returncode == status, output
+  assert 'Traceback' not in output
   assert len(list(out.glob('latents-*.array_record'))) < _NUM // 2
   run = start(where)
   output, _ = run.communicate(timeout=300)
