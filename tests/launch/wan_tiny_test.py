@@ -358,6 +358,22 @@ def test_text_that_two_processes_encode_as_they_train_is_that_of_one(
 
 
 @pytest.mark.slow
+def test_longer_rollouts_on_eight_devices_end_as_on_one(one_device):
+  """Up to twice the blocks that the losses see; the VAE recodes their start."""
+  folder, long = one_device.folder, '--config.rollout_blocks=(2, 4)'
+  one_device.run(
+    *('train', '--config=wan_tiny:distill,.', long),
+    f'--config.workdir={folder / _RUNS}/long',
+  )
+  Shell(folder, devices=8).run(
+    *('train', f'--config={_ROOT / "tests" / "wan_tiny_pod.py"}:distill,.'),
+    *(long, f'--config.workdir={folder}/long_pod'),
+  )
+  path = folder / 'long_pod' / 'weights.safetensors'
+  assert_close(safetensors.numpy.load_file(path), folder, 'long')
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'phase', ['teacher', 'student_start', 'distill', 'self_forcing']
 )
