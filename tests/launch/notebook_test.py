@@ -1,13 +1,14 @@
 """The quickstart notebook runs from top to bottom and shows what it says."""
 
-import pathlib
 import re
 
 import nbclient
 import nbformat
 import pytest
 
-_PATH = pathlib.Path(__file__).parents[2] / 'launch' / 'quickstart.ipynb'
+from tests.launch import notebook_outputs
+
+_PATH = notebook_outputs.PATH
 
 
 # The same cells on fewer blocks.
@@ -47,9 +48,15 @@ def _outputs(notebook, mime):
   ]
 
 
-def test_it_is_stored_without_outputs():
-  stored = nbformat.read(_PATH, as_version=4)
-  assert not any(cell.get('outputs') for cell in stored.cells)
+def test_it_is_stored_with_what_its_cells_showed():
+  stored = nbformat.read(notebook_outputs.PATH, as_version=4)
+  # Else: python tests/launch/notebook_outputs.py
+  assert stored.metadata.hiar_jax.sources == notebook_outputs.sources(stored)
+  assert len(_outputs(stored, 'image/jpeg')) == 3
+  assert [text for text in _outputs(stored, 'text/plain') if 'Video(' in text]
+  kinds = {o.output_type for c in stored.cells for o in c.get('outputs', ())}
+  assert 'error' not in kinds
+  assert notebook_outputs.PATH.stat().st_size < 300_000
 
 
 def test_videos_play_and_pictures_show(executed):
