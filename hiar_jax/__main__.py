@@ -5,6 +5,7 @@ Imports nothing but the command's own program, so that help costs no time.
 
 import difflib
 import importlib.util
+import os
 import runpy
 import sys
 import textwrap
@@ -92,7 +93,7 @@ def main() -> None:
   interrupts.leave_at_once()  # While the program is imported.
   words = sys.argv[1:]
   if not words or words[0] in _HELP:
-    print(help_page())
+    _print(help_page())
     sys.exit(0 if words else 2)
   if words[0] == '--version':
     # Here: the package's own version, without what else it names.
@@ -137,7 +138,7 @@ def _split(words: list[str]) -> tuple[Command, list[str]]:
     _fail(f'{first} comes after a command; hiar-jax --help lists them')
   group = tuple(c for c in _BY_NAME.values() if c.name.split()[0] == first)
   if group and (not others or others[0] in _HELP):
-    print(_table(f'hiar-jax {first} takes one more word:', group))
+    _print(_table(f'hiar-jax {first} takes one more word:', group))
     sys.exit(0 if others else 2)
   wrong = first
   if group and not others[0].startswith('-'):
@@ -157,6 +158,15 @@ def _exists(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
   except ModuleNotFoundError:
     return False
+
+
+def _print(page: str) -> None:
+  """Prints a page, of which the reader may want the beginning alone."""
+  try:
+    print(page, flush=True)
+  except BrokenPipeError:
+    # Python would say so again when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(message: str) -> NoReturn:

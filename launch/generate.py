@@ -331,7 +331,7 @@ def _initial_frames(
     return None
   height, width, _ = pipeline.frame_shape
   frames, notes = given_frames.read(
-    *(_CONTINUE.value, height, width),
+    *(_path(_CONTINUE.value), height, width),
     fps=pipeline.fps,
     last=_CONTINUE_FRAMES.value,
     fit=_FIT.value,
@@ -468,14 +468,19 @@ def _prompts() -> list[str]:
   if _PROMPT.value is not None:
     prompts = [_PROMPT.value]
   else:
-    prompts = list(data_prompts.FilePrompts(_PROMPTS_FILE.value))
+    prompts = list(data_prompts.FilePrompts(_path(_PROMPTS_FILE.value)))
   streaming.check_prompts(prompts)
   return prompts
 
 
+def _path(value: str) -> pathlib.Path:
+  # In --out=~/x.mp4 a shell leaves '~' as it is.
+  return pathlib.Path(value).expanduser()
+
+
 def _paths(count: int) -> list[pathlib.Path]:
   """Where the videos go, once it is sure that they can go there."""
-  out = pathlib.Path(_OUT.value)
+  out = _path(_OUT.value)
   paths = [out]
   if count > 1:
     paths = [out.with_stem(f'{out.stem}-{i}') for i in range(count)]

@@ -1,5 +1,6 @@
 """What a user's mistake looks like: one line on stderr, exit status 2."""
 
+import os
 import re
 import sys
 import traceback
@@ -17,8 +18,13 @@ _OWN = re.compile(r'__main__$|hiar_jax(\.|$)|configs?(\W|_|$)')
 
 _CAUGHT = (
   *(AttributeError, KeyError, OSError, TypeError, ValueError),
+  # Of jax, where it finds no device.
+  *(AssertionError, RuntimeError),
   jax.errors.JaxRuntimeError,
 )
+# Where jax looks for the devices of a platform.
+_PLATFORMS = re.compile(r'jax\b.*\bxla_bridge$')
+_SIGPIPE_STATUS = 128 + 13
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -50,6 +56,8 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
       main(argv)
     except KeyboardInterrupt:
       interrupts.leave()
+    except BrokenPipeError:
+      raise
     except _CAUGHT as error:
       interrupts.leave_if_received()
       message = users_mistake(error)
@@ -59,8 +67,19 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
   try:
     app.run(guarded, flags_parser=_parse_flags)
+  except BrokenPipeError:
+    close_output()
+    sys.exit(_SIGPIPE_STATUS)
   finally:
     interrupts.leave_if_received()
+
+
+def close_output() -> None:
+  """Lets go of an output that nobody reads, as that of `hiar-jax ... | head`.
+
+  Python would else say so when it ends.
+  """
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def users_mistake(error: BaseException) -> str | None:
@@ -72,6 +91,14 @@ def users_mistake(error: BaseException) -> str | None:
     return f'the device has not enough memory: {text}' if exhausted else None
   frames = list(traceback.walk_tb(error.__traceback__))
   raised_in = frames[-1][0].f_globals.get('__name__', '') if frames else ''
+  platforms = os.environ.get('JAX_PLATFORMS')
+  if isinstance(error, RuntimeError | AssertionError):
+    if not platforms or not _PLATFORMS.match(raised_in):
+      return None
+    return (
+      f'JAX_PLATFORMS={platforms}: jax finds no such device here, or was '
+      f'installed without what it takes ({text or type(error).__name__})'
+    )
   if isinstance(error, OSError):
     missing = re.search(
       r"config file .*No such file or directory: '(.*?)'", text

@@ -11,6 +11,7 @@ import functools
 import importlib
 import io
 import math
+import os
 import pathlib
 import pickle
 import re
@@ -87,6 +88,10 @@ class StateDict:
         member; or if torch is needed and not installed.
     """
     self.path = pathlib.Path(path)
+    if self.path.is_symlink() and not self.path.exists():
+      raise FileNotFoundError(
+        f'{self.path} is a link to {os.readlink(self.path)}, which is not there'
+      )
     if _is_pickle(self.path):
       arrays: dict[str, Any] = {}
       files: dict[str, str] = {}

@@ -67,7 +67,9 @@ def download(
   try:
     info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-  except (ValueError, OSError) as error:
+  except Exception as error:
+    if not _is_of_hub(error):
+      raise
     raise _unavailable(name, _first_line(error)) from error
   files = choose(sizes, repo, inner, as_base=as_base, has=has)
   _check_space(huggingface_hub, name, sum(sizes[file] for file in files))
@@ -81,7 +83,9 @@ def download(
     folder = huggingface_hub.snapshot_download(
       repo, revision=info.sha, allow_patterns=[_literal(f) for f in files]
     )
-  except (ValueError, OSError) as error:
+  except Exception as error:
+    if not _is_of_hub(error):
+      raise
     raise _unavailable(name, _first_line(error)) from error
   return pathlib.Path(folder) / inner
 
@@ -191,6 +195,16 @@ def _offline(huggingface_hub: Any, repo: str, name: str) -> pathlib.Path:
         name, f'HF_HUB_OFFLINE is set; {_first_line(error)}'
       ) from error
     return pathlib.Path(folder)
+
+
+def _is_of_hub(error: Exception) -> bool:
+  """Whether an error is about the hub, the network or the disk.
+
+  Whose errors those of the network are differs between versions of
+  huggingface_hub: of requests, which are OSErrors, of httpx or of httpx2.
+  """
+  names = {kind.__name__ for kind in type(error).__mro__}
+  return isinstance(error, ValueError | OSError) or 'HTTPError' in names
 
 
 def _unavailable(name: str, reason: str) -> ValueError:

@@ -293,6 +293,9 @@ def _config_sizes(path: pathlib.Path, kind: str) -> dict[str, Any]:
     for theirs, ours in _CONFIG_KEYS[kind].items()
     if config.get(theirs) is not None
   }
+  for theirs in _CONFIG_KEYS[kind]:
+    if isinstance(config.get(theirs), str | bool | Mapping):
+      raise ValueError(f'{file}: {theirs}={config[theirs]!r} is no number')
   if 'attention_head_dim' in config:
     sizes['dim'] = config['attention_head_dim'] * sizes['num_heads']
   if 'd_kv' in config:

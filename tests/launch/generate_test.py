@@ -1,6 +1,7 @@
 """The main job at the command line: a video, or one line that says why not."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -154,11 +155,11 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
       weights,
       '--prompts_file=missing.txt',
     ],
-    'not_text.txt has no prompts: all lines are blank': [
-      *(_CONFIG, weights, '--prompts_file=not_text.txt')
-    ],
-    'empty.txt is not UTF-8: ': [
+    'empty.txt has no prompts: all lines are blank': [
       *(_CONFIG, weights, '--prompts_file=empty.txt')
+    ],
+    'not_text.txt is not UTF-8: ': [
+      *(_CONFIG, weights, '--prompts_file=not_text.txt')
     ],
     'flag --num_blocks=0': [*good, '--num_blocks=0'],
     "GB of the host's memory": [*good, '--num_blocks=100000000'],
@@ -167,6 +168,10 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
     "order 'hybrid', and no other,": [*good, '--anchor_blocks=2'],
     'takes either anchor_blocks, such as 1: ': [*good, '--order=hybrid'],
     'scale=300 makes frames of 19200x19200': [*good, '--scale=300'],
+    'cannot write /nowhere/video.mp4': [*good, '--out=~/video.mp4'],
+    'no image or video at /nowhere/x.png': [
+      *(*good, '--continue_from=~/x.png')
+    ],
     'cannot write nowhere/video.mp4': [*good, '--out=nowhere/video.mp4'],
     'cannot write folder.mp4: it is a folder': [*good, '--out=folder.mp4'],
     'cannot write sheet.png: it is a folder': [*good, '--out=sheet.mp4'],
@@ -200,6 +205,7 @@ def test_each_mistake_is_one_line(pipeline, tmp_path):
       *(json.dumps(arguments) for arguments in cases.values()),
     ],
     cwd=tmp_path,
+    env=os.environ | {'HOME': '/nowhere'},
     capture_output=True,
     text=True,
     check=True,

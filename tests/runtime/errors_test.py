@@ -1,6 +1,7 @@
 """A user's mistake is one line; a bug of ours keeps its traceback."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -118,3 +119,36 @@ def test_messages_of_others_are_shown_from_warnings_on(arguments, shown):
     check=True,
   )
   assert done.stderr == shown
+
+
+def test_an_output_that_nobody_reads_is_no_error():
+  code = (
+    'import sys; from hiar_jax.runtime import errors; '
+    "sys.argv[1:] = []; errors.run_main(lambda argv: print('x' * 10**6))"
+  )
+  with subprocess.Popen(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b''
+  assert process.returncode == 141
+
+
+@pytest.mark.parametrize('platform', ['rocm', 'nonsense'])
+def test_a_platform_that_is_not_there_is_one_line(platform):
+  code = (
+    'import sys, jax; from hiar_jax.runtime import errors; '
+    'sys.argv[1:] = []; errors.run_main(lambda argv: jax.devices() and None)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-W', 'ignore', '-c', code],
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | {'JAX_PLATFORMS': platform},
+  )
+  assert done.returncode == 2, done.stderr
+  *logged, line = done.stderr.splitlines()
+  assert line.startswith(f'error: JAX_PLATFORMS={platform}: jax finds no such')
+  assert not any('Traceback' in line for line in logged)

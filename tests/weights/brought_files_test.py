@@ -248,3 +248,24 @@ def test_safetensors_named_as_a_pickle_are_read(tmp_path):
   (tmp_path / 'x.safetensors').rename(tmp_path / 'x.pt')
   state = foreign.StateDict(tmp_path / 'x.pt')
   assert state.shapes.keys() == transformer().keys()
+
+
+def test_a_link_to_nowhere_is_told(tmp_path):
+  fake_release.write_release(tmp_path, 'wan')
+  (path,) = tmp_path.glob('diffusion*.safetensors')
+  path.unlink()
+  path.symlink_to('/nowhere/blob')
+  with pytest.raises(
+    FileNotFoundError, match='is a link to /nowhere/blob, whi'
+  ):
+    releases.find(tmp_path)
+
+
+def test_a_size_in_a_config_that_is_no_number_is_named(tmp_path):
+  fake_release.write_release(tmp_path, 'wan')
+  file = tmp_path / 'config.json'
+  sizes = json.loads(file.read_text())
+  file.write_text(json.dumps(sizes | {'num_heads': '2'}))
+  (path,) = tmp_path.glob('diffusion*.safetensors')
+  with pytest.raises(ValueError, match="json: num_heads='2' is no number"):
+    identity.open_network(path)

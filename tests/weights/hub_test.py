@@ -168,6 +168,27 @@ def test_the_size_is_asked_for_before_anything_is_fetched(
   assert not asked
 
 
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+  monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
+  api = huggingface_hub.HfApi(endpoint='http://127.0.0.1:9')
+  monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: api)
+  with pytest.raises(
+    ValueError, match="'a/b' is no folder here, and no releas"
+  ):
+    hub.download('a/b')
+
+
+def test_a_bug_on_the_way_to_the_hub_is_not_hidden(monkeypatch):
+  class Api:
+    def model_info(self, *unused, **unused_too):
+      raise RuntimeError('a bug')
+
+  monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
+  monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+  with pytest.raises(RuntimeError, match='a bug'):
+    hub.download('a/b')
+
+
 def _cached(tmp_path, monkeypatch):
   """A hub's cache with the files of a release, and a list with one more."""
   folder = tmp_path / 'hub' / 'models--a--b'
