@@ -47,7 +47,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-      _exit(f'unexpected argument {argv[1]!r}')
+      _exit(
+        f'unexpected argument {argv[1]!r}; a value with spaces in it is to be '
+        'in quotes'
+      )
     # Those of orbax, forty for three lines of ours, are asked for by name.
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
