@@ -232,7 +232,11 @@ def test_the_formula_is_near_what_was_compiled(mesh, microbatches, compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize('part', ['generator', 'critic'])
 def test_no_collective_is_larger_than_a_layer_or_a_samples_keys(part):
-  """On eight chips that divide samples and parameters."""
+  """On eight chips that divide samples and parameters.
+
+  What becomes of a layout that is not laid out on each chip, the next but one
+  test sees: here the compiler divides it.
+  """
   model = WanConfig(
     dim=256,
     ffn_dim=512,
@@ -292,3 +296,52 @@ def test_adapters_of_the_teachers_own_network_have_no_base_beside_it():
     names = networks.shapes(state.student.params)
     assert names['layers/ffn_in/lora_down'][-1] == 2
     assert 'layers/ffn_in/kernel' not in names
+
+
+@needs_compiler
+def test_keys_are_laid_out_without_gathering_other_samples():
+  """On 64 chips: on 8 or 16 the compiler divides a layout by itself."""
+  model = WanConfig(
+    dim=256,
+    ffn_dim=256,
+    num_heads=2,
+    num_layers=2,
+    latent_height=16,
+    latent_width=32,
+    channels=4,
+    freq_dim=64,
+    text_dim=64,
+    text_len=16,
+    dtype='bfloat16',
+    attention='auto',
+  )
+  denoiser = Denoiser(model)
+  devices = chips.describe('v5p:4x4x4').devices
+  mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=64), devices)
+  by_sample = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+  array = lambda *shape: jax.ShapeDtypeStruct(
+    shape, 'float32', sharding=by_sample
+  )
+
+  def flow(params, x, states):
+    text = denoiser.project_text(params, states)
+    return denoiser.flow(params, x, 0.5, text)[0]
+
+  shapes = jax.eval_shape(denoiser.init, jax.random.key(0))
+  with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
+    text = (
+      jax.jit(flow)
+      .lower(
+        sharding.abstract(shapes, mesh),
+        array(64, 6, 16, 32, 4),
+        array(64, 16, 64),
+      )
+      .compile()
+      .as_text()
+    )
+  one_sample = 2 * 6 * model.tokens_per_frame * model.dim
+  layer = 2 * (6 * model.dim**2 + 2 * model.dim * model.ffn_dim)
+  found = traffic.collectives(text)
+  assert found
+  large = [one for one in found if one.num_bytes > max(layer, one_sample)]
+  assert not large, large
