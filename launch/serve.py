@@ -82,6 +82,12 @@ _SESSIONS = flags.DEFINE_integer(
 _WAITING = flags.DEFINE_integer(
   'waiting', 16, 'sessions that may wait for a place', lower_bound=0
 )
+_SESSION_MINUTES = flags.DEFINE_float(
+  'session_minutes',
+  10.0,
+  'after which a session ends if others wait for its place',
+  lower_bound=0.1,
+)
 _SOCKETS = flags.DEFINE_integer(
   'sockets', 256, 'connections of any kind', lower_bound=1
 )
@@ -131,6 +137,7 @@ def main(argv: Sequence[str]) -> None:
   limits = protocol.Limits(
     sessions=made_by.places,
     waiting=_WAITING.value,
+    session_s=60 * _SESSION_MINUTES.value,
     sockets=_SOCKETS.value,
     upload_bytes=_UPLOAD_MB.value * 2**20,
     drain_s=_DRAIN_S.value,
@@ -141,13 +148,15 @@ def main(argv: Sequence[str]) -> None:
 
   async def run():
     live = app.Live(maker.Maker(made_by, limits), rules, prompts=prompts)
-    host, port = listening.getsockname()[:2]
-    shown = f'[{host}]' if ':' in host else host
-    print(f'{pipeline!r}, mode {made_by.mode!r}: {made_by.reason}')
-    print(f'http://{shown}:{port}/ (Ctrl-C ends it)', flush=True)
-    await server.serve(live, listening, prompts[0])
+    says = f'{pipeline!r}, mode {made_by.mode!r}: {made_by.reason}'
+    await server.serve(live, listening, prompts[0], says=says)
 
-  asyncio.run(run())
+    return live.maker.ready
+
+  if not asyncio.run(run()):
+    # A thread still compiles, and Python would wait for it.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _mesh() -> jax.sharding.Mesh | None:

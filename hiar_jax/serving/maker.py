@@ -121,8 +121,9 @@ class Maker:
       self._closing = self._draining = True
       self._changed.notify_all()
     self._thread.join()
-    self._openers.shutdown(cancel_futures=True)
-    self._texts.shutdown(cancel_futures=True)
+    # What is being compiled cannot be stopped, and is not waited for.
+    self._openers.shutdown(wait=self.ready, cancel_futures=True)
+    self._texts.shutdown(wait=self.ready, cancel_futures=True)
 
   def drain(self) -> None:
     """Admits nobody any more; who waits is sent away."""

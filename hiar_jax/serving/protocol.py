@@ -33,6 +33,7 @@ class Limits:
   Attributes:
     sessions: videos that are made at a time.
     waiting: sessions that may wait for a place.
+    session_s: seconds after which a session ends if others wait.
     prompt_chars: characters of a prompt.
     message_bytes: of a message to the server.
     upload_bytes: of a picture or video to go on from.
@@ -48,6 +49,7 @@ class Limits:
 
   sessions: int = 4
   waiting: int = 16
+  session_s: float = 600.0
   prompt_chars: int = 2000
   message_bytes: int = 2**16
   upload_bytes: int = 32 * 2**20

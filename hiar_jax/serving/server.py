@@ -47,13 +47,16 @@ def bind(host: str, port: int) -> socket.socket:
   return listening
 
 
-async def serve(live: Live, listening: socket.socket, prompt: str) -> None:
+async def serve(
+  live: Live, listening: socket.socket, prompt: str, *, says: str = ''
+) -> None:
   """Serves until SIGTERM or Ctrl-C, and lets go of everything.
 
   Args:
     live: the application.
     listening: from `bind`.
     prompt: of the video that compiles the programs.
+    says: a line before the address, once there is somebody to ask.
 
   Raises:
     Exception: of the first video, if the pipeline makes none.
@@ -80,6 +83,11 @@ async def serve(live: Live, listening: socket.socket, prompt: str) -> None:
   for number in (signal.SIGINT, signal.SIGTERM):
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
       loop.add_signal_handler(number, ending.set)
+  host, port = listening.getsockname()[:2]
+  if says:
+    print(says)
+  shown = f'[{host}]' if ':' in host else host
+  print(f'http://{shown}:{port}/ (Ctrl-C ends it)', flush=True)
   ready = asyncio.wrap_future(live.maker.start(prompt))
   serving = asyncio.create_task(server.serve([listening]))
   stop = asyncio.create_task(ending.wait())

@@ -33,6 +33,7 @@ _OUTBOX_S = 1.0
 # A client that took nothing for so long is no reason to make more.
 _STALL_S = 10.0
 _GIVE_UP_S = 60.0
+_WATCH_S = 0.5
 # Frames that came too late follow each other a little faster until they are on
 # time again; later than this, the clock is set anew.
 _CATCH_UP = 0.8
@@ -410,9 +411,16 @@ class Viewer:
     self._maker.latencies.append(now - asked)
 
   async def _watch(self) -> None:
-    """Gives a client up that takes nothing, for good."""
+    """Ends what takes nothing for long, or a place that others wait for."""
+    most = self._maker.limits.session_s
     while self._stalled_s() < _GIVE_UP_S:
-      await asyncio.sleep(1.0)
+      await asyncio.sleep(_WATCH_S)
+      had = time.monotonic() - self._began if self._began else 0.0
+      if had > most and self._maker.waiting:
+        self._finish(
+          protocol.Refused('time', f'others wait for this place of {most:g} s')
+        )
+        return
     self._finish(
       protocol.Refused('stalled', f'nothing was read for {_GIVE_UP_S:g} s')
     )

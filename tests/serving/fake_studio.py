@@ -148,7 +148,6 @@ async def _serve(port, token, limits):
     prompts=('red', 'blue'),
   )
   listening = server.bind('127.0.0.1', port)
-  print(f'http://127.0.0.1:{listening.getsockname()[1]}', flush=True)
   await server.serve(live, listening, 'red')
 
 

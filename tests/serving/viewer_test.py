@@ -149,6 +149,23 @@ def test_for_a_client_that_takes_nothing_nothing_is_made(monkeypatch):
   watch(act)
 
 
+def test_a_place_that_others_wait_for_is_had_for_a_while_alone():
+  async def act(shown, received):
+    await until(lambda: len(received.frames) > 3)
+    await asyncio.sleep(1.5)
+    assert not shown.done.is_set()
+    other = viewer.Viewer(protocol.Start('blue'), shown._maker)
+    _VIEWERS.append(other)
+    shown._maker.submit(other)
+    await asyncio.wait_for(shown.done.wait(), 5)
+    assert shown.error.code == 'time'
+    await until(lambda: len(other.recording))
+    other.close()
+
+  _, received = watch(act, sessions=1, session_s=1.0)
+  assert received.of('ended')[0]['code'] == 'time'
+
+
 def test_a_pause_stands_still_and_goes_on_with_the_next_frame():
   async def act(shown, received):
     await until(lambda: len(received.frames) > 3)

@@ -40,7 +40,10 @@ function connect() {
   };
   socket.onclose = ({reason}) => {
     live.session = null;
-    if (live.ended) return;
+    if (live.ended) {
+      veil(`${live.ended}. Restart begins anew`);
+      return;
+    }
     const wait = RETRY_MS[Math.min(live.reconnects, RETRY_MS.length - 1)];
     live.reconnects += 1;
     tell('bad', `not connected${reason ? `: ${reason}` : ''}; trying again`);
@@ -59,7 +62,7 @@ function start() {
   live.pending = new Map();
   live.numbers = [{number: 0, prompt: $('prompt').value}];
   live.shown = -1;
-  live.paused = live.ended = false;
+  live.paused = false;
   $('pause').textContent = 'Pause';
   curves.clear();
   grid.clear(live.hello.steps);
@@ -114,7 +117,6 @@ const hears = {
   },
   started(event) {
     live.session = event.session;
-    live.reconnects = 0;
     $('caption').textContent = event.prompt;
     note(event.notes);
     tell('live', `live, mode ${event.mode}`);
@@ -150,6 +152,8 @@ const hears = {
   },
   ended(event) {
     if (event.message) tell('bad', event.message);
+    // Nobody may be looking: who does has a button.
+    if (['time', 'stalled'].includes(event.code)) live.ended = event.message;
   },
   error(event) {
     live.errors.push(event);
@@ -189,6 +193,8 @@ function show(data) {
     bitmap.close();
     live.frames += 1;
     live.frame = frame;
+    // It holds: the next loss is answered at once again.
+    if (frame.frame > 2 * live.hello.fps) live.reconnects = 0;
     veil(null);
     grid.play(frame.block);
     $('clock').textContent =
@@ -245,8 +251,13 @@ $('prompt-form').onsubmit = (event) => {
   change();
 };
 $('pause').onclick = () => command({type: live.paused ? 'resume' : 'pause'});
-$('restart').onclick = start;
-$('mode').onchange = start;
+const restart = () => {
+  live.ended = false;
+  if (live.socket?.readyState === WebSocket.OPEN) start();
+  else if (live.socket?.readyState === WebSocket.CLOSED) connect();
+};
+$('restart').onclick = restart;
+$('mode').onchange = restart;
 $('fullscreen').onclick = () => document.fullscreenElement
   ? document.exitFullscreen() : $('stage').requestFullscreen();
 $('upload').onchange = async () => {
