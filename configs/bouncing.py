@@ -10,6 +10,7 @@
   hiar-jax train --config=bouncing:distill
   hiar-jax generate --config=bouncing --prompt "..."
 
+All of it small, in minutes: configs/bouncing_smoke.py.
 `configs/bouncing.py:self_forcing` is the block-first baseline, trained by the
 same program.
 """

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from hiar_jax.configs import bouncing, bouncing_smoke
+
 _ROOT = pathlib.Path(__file__).parents[1]
 # What they are made of.
 _OWN = (
@@ -102,3 +104,13 @@ def test_their_own_files_are_few():
     'configs/drifting.py',
     'configs/study.py',
   ]
+
+
+@pytest.mark.parametrize('phase', bouncing_smoke.PHASES)
+def test_a_first_try_touches_no_folder_of_the_real_training(phase):
+  c, real = (
+    config.get_config(phase).to_json_best_effort()
+    for config in (bouncing_smoke, bouncing)
+  )
+  assert 'runs/bouncing/' in real and 'runs/bouncing/' not in c
+  assert c.count('runs/bouncing_smoke/') == real.count('runs/bouncing/')
