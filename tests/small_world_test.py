@@ -100,6 +100,7 @@ def test_their_own_files_are_few():
     'hiar_jax/evaluation/drifting_frames.py',
     'configs/bouncing.py',
     'configs/bouncing_linear.py',
+    'configs/bouncing_lora.py',
     'configs/bouncing_smoke.py',
     'configs/drifting.py',
     'configs/study.py',
