@@ -10,6 +10,7 @@ import pathlib
 import secrets
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,10 @@ _HEADERS = {
 # Sessions that are over and can still be downloaded.
 _KEPT_SESSIONS = 8
 _UPLOADS = ('image/', 'video/')
+_MAX_UPLOADING = 4
+_UPLOAD_S = 120.0
+# Between two commands of a client: reading them is work for all.
+_BREATH_S = 0.005
 
 
 @dataclasses.dataclass
@@ -68,7 +73,6 @@ class Live:
   Attributes:
     app: for an ASGI server.
     maker: of the videos.
-    stopping: set when the server is about to end.
   """
 
   def __init__(
@@ -86,7 +90,6 @@ class Live:
       prompts: that the page offers, the first one to begin with.
     """
     self.maker = maker
-    self.stopping = asyncio.Event()
     self._limits = maker.limits
     self._prompts = prompts
     self._viewers: collections.OrderedDict[str, Viewer] = (
@@ -95,7 +98,7 @@ class Live:
     self._uploads: collections.OrderedDict[str, _Upload] = (
       collections.OrderedDict()
     )
-    self._videos = 0
+    self._videos = self._uploading = 0
     # One at a time: decoding and encoding take the cores of the streams.
     self._heavy = asyncio.Semaphore(1)
     self._began = time.time()
@@ -120,7 +123,6 @@ class Live:
 
   async def drain(self) -> None:
     """Tells the viewers, and returns when whole videos are finished."""
-    self.stopping.set()
     self.maker.drain()
     for viewer in list(self._viewers.values()):
       if not viewer.done.is_set():
@@ -158,9 +160,26 @@ class Live:
       raise protocol.Refused(
         'kind', f'{kind[:60]!r} is neither image/... nor video/...', 415
       )
-    body = await _body(request, self._limits.upload_bytes)
-    async with self._heavy:
-      upload = await asyncio.to_thread(self._read_upload, body)
+    if self._uploading >= _MAX_UPLOADING:
+      raise protocol.Refused(
+        'busy', f'{_MAX_UPLOADING} uploads are under way; try again', 503
+      )
+    self._uploading += 1
+    try:
+      with tempfile.TemporaryDirectory(prefix='hiar-') as folder:
+        path = pathlib.Path(folder) / 'upload'
+        async with asyncio.timeout(_UPLOAD_S):
+          with path.open('wb') as file:
+            async for part in _parts(request, self._limits.upload_bytes):
+              file.write(part)
+        async with self._heavy:
+          upload = await asyncio.to_thread(self._read_upload, path)
+    except TimeoutError as error:
+      raise protocol.Refused(
+        'slow', f'the upload took longer than {_UPLOAD_S:g} s', 408
+      ) from error
+    finally:
+      self._uploading -= 1
     id = secrets.token_urlsafe(16)
     self._uploads[id] = upload
     while len(self._uploads) > self._limits.uploads:
@@ -169,29 +188,27 @@ class Live:
       {'upload': id, 'frames': len(upload.frames), 'notes': upload.notes}, 201
     )
 
-  def _read_upload(self, body: bytes) -> _Upload:
+  def _read_upload(self, path: pathlib.Path) -> _Upload:
     pipeline = self.maker.studio.pipeline
     height, width, _ = pipeline.frame_shape
     stride = pipeline.codec.temporal_stride
-    with tempfile.TemporaryDirectory(prefix='hiar-') as folder:
-      path = pathlib.Path(folder) / 'upload'
-      path.write_bytes(body)
-      try:
-        frames, notes = given_frames.read(
-          *(path, height, width),
-          fps=pipeline.fps,
-          last=self._limits.upload_frames,
-        )
-      except (OSError, ValueError) as error:
-        told = str(error).replace(str(path), 'the upload')
-        raise protocol.Refused('upload', told) from error
+    try:
+      frames, notes = given_frames.read(
+        *(path, height, width),
+        fps=pipeline.fps,
+        last=self._limits.upload_frames,
+      )
+    except (OSError, ValueError) as error:
+      told = str(error).replace(str(path), 'the upload')
+      raise protocol.Refused('upload', told) from error
     fitting = 1 + (len(frames) - 1) // stride * stride
     notes = [note.replace(str(path), 'the upload') for note in notes]
     return _Upload(frames[-fitting:], notes)
 
   async def _video(self, request: Request) -> Response:
     """One whole video as an mp4."""
-    body = await _body(request, self._limits.message_bytes)
+    parts = _parts(request, self._limits.message_bytes)
+    body = b''.join([part async for part in parts])
     asked = protocol.parse_video_request(body, self._limits)
     self._check_mode(asked.mode)
     initial = self._initial(asked.upload)
@@ -326,6 +343,7 @@ class _Conversation:
           await self._obey(command)
         except protocol.Refused as error:
           await self._tell(error.as_json())
+        await asyncio.sleep(_BREATH_S)
     finally:
       await self._leave()
 
@@ -413,9 +431,9 @@ class _Conversation:
         await self._socket.send_text(message)
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _parts(request: Request, limit: int) -> AsyncIterator[bytes]:
   """A request's body, as long as it is no longer than that."""
-  parts, size = [], 0
+  size = 0
   try:
     async for part in request.stream():
       size += len(part)
@@ -423,10 +441,9 @@ async def _body(request: Request, limit: int) -> bytes:
         raise protocol.Refused(
           'too_large', f'the body is longer than {limit} bytes', 413
         )
-      parts.append(part)
+      yield part
   except ClientDisconnect as error:
     raise protocol.Refused('gone', 'the client left') from error
-  return b''.join(parts)
 
 
 async def _unless_gone(request: Request, work: Any) -> None:

@@ -347,12 +347,16 @@ class Maker:
           act = None
           job, wait = self._pick()
           if job is None:
-            self._changed.wait(wait)
+            if not self._todo:
+              self._changed.wait(wait)
             continue
-      if act is not None:
-        act()
-      elif job is not None:
-        self._make(job)
+      try:
+        if act is not None:
+          act()
+        elif job is not None:
+          self._make(job)
+      except Exception as error:  # A bug, which must not end all the others.
+        self._told(error)
     for job in list(self._places):
       self._drop(job, _draining())
 
@@ -361,7 +365,7 @@ class Maker:
     wanted = {
       job: at
       for job, place in self._places.items()
-      if place.making is not None and (at := job.wants_at()) is not None
+      if place.making is not None and (at := self._wants(job)) is not None
     }
     if not wanted:
       return None, None
@@ -378,6 +382,13 @@ class Maker:
     if idle and wait > self.block_s:
       return min(idle, key=lambda job: self._places[job].blocks), None
     return None, wait
+
+  def _wants(self, job: Job) -> float | None:
+    try:
+      return job.wants_at()
+    except Exception as error:
+      self._todo.append(functools.partial(self._drop, job, error))
+      return None
 
   def _make(self, job: Job) -> None:
     jobs = [job, *self._beside(job)]
@@ -416,7 +427,7 @@ class Maker:
         one is job or place.making is None or place.making.row is not making.row
       ):
         continue
-      at = one.wants_at()
+      at = self._wants(one)
       # A whole video, which waits for nobody, goes along.
       if at is not None and (at <= soon or at == float('inf')):
         beside.append(one)

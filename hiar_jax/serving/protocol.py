@@ -41,6 +41,7 @@ class Limits:
     uploads: that are kept for a session to come.
     video_blocks: of a whole video.
     record_frames: that can be downloaded, the last ones.
+    record_bytes: likewise; of the pictures as they were sent.
     sockets: connections of any kind.
     idle_s: seconds until a connection must have said what it wants.
     drain_s: seconds that whole videos have to be finished in, when the server
@@ -57,6 +58,7 @@ class Limits:
   uploads: int = 8
   video_blocks: int = 400
   record_frames: int = 14400
+  record_bytes: int = 256 * 2**20
   sockets: int = 256
   idle_s: float = 20.0
   drain_s: float = 20.0

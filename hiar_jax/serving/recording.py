@@ -18,19 +18,21 @@ from PIL import Image
 from hiar_jax.runtime import video_io
 
 _SEGMENT_FRAMES = 1800
+_SEGMENTS = 8  # of the bytes that are kept
 _BLOCK_FRAMES = 32  # that are decoded at a time.
 
 
 class Recording:
   """Pictures of one size, appended by one thread and read by others."""
 
-  def __init__(self, max_frames: int):
+  def __init__(self, max_frames: int, max_bytes: int):
     """Begins empty.
 
     Args:
       max_frames: of which no more than a segment too many is kept.
+      max_bytes: likewise.
     """
-    self._max_frames = max_frames
+    self._max_frames, self._max_bytes = max_frames, max_bytes
     self._lock = threading.Lock()
     self._segments: collections.deque[tuple[IO[bytes], list[int]]] = (
       collections.deque()
@@ -46,13 +48,24 @@ class Recording:
     with self._lock:
       if self._closed:
         return
-      if not self._segments or len(self._segments[-1][1]) >= _SEGMENT_FRAMES:
+      if not self._segments or self._is_full(self._segments[-1][1]):
         self._segments.append((tempfile.TemporaryFile(), []))
       file, sizes = self._segments[-1]
       file.write(b''.join(pictures))
       sizes += map(len, pictures)
-      while len(self) - len(self._segments[0][1]) >= self._max_frames:
+      while len(self._segments) > 1 and self._can_spare(self._segments[0][1]):
         self._segments.popleft()[0].close()
+
+  def _is_full(self, sizes: list[int]) -> bool:
+    most = self._max_bytes // _SEGMENTS
+    return len(sizes) >= _SEGMENT_FRAMES or sum(sizes) >= most
+
+  def _can_spare(self, oldest: list[int]) -> bool:
+    bytes_kept = sum(sum(sizes) for _, sizes in self._segments)
+    return (
+      len(self) - len(oldest) >= self._max_frames
+      or bytes_kept - sum(oldest) >= self._max_bytes
+    )
 
   def pictures(self) -> Iterator[bytes]:
     """Those that were there when asked for first, from the oldest on.

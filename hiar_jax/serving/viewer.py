@@ -44,6 +44,7 @@ _LEAD_S = 0.25
 _MARGIN = 1.5
 _LEAD_DECAY = 0.9995  # a frame
 _MAX_EVENTS = 512
+_MAX_ASKED = 64
 _GOODBYE_S = 2.0  # for the last events
 _EVENT_S = 5.0  # over which rates are taken
 
@@ -74,7 +75,9 @@ class Viewer:
     self.id = secrets.token_urlsafe(16)
     self.start, self.initial_frames = start, initial_frames
     self.fps = maker.studio.pipeline.fps
-    self.recording = recording.Recording(maker.limits.record_frames)
+    self.recording = recording.Recording(
+      maker.limits.record_frames, maker.limits.record_bytes
+    )
     self.dropped = self.shown = 0
     self.done = asyncio.Event()
     self.error: protocol.Refused | None = None
@@ -121,6 +124,8 @@ class Viewer:
     """Asks for another prompt; errors as `Maker.prompt`."""
     number = self._maker.prompt(self, command)
     self._asked[number] = time.monotonic()
+    while len(self._asked) > _MAX_ASKED:  # Those that were refused later.
+      del self._asked[min(self._asked)]
     if command.hurry:
       self._hurry.add(number)
     return number

@@ -133,6 +133,26 @@ def test_a_crash_ends_its_own_session_alone(made, capsys):
   assert 'a crash that was asked for' in capsys.readouterr().err
 
 
+def test_a_bug_in_one_session_ends_no_other(made, capsys):
+  one, fine, bad = made(), Job(), Job()
+  one.submit(fine)
+  one.submit(bad)
+  wait_until(lambda: fine.blocks and bad.blocks)
+
+  def wrong(*unused):
+    raise KeyError('a bug')
+
+  bad.prompted = wrong
+  one.prompt(bad, protocol.Prompt('green'))
+  wait_until(lambda: one.counts['crashes'] == 1)
+  bad.wants_at = wrong
+  one.wake()
+  assert bad.over.wait(20) and bad.error.code == 'crashed'
+  seen = len(fine.blocks)
+  wait_until(lambda: len(fine.blocks) > seen + 20)
+  capsys.readouterr()
+
+
 class Row:
   """Of fake videos, which are made one by one."""
 

@@ -209,7 +209,7 @@ def test_a_recording_keeps_the_last_frames_and_becomes_a_video(
   tmp_path, monkeypatch
 ):
   monkeypatch.setattr(recording, '_SEGMENT_FRAMES', 10)
-  kept = recording.Recording(30)
+  kept = recording.Recording(30, 10**9)
   frame = np.zeros((32, 48, 3), np.uint8)
   for i in range(80):
     frame[:] = 3 * i
@@ -222,3 +222,12 @@ def test_a_recording_keeps_the_last_frames_and_becomes_a_video(
   kept.close()
   kept.append([b''])
   assert not list(kept.pictures())
+
+
+def test_a_recording_of_large_pictures_keeps_to_its_bytes():
+  kept = recording.Recording(10**6, 8000)
+  for i in range(100):
+    kept.append([bytes([i]) * 500])
+  assert 8000 <= 500 * len(kept) <= 9500
+  assert next(kept.pictures()) == bytes([100 - len(kept)]) * 500
+  kept.close()
