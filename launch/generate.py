@@ -292,7 +292,11 @@ def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
         config, _WEIGHTS.value, config_flag.overrides().get('codec.path')
       )
       pipeline = loading.from_config(
-        config.to_dict(), weights=weights, codec=codec, **given
+        config.to_dict(),
+        weights=weights,
+        codec=codec,
+        mesh=_CHOICES.mesh,
+        **given,
       )
       pipeline = _CHOICES.apply(pipeline)
     else:

@@ -423,6 +423,8 @@ def split_queries(
       for argument, spec in zip(arguments, specs, strict=True)
     ),
     out_specs=queries,
+    # A stage of sampling's own is divided by hand already.
+    axis_names=set(AXES),
     # Pallas kernels do not say over which axes their results vary.
     check_vma=False,
   )(*arguments)
@@ -441,7 +443,11 @@ def map_keys(
     return function(x_BSHK)
   spec = _dividing(x_BSHK.shape, KEYS_BSHK, mesh)
   return jax.shard_map(
-    function, in_specs=(spec,), out_specs=spec, check_vma=False
+    function,
+    in_specs=(spec,),
+    out_specs=spec,
+    axis_names=set(AXES),
+    check_vma=False,
   )(x_BSHK)
 
 
@@ -461,9 +467,9 @@ def whole_everywhere(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def _mesh():
-  """The training mesh that is being traced under, or None."""
+  """The mesh that is being traced under, if it has the axes here, or None."""
   mesh = jax.sharding.get_abstract_mesh()
-  return mesh if mesh.axis_names == AXES else None
+  return mesh if set(AXES) <= set(mesh.axis_names) else None
 
 
 def _dividing(

@@ -23,6 +23,7 @@ from hiar_jax import rollout
 from hiar_jax.models.kv_cache import KVCache
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
+from hiar_jax.sampling import meshes
 
 
 @flax.struct.dataclass
@@ -106,7 +107,8 @@ def run_block(
     first_step=0,
     num_steps=config.num_steps,
   )
-  return state.keep(past, x[0]), x[0]
+  state = meshes.lay_out(state.keep(past, x[0]), engine.mesh)
+  return state, meshes.lay_out(x[0], engine.mesh)
 
 
 @functools.partial(
@@ -156,4 +158,4 @@ def recache(
   # Counted from the oldest that is kept; where the next frame comes is as
   # before.
   past = dataclasses.replace(past, origin=first)
-  return BlockState(past, kept, state.origin)
+  return meshes.lay_out(BlockState(past, kept, state.origin), engine.mesh)

@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.sampling import memory, seeds
+from hiar_jax.sampling import memory, meshes, seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ def sample(
   initial: np.ndarray | None,
   report: Callable[[int], None],
   start: Start | None = None,
+  mesh: Mesh | None = None,
 ) -> np.ndarray:
   """Samples one batch.
 
@@ -122,6 +124,7 @@ def sample(
     initial: latents [1 or B, F, h, w, C] that come first.
     report: is told, after each block, how many network passes it took.
     start: what the blocks come from; None: pure noise.
+    mesh: divides every pass, see `meshes`; it has one stage.
 
   Returns:
     float32 [B, F, h, w, C], the given frames included.
@@ -133,8 +136,10 @@ def sample(
   shared = _is_shared(request, config)
   static = {'denoiser': denoiser, 'config': config.of_block(1)}
   begin = _begin_shared if shared else _begin
-  params = denoiser.unstack_layers(params)
+  params = meshes.put_params(denoiser, params, mesh)
   text, anchored = begin(params, states_BLD, initial, **static)
+  if mesh is not None:
+    anchored = jax.device_put(anchored, meshes.places(anchored, mesh))
   x: list[Any] = []
   for block in range(request.num_blocks):
     if start is None:

@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 
 from hiar_jax import rollout
-from hiar_jax.sampling import choices, loading
+from hiar_jax.sampling import choices, loading, meshes
 from hiar_jax.weights import families
 
 
@@ -37,6 +37,12 @@ class ChoiceFlags:
       None,
       'with --pipeline: another VAE, such as a tiny one (taew2_1.safetensors), '
       "which is fast and close to it; a file, a folder or a hub's name",
+    )
+    self._mesh = flags.DEFINE_string(
+      'mesh',
+      None,
+      'devices, such as stage=4,tensor=2,context=1: stages of the pipeline, '
+      'parts of heads and weights, parts of the tokens; default: one device',
     )
     trained = "default: the weights'"
     self._steps = flags.DEFINE_list(
@@ -90,6 +96,17 @@ class ChoiceFlags:
     choices.Choices(**made)
     return made
 
+  @property
+  def mesh(self) -> Any:
+    """Of --mesh, or None.
+
+    Raises:
+      ValueError: if it is none, or there are too few devices.
+    """
+    if self._mesh.value is None:
+      return None
+    return meshes.make(meshes.parse(self._mesh.value))
+
   def load(self, name: str, **options: Any) -> Any:
     """`loading.load` of --pipeline, run as chosen."""
     return loading.load(
@@ -97,6 +114,7 @@ class ChoiceFlags:
       base=self._base.value,
       family=self._family.value,
       vae=self._vae.value,
+      mesh=self.mesh,
       **options,
       **self.made,
     )

@@ -23,7 +23,7 @@ from hiar_jax.models import umt5
 from hiar_jax.models import vae as models_vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
-from hiar_jax.sampling import choices, taught
+from hiar_jax.sampling import choices, meshes, taught
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 from hiar_jax.text import encoders
 from hiar_jax.text import umt5 as text_umt5
@@ -66,6 +66,7 @@ def load(
   text_encoder: str | pathlib.Path = 'keep',
   text_cache: str | pathlib.Path | None = None,
   loras: Sequence[lora_files.Given] = (),
+  mesh: jax.sharding.Mesh | str | None = None,
   **chosen: Any,
 ) -> VideoPipeline:
   """Reads a pipeline with its trained weights.
@@ -91,6 +92,7 @@ def load(
     text_encoder: see `from_config`.
     text_cache: likewise.
     loras: likewise.
+    mesh: likewise.
     **chosen: order, window, sink, height, width, ..., instead of what the
       weights were trained for: see `choices.Choices`.
 
@@ -125,6 +127,7 @@ def load(
     text_encoder=text_encoder,
     text_cache=text_cache,
     loras=loras,
+    mesh=mesh,
   )
   return choices.apply(pipeline, **chosen)
 
@@ -198,6 +201,7 @@ def from_config(
   text_encoder: str | pathlib.Path = 'keep',
   text_cache: str | pathlib.Path | None = None,
   loras: Sequence[lora_files.Given] = (),
+  mesh: jax.sharding.Mesh | str | None = None,
 ) -> VideoPipeline:
   """Builds a pipeline from a config and two files.
 
@@ -213,6 +217,9 @@ def from_config(
     text_cache: a folder for the states of prompts, see there.
     loras: LoRA files that are added to the weights, each as a path or as (path,
       scale); see weights/lora_files.py for what is read.
+    mesh: of `meshes.make`, or a text such as 'stage=4,tensor=2': the weights
+      are put where its passes take them, array by array, and a device has no
+      more of them than its part; None: one device.
 
   Raises:
     ValueError: if a section is missing, a value is out of range, or a file is
@@ -244,11 +251,11 @@ def from_config(
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
   dtype = config.get('weights_dtype', 'float32')
-  # Onto the device array by array: the whole is not held twice.
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=device), abstract
-  )
+  if isinstance(mesh, str):
+    mesh = meshes.make(meshes.parse(mesh))
+  meshes.check_model(denoiser.config, mesh)
+  # Onto the devices array by array: the whole is not held twice.
+  abstract = meshes.abstract_params(denoiser, abstract, dtype, mesh)
   merge = functools.partial(lora_files.merge_stacked, added)
   opened = _load_codec(codec, config)
   if opened.channels != denoiser.config.channels:
@@ -271,6 +278,7 @@ def from_config(
     rollout=rollout_config,
     schedule=config['schedule'],
     identity=_identity(weights, codec, added),
+    mesh=mesh,
     **config['generate'],
   )
 

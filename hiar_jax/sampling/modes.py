@@ -7,7 +7,7 @@ import jax
 
 from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.sampling import memory, shared_pipeline, streaming
+from hiar_jax.sampling import memory, meshes, shared_pipeline, streaming
 
 AUTO = 'auto'  # `choose_mode` decides.
 
@@ -45,10 +45,15 @@ def estimate_memory(
     copied = past
   elif at_a_time > 1:
     copied = caches
+  # Each of the devices of a pass has some heads, and some of the work.
+  heads = 1
+  if engine.mesh is not None and meshes.divides(engine.mesh):
+    heads = engine.mesh.shape['tensor']
   return memory.Memory(
-    weights=memory.weights_bytes(params, model),
-    caches=caches,
-    temporaries=one_pass * at_a_time + copied,
+    weights=memory.weights_bytes(params, model) // heads,
+    caches=caches // heads,
+    temporaries=one_pass * at_a_time // meshes.num_parts(engine.mesh)
+    + copied // heads,
   )
 
 

@@ -31,6 +31,7 @@ from hiar_jax.sampling import (
   block_stream,
   decoding,
   executors,
+  meshes,
   pipeline,
   shared_pipeline,
 )
@@ -71,11 +72,17 @@ class Engine:
         f'stream mode {self.mode!r} does not go with context '
         f'{self.config.context!r}: both or neither must be shared'
       )
-    if self.mode == 'block_first' and self.mesh is not None:
-      raise ValueError(
-        "stream mode 'block_first' makes one block after the other on one "
-        'device, and has no stages for a mesh'
+    if self.mode == 'block_first' and (
+      self.mesh is not None
+      and (
+        self.mesh.shape[executors.STAGE] > 1 or not meshes.divides(self.mesh)
       )
+    ):
+      raise ValueError(
+        "stream mode 'block_first' makes one block after the other and has no "
+        'stages: a mesh may divide its passes over tensor and context alone'
+      )
+    meshes.check_model(self.denoiser.config, self.mesh)
     if self.mode != 'block_first' and self.config.first_levels:
       raise ValueError(
         f'stream mode {self.mode!r} has the same levels for all blocks; '
@@ -197,15 +204,17 @@ class Stream:
     self.ahead = 1
     self._closed = False
     self._engine, self._codec = engine, codec
-    params = engine.place(engine.denoiser.unstack_layers(params))
+    params = meshes.put_params(engine.denoiser, params, engine.mesh)
     self._params: Any = params
     self._encode_text, self._keys = encode_text, engine.place(keys_B)
-    text = _project(params, encode_text(prompts), denoiser=engine.denoiser)
-    self._bank: Any = _new_bank(text, size=engine.bank_size)
+    with meshes.under(engine.mesh):
+      text = project(params, encode_text(prompts), denoiser=engine.denoiser)
+      self._bank: Any = new_bank(text, size=engine.bank_size)
     # Which slot of the bank serves from which block on, oldest first.
     self._slots = [(0, 0)]
     self._coming: dict[int, tuple[np.ndarray, bool]] = {}
-    self._state: Any = _begin(params, text, initial, origin, engine=engine)
+    with meshes.under(engine.mesh):
+      self._state: Any = begin(params, text, initial, origin, engine=engine)
     self._decoder: Any
     self.given, self._decoder = None, codec.init_decode_state(len(prompts))
     if initial is not None:
@@ -324,7 +333,7 @@ class Stream:
     slot = (self._slots[-1][1] + 1) % self._engine.bank_size
     self._slots = self._slots[1 - self._engine.bank_size :]
     self._slots.append((block, slot))
-    text = _project(self._params, states, denoiser=self._engine.denoiser)
+    text = project(self._params, states, denoiser=self._engine.denoiser)
     self._bank = _set_prompt(self._bank, text, np.int32(slot))
     if recache:
       slots = self._engine.config.past_frames
@@ -340,6 +349,14 @@ class Stream:
 
   def _start_block(self) -> jax.Array:
     """Dispatches what the next block still needs; its frames to come."""
+    with meshes.under(self._engine.mesh):
+      latents = self._next_latents()
+    frames, self._decoder = decoding.decode_block(
+      self._codec, self._decoder, latents
+    )
+    return frames
+
+  def _next_latents(self) -> jax.Array:
     engine = self._engine
     turns = engine.turns(self._block)
     # Where there are stages, later blocks begin before this one leaves.
@@ -370,11 +387,7 @@ class Stream:
     self._block += 1
     self._frames += engine.config.frames_per_block
     # Where there is a mesh all its devices have them; one is enough to decode.
-    latents = latents.addressable_data(0)
-    frames, self._decoder = decoding.decode_block(
-      self._codec, self._decoder, latents
-    )
-    return frames
+    return latents.addressable_data(0)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -387,12 +400,14 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames='denoiser')
-def _project(params: Any, states: Any, *, denoiser: Any) -> TextKV:
+def project(params: Any, states: Any, *, denoiser: Any) -> TextKV:
+  """Text states [B, L, D] as the keys and values of a network."""
   return denoiser.project_text(params, states)
 
 
 @functools.partial(jax.jit, static_argnames='size')
-def _new_bank(text, *, size):
+def new_bank(text: Any, *, size: int) -> Any:
+  """A bank that has the same prompts in every slot."""
   return jax.tree.map(lambda a: jnp.stack([a] * size), text)
 
 
@@ -402,20 +417,18 @@ def _set_prompt(bank, text, slot):
 
 
 @functools.partial(jax.jit, static_argnames='engine')
-def _begin(params, text, initial, origin, *, engine):
+def begin(
+  params: Any, text: Any, initial: Any, origin: Any, *, engine: Any
+) -> Any:
+  """The state before the first block, given latents behind it."""
   stages = engine.stages
   if engine.mode == 'block_first':
-    return block_stream.begin(engine.sampler(params, text, origin), initial)
+    state = block_stream.begin(engine.sampler(params, text, origin), initial)
+    return meshes.lay_out(state, engine.mesh)
   if stages is None:
     return rollout.stacked_pasts(engine.sampler(params, text, origin), initial)
   state = stages.init_state(params, text, initial, origin)
-  if engine.mesh is None:
-    return state
-  return jax.tree.map(
-    lambda a, spec: _constrain(a, engine.mesh, spec),
-    state,
-    stages.state_specs(state),
-  )
+  return meshes.lay_out(state, engine.mesh, stages.state_specs(state))
 
 
 @functools.partial(jax.jit, static_argnames='engine', donate_argnames='state')
@@ -425,6 +438,7 @@ def run_turns(
   """The turns of `Engine.turns`: the next state and the finished latents."""
   stages = engine.stages
   state, sent = stages.run(params, bank, slots_tS, keys_B, state)
+  state = meshes.lay_out(state, engine.mesh, stages.state_specs(state))
   latents = stages.finished(sent, -1)
   if engine.mesh is not None:
     latents = _constrain(latents, engine.mesh, PartitionSpec())

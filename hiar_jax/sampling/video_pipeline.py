@@ -27,9 +27,12 @@ from hiar_jax.sampling import (
   calls,
   choices,
   decoding,
+  executors,
   memory,
+  meshes,
   modes,
   seeds,
+  staged_calls,
   streaming,
 )
 from hiar_jax.sampling.video import Video
@@ -53,6 +56,7 @@ class VideoPipeline:
     order: that the weights were trained for, one of rollout.ORDERS.
     fps: frames a second of the videos.
     schedule: the config's section that the levels of `rollout` are of.
+    mesh: of `meshes.make`: the devices of calls and streams; None: one device.
     identity: differs between weights; '' if nothing is known of them.
   """
 
@@ -66,6 +70,7 @@ class VideoPipeline:
   fps: float
   schedule: Mapping[str, Any]
   identity: str = ''
+  mesh: jax.sharding.Mesh | None = None
 
   def __repr__(self) -> str:
     model, (height, width, _) = self.denoiser.config, self.frame_shape
@@ -186,29 +191,43 @@ class VideoPipeline:
     if initial_frames is not None:
       initial = self.encode(initial_frames, fit)
     self._check_host(size, request.num_blocks, initial)
+    engine = self._staged(request, start)
+    meshes.check_model(self.denoiser.config, self.mesh)
     states_PLD = self.encoder.encode(prompts)
     in_turn = batches(size)
-    calls.check_memory(
-      *(self.denoiser, self.rollout, self.params, request, len(in_turn[0]))
-    )
+    if self.mesh is None:
+      calls.check_memory(
+        *(self.denoiser, self.rollout, self.params, request, len(in_turn[0]))
+      )
     latents = []
     with _progress(len(in_turn) * passes, progress) as report:
       for samples in in_turn:
-        prompt = samples // request.num_videos
-        latents.append(
-          calls.sample(
-            self.denoiser,
-            self.params,
-            self.rollout,
-            request,
-            seeds.keys([seeds_B[i] for i in samples]),
-            states_PLD[prompt],
-            initial,
-            report,
-            start,
-          )
+        given = (
+          *(request, seeds.keys([seeds_B[i] for i in samples])),
+          *(states_PLD[samples // request.num_videos], initial, report),
         )
+        if engine is not None:
+          latents.append(staged_calls.sample(engine, self.params, *given))
+          continue
+        with meshes.under(self.mesh):
+          latents.append(
+            calls.sample(
+              *(self.denoiser, self.params, self.rollout, *given),
+              start=start,
+              mesh=self.mesh,
+            )
+          )
     return np.concatenate(latents)[:size]
+
+  def _staged(
+    self, request: calls.Request, start: calls.Start | None
+  ) -> streaming.Engine | None:
+    """The programs of a call whose mesh has stages; None: it has none."""
+    if self.mesh is None or self.mesh.shape[executors.STAGE] == 1:
+      return None
+    staged_calls.check(request, start)
+    mode = 'shared' if self.rollout.context == 'shared' else 'batched'
+    return streaming.Engine(self.denoiser, self.rollout, mode, self.mesh)
 
   def stream(
     self,
@@ -237,7 +256,8 @@ class VideoPipeline:
       fit: see `__call__`.
       initial_frames: see `__call__`; the stream has them as the codec sees
         them in `given`, and begins with the block after them.
-      mesh: runs the stages on the devices of its axis `stage`. Under several
+      mesh: instead of the pipeline's: runs the stages on the devices of its
+        axis `stage`, and divides their passes over others. Under several
         processes each runs the same stream and gets all frames.
       **chosen: see `__call__`.
 
@@ -248,7 +268,7 @@ class VideoPipeline:
     streaming.check_prompts(prompts)
     keys = seeds.keys(seeds.of_videos(seed, len(prompts)))
     pipeline = choices.apply(self, **chosen)
-    config = pipeline.rollout
+    config, mesh = pipeline.rollout, mesh or self.mesh
     reason: dict[str, Any] = {}
     if mode == modes.AUTO:
       mode, reason['reason'] = modes.choose_mode(

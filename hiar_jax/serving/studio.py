@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from hiar_jax.sampling import modes, seeds, streaming, together
+from hiar_jax.sampling import meshes, modes, seeds, streaming, together
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 
 _KEPT_TEXTS = 256
@@ -77,7 +77,7 @@ class Studio:
       share_batch = can and jax.local_devices()[0].platform != 'cpu'
     self.places = min(places, _room(engine, pipeline.params, share_batch))
     # Once: every stream would lay the weights out for itself.
-    params = engine.place(engine.denoiser.unstack_layers(pipeline.params))
+    params = meshes.put_params(engine.denoiser, pipeline.params, mesh)
     self.pipeline = dataclasses.replace(self.pipeline, params=params)
     self._row = None
     if share_batch:
