@@ -80,6 +80,7 @@ class Studio:
     params = meshes.put_params(engine.denoiser, pipeline.params, mesh)
     self.pipeline = dataclasses.replace(self.pipeline, params=params)
     self._row = None
+    self._compiled: set[str] = set()
     if share_batch:
       self._row = together.Together(
         *(engine, params, pipeline.codec, self._texts.encode),
@@ -129,16 +130,13 @@ class Studio:
     Raises:
       ValueError: naming the value that does not fit.
     """
-    if self._row is not None and mode in (None, self.mode):
+    mode = mode or self.mode
+    if self._row is not None and mode == self.mode:
       return self._open_together(prompt, seed, initial_frames)
-    stream = self.pipeline.stream(
-      prompt,
-      seed=seed,
-      mode=mode or self.mode,
-      initial_frames=initial_frames,
-      mesh=self._mesh,
-    )
-    return OwnStream(stream)
+    if mode not in self._compiled:
+      # Here, where nobody waits: the maker's thread has blocks to make.
+      self._compile(prompt, mode)
+    return self._open_alone(prompt, seed, mode, initial_frames)
 
   def step(self, makings: Sequence['Making']) -> list[np.ndarray | None]:
     """The next block of some videos: one, or several of one row.
@@ -157,19 +155,47 @@ class Studio:
     Before there are any: it steps and leaves as the maker's thread does.
     """
     self.encode(prompt)
-    count = 1 if self._row is None else self.places
+    if self._row is None:
+      self._compile(prompt, self.mode)
+      return
     makings: list[Making] = []
-    for seed in range(count):
-      makings.append(self.open(prompt, seed=seed))
+    for seed in range(self.places):
+      makings.append(self._open_together(prompt, seed, None))
       makings[-1].begin()
-      # Those after the first block and those with another prompt as well.
-      for _ in range(self.pipeline.rollout.num_steps + 2):
+      for _ in range(self._some_blocks):
         self.step(makings)
     makings[0].send(prompt)
-    for _ in range(self.pipeline.rollout.num_steps + 2):
+    for _ in range(self._some_blocks):
       self.step(makings)
     for making in makings:
       making.close()
+
+  @property
+  def _some_blocks(self) -> int:
+    """The first ones, those after them, and those after a change of prompt."""
+    return self.pipeline.rollout.num_steps + 2
+
+  def _compile(self, prompt: str, mode: str) -> None:
+    making = self._open_alone(prompt, 0, mode, None)
+    making.next()
+    making.send(prompt)
+    for _ in range(self._some_blocks):
+      making.next()
+    making.close()
+    self._compiled.add(mode)
+
+  def _open_alone(
+    self, prompt: str, seed: int, mode: str, initial_frames: np.ndarray | None
+  ) -> 'OwnStream':
+    return OwnStream(
+      self.pipeline.stream(
+        prompt,
+        seed=seed,
+        mode=mode,
+        initial_frames=initial_frames,
+        mesh=self._mesh,
+      )
+    )
 
   def _open_together(
     self, prompt: str, seed: int, initial_frames: np.ndarray | None

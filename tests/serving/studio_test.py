@@ -1,5 +1,6 @@
 """Streams of a pipeline as a server needs them, on a network of the tests."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,7 +30,7 @@ class Encoder:
     ).astype(np.float32)
 
 
-def make(order='step_first', **config):
+def make(order='step_first', indices=(1000, 500), **config):
   codec = linear.fit_linear_codec(
     [np.random.default_rng(0).integers(0, 255, (3, 4, 8, 3)).astype(np.uint8)],
     channels=toy_network.CONFIG.channels,
@@ -42,12 +43,12 @@ def make(order='step_first', **config):
     encoder=Encoder(),
     codec=codec,
     rollout=rollout.RolloutConfig(
-      levels=noise_schedule.warped_levels((1000, 500), 5.0),
+      levels=noise_schedule.warped_levels(indices, 5.0),
       frames_per_block=2,
       window=4,
       **config,
     ),
-    schedule={'shift': 5.0, 'indices': (1000, 500)},
+    schedule={'shift': 5.0, 'indices': indices},
     order=order,
     fps=8.0,
   )
@@ -67,6 +68,26 @@ def test_blocks_are_those_of_a_stream_with_a_change_in_it():
     np.testing.assert_array_equal(block, next(stream)[0])
   # With two steps no block is under way, and none is made ahead.
   assert at == 2
+
+
+def test_another_mode_is_compiled_before_its_session_begins(caplog):
+  # With three steps the first block takes more turns than the next ones.
+  one = studio.Studio(make(indices=(1000, 700, 400)))
+  one.warm_up('a')
+
+  def compiled():
+    told = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return sum('Finished XLA compilation' in line for line in told)
+
+  with jax.log_compiles():
+    making = one.open('a', seed=1, mode='serial')
+    assert compiled()
+    making.send('b')
+    for _ in range(4):
+      making.next()
+    assert not compiled()
+  making.close()
 
 
 def test_texts_are_encoded_once():
