@@ -41,8 +41,9 @@ class ChoiceFlags:
     self._mesh = flags.DEFINE_string(
       'mesh',
       None,
-      'devices, such as stage=4,tensor=2,context=1: stages of the pipeline, '
-      'parts of heads and weights, parts of the tokens; default: one device',
+      'devices, such as stage=4,tensor=2,context=1,decode=1: stages of the '
+      'pipeline, parts of heads and weights, parts of the tokens, and one that '
+      'decodes beside them; default: one device',
     )
     trained = "default: the weights'"
     self._steps = flags.DEFINE_list(
@@ -97,15 +98,15 @@ class ChoiceFlags:
     return made
 
   @property
-  def mesh(self) -> Any:
-    """Of --mesh, or None.
+  def mesh(self) -> str | None:
+    """--mesh, for `loading.load` and `from_config`.
 
     Raises:
       ValueError: if it is none, or there are too few devices.
     """
-    if self._mesh.value is None:
-      return None
-    return meshes.make(meshes.parse(self._mesh.value))
+    if self._mesh.value is not None:
+      meshes.make(meshes.parse(self._mesh.value))
+    return self._mesh.value
 
   def load(self, name: str, **options: Any) -> Any:
     """`loading.load` of --pipeline, run as chosen."""

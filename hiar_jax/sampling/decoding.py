@@ -50,10 +50,21 @@ def decode_blocks(
   return np.concatenate([frames for frames, _ in blocks], 1), blocks[-1][1]
 
 
-@jax.jit
 def decode_block(
-  codec: Any, state: Any, latents_BFhwC: jax.Array
+  codec: Any, state: Any, latents_BFhwC: np.ndarray | jax.Array
 ) -> tuple[jax.Array, Any]:
-  """The next latents' uint8 frames, and the decoder's state after them."""
+  """The next latents' uint8 frames, and the decoder's state after them.
+
+  Where the codec was put onto a device, that one decodes: a block is decoded
+  there while others denoise the next.
+  """
+  own = [a for a in jax.tree.leaves(codec) if isinstance(a, jax.Array)]
+  if own and own[0].committed:
+    latents_BFhwC = jax.device_put(latents_BFhwC, own[0].sharding)
+  return _decode_block(codec, state, latents_BFhwC)
+
+
+@jax.jit
+def _decode_block(codec, state, latents_BFhwC):
   frames, state = codec.decode_stream(state, latents_BFhwC)
   return pixels.from_float(frames), state

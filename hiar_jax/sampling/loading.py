@@ -251,13 +251,17 @@ def from_config(
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
   dtype = config.get('weights_dtype', 'float32')
+  decoder = None
   if isinstance(mesh, str):
-    mesh = meshes.make(meshes.parse(mesh))
+    sizes = meshes.parse(mesh)
+    mesh, decoder = meshes.make(sizes), meshes.decoder(sizes)
   meshes.check_model(denoiser.config, mesh)
   # Onto the devices array by array: the whole is not held twice.
   abstract = meshes.abstract_params(denoiser, abstract, dtype, mesh)
   merge = functools.partial(lora_files.merge_stacked, added)
   opened = _load_codec(codec, config)
+  if decoder is not None:
+    opened = jax.device_put(opened, decoder)
   if opened.channels != denoiser.config.channels:
     raise ValueError(
       f'{weights} makes latents of {denoiser.config.channels} channels, and '

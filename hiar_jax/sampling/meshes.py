@@ -11,7 +11,6 @@ whose queries see all keys. Each stage has the weights once.
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.sampling.executors import STAGE
 
 AXES = (STAGE, *sharding.AXES)
-_CHOSEN = ('stage', 'tensor', 'context')
+_CHOSEN = ('stage', 'tensor', 'context', 'decode')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +35,29 @@ class SamplingMesh:
     stage: groups of devices, each with stages of the pipeline.
     tensor: parts of heads, of feed-forward widths, of weights and pasts.
     context: parts of the tokens of each frame.
+    decode: 1 has one more device decode, beside those that denoise; else the
+      first of them does both.
 
   Raises:
-    ValueError: if one of them is below 1.
+    ValueError: if a size is not one of an axis.
   """
 
   stage: int = 1
   tensor: int = 1
   context: int = 1
+  decode: int = 0
 
   def __post_init__(self):
-    for name, size in vars(self).items():
-      if size < 1:
-        raise ValueError(f'mesh axis {name}={size} is below 1')
+    for name in ('stage', 'tensor', 'context'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'mesh axis {name}={getattr(self, name)} is below 1')
+    if self.decode not in (0, 1):
+      raise ValueError(f'mesh has decode={self.decode}, which is 0 or 1')
+
+  @property
+  def num_denoising(self) -> int:
+    """Devices of the mesh; that which decodes is none of it."""
+    return self.stage * self.tensor * self.context
 
 
 def parse(text: str) -> SamplingMesh:
@@ -78,11 +87,11 @@ def make(sizes: SamplingMesh, devices: Sequence[Any] | None = None) -> Mesh:
     ValueError: if there are too few, or processes would have none.
   """
   devices = jax.devices() if devices is None else list(devices)
-  needed = math.prod(vars(sizes).values())
-  if needed > len(devices):
+  needed = sizes.num_denoising
+  if needed + sizes.decode > len(devices):
     raise ValueError(
-      f'mesh {_text(sizes)} needs {needed} devices, and there are '
-      f'{len(devices)}'
+      f'mesh {_text(sizes)} needs {needed + sizes.decode} devices, and there '
+      f'are {len(devices)}'
     )
   if needed < len(devices) and jax.process_count() > 1:
     raise ValueError(
@@ -93,6 +102,12 @@ def make(sizes: SamplingMesh, devices: Sequence[Any] | None = None) -> Mesh:
     sizes.stage, 1, 1, sizes.tensor, sizes.context
   )
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def decoder(sizes: SamplingMesh, devices: Sequence[Any] | None = None) -> Any:
+  """The device that decodes alone, the one after those of `make`; or None."""
+  devices = jax.devices() if devices is None else list(devices)
+  return devices[sizes.num_denoising] if sizes.decode else None
 
 
 def divides(mesh: Mesh | None) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,6 +97,26 @@ def test_a_divided_call_equals_that_of_one_device(
   np.testing.assert_allclose(video.latents, plain.latents, atol=5e-5)
 
 
+def test_a_device_of_its_own_decodes_beside_those_that_denoise():
+  sizes = meshes.parse('stage=2,decode=1')
+  own = stream_decoding_test.pipe()
+  beside = dataclasses.replace(
+    own,
+    mesh=meshes.make(sizes),
+    codec=jax.device_put(own.codec, meshes.decoder(sizes)),
+  )
+  given = stream_decoding_test.picture(3)
+  video = own('a cat', num_blocks=3, initial_frames=given, progress=False)
+  made = beside('a cat', num_blocks=3, initial_frames=given, progress=False)
+  stream_decoding_test.assert_same_pixels(made.frames, video.frames)
+  stream = beside.stream('a cat', initial_frames=given)
+  frames = stream_decoding_test.streamed(stream, 3)
+  stream_decoding_test.assert_same_pixels(frames, video.frames)
+  (decoded,) = {a.device for a in jax.tree.leaves(stream._decoder)}
+  assert decoded == jax.devices()[2]
+  assert decoded not in stream.engine.mesh.devices
+
+
 def test_a_call_with_stages_says_what_it_does_not_make():
   mesh = meshes.make(meshes.parse('stage=2'))
   own = dataclasses.replace(stream_decoding_test.pipe(), mesh=mesh)
@@ -125,6 +146,8 @@ def test_weights_are_read_in_the_shards_of_their_place(tmp_path, monkeypatch):
     ('stage=4,stage=2', 'names stage twice'),
     ('stage=0', 'stage=0 is below 1'),
     ('stage=4,tensor=4', 'needs 16 devices, and there are 8'),
+    ('stage=4,tensor=2,decode=1', 'needs 9 devices, and there are 8'),
+    ('decode=2', 'decode=2, which is 0 or 1'),
   ],
 )
 def test_a_mesh_that_is_none_is_named(text, message):

@@ -92,8 +92,8 @@ def test_weights_are_freed_before_the_video_starts(folder, loads, monkeypatch):
   )
   in_use = []
 
-  def sample(denoiser, params, config, request, keys, states, *rest):
-    del denoiser, params, rest
+  def sample(denoiser, params, config, request, keys, states, *rest, **options):
+    del denoiser, params, rest, options
     in_use.extend(not a.is_deleted() for arrays in loads for a in arrays)
     shape = config.block_shape(pipe.denoiser.config)
     assert states.shape == (2, LENGTH, CONFIG.dim)
