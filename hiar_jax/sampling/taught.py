@@ -52,7 +52,8 @@ class TaughtEncoder:
     count = getattr(self._encoder, 'num_cut', None)
     if count is not None and (cut := count(caption)):
       notes.append(
-        f'{caption!r} is too long: the model does not see its last {cut} tokens'
+        f'{caption[:60]!r}... is too long: the model does not see its last '
+        f'{cut} tokens'
       )
     return notes
 
