@@ -259,6 +259,8 @@ def from_config(
   # Onto the devices array by array: the whole is not held twice.
   abstract = meshes.abstract_params(denoiser, abstract, dtype, mesh)
   merge = functools.partial(lora_files.merge_stacked, added)
+  # Before the codec: a folder that is not there has neither.
+  networks.open_weights(weights)
   opened = _load_codec(codec, config)
   if decoder is not None:
     opened = jax.device_put(opened, decoder)
