@@ -34,10 +34,10 @@ _STARTED = time.monotonic()
 
 import contextlib
 import dataclasses
+import os
 import pathlib
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
@@ -384,7 +384,7 @@ def _stream(prompts: list[str], watch: _Stopwatch) -> None:
       path, fps=pipeline.fps, scale=scale, keeps=True
     )
     # The writer inside: it closes before Ctrl-C is an error again.
-    with _tells_what_is_kept(writer), _ends_on_request() as end, writer:
+    with _tells_what_is_kept(writer), interrupts.noted() as end, writer:
       if stream.given is not None:
         writer.append(stream.given[0])
         shown.append(stream.given[0])
@@ -420,30 +420,6 @@ def _tells_what_is_kept(writer: video_io.VideoWriter) -> Iterator[None]:
       )
 
 
-@contextlib.contextmanager
-def _ends_on_request() -> Iterator[Callable[[], bool]]:
-  """Notes Ctrl-C and SIGTERM; the loop asks for them between two blocks.
-
-  An exception would strike anywhere, also with half a frame on its way to the
-  file.
-  """
-  wanted = False
-
-  def note(signum, frame):
-    nonlocal wanted
-    wanted = True
-
-  before = {
-    number: signal.signal(number, note)
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield lambda: wanted
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-
-
 def _switches() -> list[tuple[int, str]]:
   """--prompt_at as (block, prompt), in order."""
   switches = {}
@@ -453,7 +429,7 @@ def _switches() -> list[tuple[int, str]]:
       raise ValueError(
         f'--prompt_at={value!r} is not BLOCK:PROMPT with a block from 0 on'
       )
-    block, prompt = int(block), prompt.strip()
+    block, prompt = int(block), _text(prompt.strip())
     if block in switches:
       raise ValueError(f'--prompt_at names block {block} twice')
     if 0 < _NUM_BLOCKS.value <= block:
@@ -470,11 +446,16 @@ def _prompts() -> list[str]:
   if (_PROMPT.value is None) == (_PROMPTS_FILE.value is None):
     raise ValueError('give either --prompt or --prompts_file')
   if _PROMPT.value is not None:
-    prompts = [_PROMPT.value]
+    prompts = [_text(_PROMPT.value)]
   else:
     prompts = list(data_prompts.FilePrompts(_path(_PROMPTS_FILE.value)))
   streaming.check_prompts(prompts)
   return prompts
+
+
+def _text(value: str) -> str:
+  # Where the locale is C, Python takes an argument for bytes without meaning.
+  return os.fsencode(value).decode(errors='replace')
 
 
 def _path(value: str) -> pathlib.Path:

@@ -57,7 +57,8 @@ def write(
   kept = PngImagePlugin.PngInfo()
   described = {'Description': '\n'.join(captions)} if captions else {}
   for keyword, text in (described | dict(texts)).items():
-    kept.add_itxt(keyword, text)
+    # Half a character, of a text that was cut, has no place in a file.
+    kept.add_itxt(keyword, text.encode(errors='replace').decode())
   with files.whole_file(path) as partial:
     sheet.save(partial, format='PNG', pnginfo=kept)
 

@@ -18,7 +18,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -50,6 +50,26 @@ def unwind() -> None:
     _raise()
 
   _handle(note)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+  """Signals raise nothing inside; what is given tells whether one came.
+
+  For loops that ask between two rounds, and have half a file in their hands.
+  """
+  came = False
+
+  def note(unused_number: int, unused_frame: FrameType | None) -> None:
+    nonlocal came
+    came = True
+
+  before = {number: signal.signal(number, note) for number in _WORDS}
+  try:
+    yield lambda: came
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def check() -> None:

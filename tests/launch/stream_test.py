@@ -1,6 +1,7 @@
 """--stream at the command line: the file plays, however the program ends."""
 
 import json
+import os
 import pathlib
 import select
 import signal
@@ -46,7 +47,7 @@ from hiar_jax.text import word_hash
 class Stream:
   mode, reason, given = 'fake', 'which makes nothing', None
   made = 0
-  def send(self, prompt, at):
+  def send(self, prompt, at, **unused):
     print('send', at, prompt)
   def __next__(self):
     self.made += 1
@@ -58,7 +59,7 @@ class Stream:
 class Pipeline:
   fps: float = 12.0
   frame_shape = (64, 64, 3)
-  encoder = word_hash.WordHashEncoder()
+  encoder, schedule = word_hash.WordHashEncoder(), {}
   def stream(self, *unused, **unused_too):
     return Stream()
 loading.from_config = lambda *unused, **unused_too: Pipeline()
@@ -97,6 +98,33 @@ def test_a_ctrl_c_that_is_swallowed_while_compiling_counts(tmp_path):
   assert done.returncode == 130, done.stderr
   assert done.stderr.splitlines()[-1] == 'interrupted'
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_prompt_is_text_in_any_locale(tmp_path):
+  told = _FAKE.replace(
+    'def send(self, prompt, at, **unused):',
+    """def send(self, prompt, at, **unused):
+    prompt = ascii(prompt)""",
+  )
+  done = subprocess.run(
+    [
+      *(sys.executable, '-c', told, _PROGRAM, '--stream', '--num_blocks=0'),
+      f'--config={_ROOT / "configs" / "bouncing_linear.py"}',
+      *('--weights=none', '--prompt=ein roter Kreis über 黒'),
+      *('--prompt_at=3:grün', '--scale=1', '--out=video.mp4'),
+    ],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ
+    | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'},
+  )
+  assert done.returncode == 0, done.stderr
+  assert "send 3 'gr\\xfcn'" in done.stdout
+  with Image.open(tmp_path / 'video.png') as sheet:
+    assert sheet.text['Description'].startswith('ein roter Kreis über 黒')
 
 
 @pytest.mark.slow

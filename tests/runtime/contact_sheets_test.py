@@ -42,3 +42,10 @@ def test_texts_are_kept_in_the_file(tmp_path):
   contact_sheets.write(path, _frames(), texts={'made': 'seed 3, "größer"'})
   with Image.open(path) as sheet:
     assert sheet.text['made'] == 'seed 3, "größer"'
+
+
+def test_half_a_character_is_no_obstacle(tmp_path):
+  path = tmp_path / 'sheet.png'
+  contact_sheets.write(path, _frames(), captions='a red \udcc3 disc')
+  with Image.open(path) as sheet:
+    assert sheet.text['Description'] == 'a red ? disc'
