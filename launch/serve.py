@@ -19,9 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-import jax
 from absl import flags
-from jax.sharding import AxisType
 
 from hiar_jax.runtime import errors
 from hiar_jax.sampling import choice_flags, loading, modes, streaming
@@ -51,12 +49,6 @@ _MODE = flags.DEFINE_enum(
   modes.AUTO,
   (modes.AUTO, *streaming.MODES),
   'of the streams; auto: the fastest one that fits the memory and the weights',
-)
-_MESH = flags.DEFINE_integer(
-  'mesh',
-  None,
-  'devices that the denoising steps are spread over; default: one',
-  lower_bound=1,
 )
 _SHARE_BATCH = flags.DEFINE_bool(
   'share_batch',
@@ -124,7 +116,6 @@ def main(argv: Sequence[str]) -> None:
   made_by = studio.Studio(
     pipeline,
     mode=_MODE.value,
-    mesh=_mesh(),
     share_batch=_SHARE_BATCH.value,
     places=_SESSIONS.value,
   )
@@ -157,18 +148,6 @@ def main(argv: Sequence[str]) -> None:
     # A thread still compiles, and Python would wait for it.
     sys.stdout.flush()
     os._exit(0)
-
-
-def _mesh() -> jax.sharding.Mesh | None:
-  count = _MESH.value
-  if count is None:
-    return None
-  devices = jax.devices()
-  if count > len(devices):
-    raise ValueError(f'--mesh={count}, but there are {len(devices)} devices')
-  return jax.make_mesh(
-    (count,), ('stage',), axis_types=(AxisType.Auto,), devices=devices[:count]
-  )
 
 
 if __name__ == '__main__':

@@ -36,7 +36,6 @@ class Studio:
     pipeline: VideoPipeline,
     *,
     mode: str = modes.AUTO,
-    mesh: jax.sharding.Mesh | None = None,
     share_batch: bool | None = None,
     places: int = 4,
   ):
@@ -45,7 +44,6 @@ class Studio:
     Args:
       pipeline: it makes the videos.
       mode: see `VideoPipeline.stream`.
-      mesh: likewise.
       share_batch: make the blocks of all sessions as one batch, where the mode
         is 'batched' on one device; None: on accelerators. A CPU is as fast
         without, and has less to compile.
@@ -57,7 +55,7 @@ class Studio:
     """
     self._texts = _EncodedOnce(pipeline.encoder)
     self.pipeline = dataclasses.replace(pipeline, encoder=self._texts)
-    self._mesh = mesh
+    self._mesh = mesh = pipeline.mesh
     self.reason = 'as asked for'
     if mode == modes.AUTO:
       mode, self.reason = modes.choose_mode(
@@ -193,7 +191,6 @@ class Studio:
         seed=seed,
         mode=mode,
         initial_frames=initial_frames,
-        mesh=self._mesh,
       )
     )
 

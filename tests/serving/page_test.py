@@ -125,6 +125,7 @@ def test_the_page_waits_in_the_queue_and_finds_a_server_again(tmp_path):
       first.wait_until('live.frames > 5')
       second.wait_until('live.events.queued')
       assert '1 in the queue' in _text(second, 'veil-text')
+      _shot(second, 'live_queue.png')
       first.call('Page.navigate', url='about:blank')
       second.wait_until('live.frames > 5')
 
