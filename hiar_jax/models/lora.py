@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import traverse_util
 
 # Projections of attention and of the feed-forward layers.
@@ -196,45 +195,3 @@ def merge(
       )
       flat[whole] = flat[whole] + scale * product
   return traverse_util.unflatten_dict(flat, sep='/')
-
-
-# --- What a network reads.
-
-
-class Dense(nn.Dense):
-  """A Dense layer, and its adapter where the parameters have one."""
-
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    out = super().__call__(inputs)
-    if not self.has_variable('params', DOWN):
-      return out
-    x = inputs.astype(out.dtype)
-    for name in (DOWN, UP):
-      x = jnp.matmul(
-        x,
-        self.get_variable('params', name).astype(out.dtype),
-        precision=self.precision,
-      )
-    return out + x
-
-
-def stacked_product(
-  module: nn.Module, name: str, x_BLI: jax.Array, dtype: str
-) -> jax.Array | None:
-  """x with the adapters of all layers of a stacked matrix, [N, B, L, O].
-
-  Args:
-    module: that has the parameters.
-    name: of the matrix, such as 'k_kernel'.
-    x_BLI: inputs, the same for all layers.
-    dtype: to compute in.
-
-  Returns:
-    None if there are no adapters.
-  """
-  down, up = factors(name)
-  if not module.has_variable('params', down):
-    return None
-  factor = lambda path: module.get_variable('params', path).astype(dtype)
-  low = jnp.einsum('BLI,NIR->NBLR', x_BLI, factor(down))
-  return jnp.einsum('NBLR,NRO->NBLO', low, factor(up))

@@ -4,10 +4,9 @@
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from hiar_jax.models import lora, sharding
+from hiar_jax.models import dense, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.norms import rms_norm
 
@@ -35,24 +34,17 @@ class StackedTextKV(nn.Module):
 
     def project(name):
       out = whole_rank(name)
-      added = lora.stacked_product(self, f'{name}_kernel', x_BLD, cfg.dtype)
+      added = dense.stacked_adapters(self, f'{name}_kernel', x_BLD)
       return out if added is None else out + added
 
     def whole_rank(name):
       kernel = self.param(f'{name}_kernel', init, shape)
       bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[:2])
-      kernel, bias = kernel.astype(cfg.dtype), bias.astype(cfg.dtype)
       if cfg.is_unrolled:  # A small network: one product is faster.
-        out = jnp.einsum('BLD,NDE->NBLE', x_BLD, kernel)
-        return out + bias[:, None, None]
+        return jax.vmap(dense.affine, (None, 0, 0))(x_BLD, kernel, bias)
       # Layer by layer: divided kernels are gathered one at a time, of a 14B
       # teacher else 2.1 GB at once.
-      return jax.lax.map(
-        lambda one: (
-          jnp.einsum('BLD,DE->BLE', x_BLD, one[0]) + one[1][None, None]
-        ),
-        (kernel, bias),
-      )
+      return jax.lax.map(lambda one: dense.affine(x_BLD, *one), (kernel, bias))
 
     norm_k = self.param('norm_k', nn.initializers.ones, shape[:2])
     k = jax.vmap(rms_norm, (0, 0, None))(project('k'), norm_k, cfg.eps)

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from hiar_jax.models import attention, lora, rope, sharding
+from hiar_jax.models import attention, rope, sharding
 from hiar_jax.models.config import WanConfig
+from hiar_jax.models.dense import PRODUCT, Dense
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.norms import layer_norm, rms_norm
 from hiar_jax.models.text_kv import StackedTextKV, TextKV
@@ -64,8 +65,8 @@ def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
 
 def _dense(
   config: WanConfig, features: int, name: str, init: Any = _DENSE_INIT
-) -> lora.Dense:
-  return lora.Dense(
+) -> Dense:
+  return Dense(
     features, dtype=jnp.dtype(config.dtype), kernel_init=init, name=name
   )
 
@@ -274,7 +275,7 @@ class Layer(nn.Module):
 
 _REMAT = {
   'full': None,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -356,7 +357,7 @@ class WanTransformer(nn.Module):
     # HIGHEST: by default a TPU multiplies float32 in bfloat16, and a GPU in
     # TF32, and passes over one level and over several would differ.
     dense = functools.partial(
-      lora.Dense, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
+      Dense, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
     )
     time = dense(cfg.dim, name='time_in', kernel_init=_EMBED_INIT)(time)
     time = dense(cfg.dim, name='time_out', kernel_init=_EMBED_INIT)(
