@@ -192,11 +192,12 @@ class Live:
     pipeline = self.maker.studio.pipeline
     height, width, _ = pipeline.frame_shape
     stride = pipeline.codec.temporal_stride
+    latents = self._limits.upload_blocks * pipeline.rollout.frames_per_block
     try:
       frames, notes = given_frames.read(
         *(path, height, width),
         fps=pipeline.fps,
-        last=self._limits.upload_frames,
+        last=1 + stride * (latents - 1),
       )
     except (OSError, ValueError) as error:
       told = str(error).replace(str(path), 'the upload')

@@ -37,7 +37,8 @@ class Limits:
     prompt_chars: characters of a prompt.
     message_bytes: of a message to the server.
     upload_bytes: of a picture or video to go on from.
-    upload_frames: of a video to go on from, the last ones.
+    upload_blocks: of a video to go on from, the last ones. Every number of
+      frames has programs of its own to be compiled.
     uploads: that are kept for a session to come.
     video_blocks: of a whole video.
     record_frames: that can be downloaded, the last ones.
@@ -54,7 +55,7 @@ class Limits:
   prompt_chars: int = 2000
   message_bytes: int = 2**16
   upload_bytes: int = 32 * 2**20
-  upload_frames: int = 49
+  upload_blocks: int = 1
   uploads: int = 8
   video_blocks: int = 400
   record_frames: int = 14400
