@@ -39,7 +39,6 @@ from hiar_jax.weights import (
   identity,
   networks,
   safetensors_io,
-  tables,
 )
 from hiar_jax.weights.tables import Slot
 
@@ -213,11 +212,13 @@ def open_lora(
   if unknown:
     raise ValueError(
       f'{path} has {len(unknown)} of {len(names)} names that match nothing in '
-      f'the network: {tables.report([repr(name) for name in unknown])}'
+      f'the network, such as {", ".join(map(repr, unknown[:3]))}'
     )
   if problems := [p for m in modules.values() for p in _misfits(state, m)]:
+    # A file of another network has hundreds, all alike.
+    more = f', and {len(problems) - 1} more' if len(problems) > 1 else ''
     raise ValueError(
-      f'{path} is a LoRA of another network: {tables.report(problems)}'
+      f'{path} is a LoRA of another network: {problems[0]}{more}'
     )
   places = {}
   for name, module in modules.items():

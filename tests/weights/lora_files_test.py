@@ -283,7 +283,7 @@ _NAN = {**_of(), 'blocks.0.self_attn.q.lora_B.weight': np.full((24, 2), np.nan)}
     (_of(inputs=5120, outputs=5120), 'of another network: .* of 5120 x 5120'),
     (
       _of(name='blocks.7.self_attn.q'),
-      "2 of 2 names that match nothing in the network: 'blocks.7.self_attn.q",
+      "2 of 2 names that match nothing in the network, such as 'blocks.7.self",
     ),
     (_of(img_emb__proj__diff=_ONE), '1 of 3 names that match nothing'),
     ({'blocks.0.ffn.0.weight': _ONE}, 'is no LoRA: it has'),
