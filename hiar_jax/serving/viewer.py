@@ -18,6 +18,7 @@ import json
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -221,7 +222,7 @@ class Viewer:
 
   def prompted(self, number: int, at: int) -> None:
     """See `maker.Job`."""
-    self._soon(self._served.append, (at, number))
+    self._soon(self._serve, at, number)
     if number in self._hurry:
       self._hurry.discard(number)
       self._skip_before = at
@@ -249,7 +250,16 @@ class Viewer:
 
   # On the session's own thread.
 
-  def _prepare(self, block, frames, seconds, turns):
+  def _prepare(self, *block):
+    try:
+      self._encode(*block)
+    except Exception as error:
+      # Such as a full disk; its frames would be waited for in vain.
+      traceback.print_exception(error)
+      told = f'the frames could not be kept: {type(error).__name__}'
+      self._soon(self._finish, protocol.Refused('crashed', told, 500))
+
+  def _encode(self, block, frames, seconds, turns):
     pictures = [encode(frame, self.start.format) for frame in frames]
     self.recording.append(pictures)
     event = None
@@ -276,6 +286,9 @@ class Viewer:
     return {name: round(value, 5) for name, value in numbers.items()}
 
   # On the loop.
+
+  def _serve(self, at: int, number: int) -> None:
+    self._served.append((at, number))
 
   def _number(self, block: int) -> int:
     """Of the prompt that a block is made for."""

@@ -205,6 +205,21 @@ def test_a_crash_is_told_and_ends_the_session():
   assert received.of('ended')[0]['code'] == 'crashed'
 
 
+def test_frames_that_cannot_be_kept_end_the_session(capsys):
+  async def act(shown, received):
+    await until(lambda: len(received.frames) > 3)
+
+    def full(pictures):
+      raise OSError('No space left on device')
+
+    shown.recording.append = full
+    await until(lambda: received.of('ended'))
+
+  _, received = watch(act)
+  assert received.of('ended')[0]['code'] == 'crashed'
+  assert 'No space left' in capsys.readouterr().err
+
+
 def test_a_recording_keeps_the_last_frames_and_becomes_a_video(
   tmp_path, monkeypatch
 ):
