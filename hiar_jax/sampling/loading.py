@@ -260,7 +260,7 @@ def from_config(
   abstract = meshes.abstract_params(denoiser, abstract, dtype, mesh)
   merge = functools.partial(lora_files.merge_stacked, added)
   # Before the codec: a folder that is not there has neither.
-  networks.open_weights(weights)
+  networks.open_whole(weights)
   opened = _load_codec(codec, config)
   if decoder is not None:
     opened = jax.device_put(opened, decoder)

@@ -80,15 +80,7 @@ def load_weights(
       unknown or misshapen array, or all with values that are not finite.
   """
   wanted = _flatten_params(abstract_params)
-  try:
-    reader = open_weights(path)
-  except FileNotFoundError as error:
-    # A missing shard has its own words.
-    own = re.search('shard|incomplete', str(error))
-    message = str(error) if own else f'no weights at {path}'
-    raise FileNotFoundError(message) from None
-  except ValueError as error:
-    raise ValueError(f'weights {path} are damaged ({error})') from error
+  reader = open_whole(path)
   check_structure(pathlib.Path(path), shapes(reader.entries), shapes(wanted))
   if isinstance(reader, orbax_weights.Reader):
     loaded = reader.load(wanted)
@@ -129,6 +121,21 @@ def open_weights(
   if not path.exists() and folder.is_dir():
     return orbax_weights.Reader(folder)
   return safetensors_io.Reader(path)
+
+
+def open_whole(
+  path: str | os.PathLike,
+) -> safetensors_io.Reader | orbax_weights.Reader:
+  """As `open_weights`; what it raises says that it is of weights."""
+  try:
+    return open_weights(path)
+  except FileNotFoundError as error:
+    # A missing shard has its own words.
+    own = re.search('shard|incomplete', str(error))
+    message = str(error) if own else f'no weights at {path}'
+    raise FileNotFoundError(message) from None
+  except ValueError as error:
+    raise ValueError(f'weights {path} are damaged ({error})') from error
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:

@@ -315,7 +315,7 @@ def test_loaded_weights_are_the_exported_ones(pipe, folder, tmp_path):
     ({'seed': [1, 2]}, '2 seeds for 1 videos; give one seed, or one for each'),
     ({'seed': [3, 'x'], 'num_videos': 2}, "seed='x' is not a whole number"),
     ({'order': 'sideways'}, "order='sideways' is not one of"),
-    ({'order': 'hybrid'}, "order 'hybrid', and no other, takes one of"),
+    ({'order': 'hybrid'}, "order 'hybrid' takes either anchor_blocks, such"),
     ({'anchor_blocks': 1}, "with order 'step_first'"),
     (
       {'order': 'hybrid', 'anchor_blocks': 9},
