@@ -63,9 +63,17 @@ class Training:
     return self.steps.config.microbatches
 
   def with_mesh(
-    self, mesh: sharding.MeshConfig, microbatches: int
+    self,
+    mesh: sharding.MeshConfig,
+    microbatches: int,
+    exit_pass: str | None = None,
   ) -> 'Training':
-    numbers = dataclasses.replace(self.steps.config, microbatches=microbatches)
+    """The same otherwise divided; with another exit pass if one is given."""
+    numbers = dataclasses.replace(
+      self.steps.config,
+      microbatches=microbatches,
+      exit_pass=exit_pass or self.steps.config.exit_pass,
+    )
     steps = dataclasses.replace(self.steps, config=numbers)
     return dataclasses.replace(self, mesh=mesh, steps=steps)
 

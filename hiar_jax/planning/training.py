@@ -21,6 +21,7 @@ from hiar_jax.models import flops, sharding
 from hiar_jax.planning import chips, programs, roofline, traffic
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning.programs import PARTS, Training
+from hiar_jax.training import exit_pass
 from hiar_jax.training import flops as training_flops
 
 _DAY = 86400.0
@@ -243,11 +244,12 @@ def _check_networks(training: Training, mesh: Mesh) -> None:
 
 
 def propose(training: Training, topology: str, compiled_bytes: float) -> str:
-  """A mesh and microbatches that should fit, as flags of launch/plan.py.
+  """What should fit, as flags of launch/plan.py.
 
-  Candidates are ranked by how little they divide inside of a sample, and then
-  by how few microbatches they need; the first whose bytes, by a formula and not
-  by the compiler, leave a quarter of a chip free is proposed.
+  Candidates are ranked by how little they divide inside of a sample, then by
+  how few microbatches they need, then those with an exit pass of all blocks at
+  once come first; the first whose bytes, by a formula and not by the compiler,
+  leave a quarter of a chip free is proposed.
 
   Args:
     training: what did not fit; its mesh is filled up.
@@ -258,7 +260,11 @@ def propose(training: Training, topology: str, compiled_bytes: float) -> str:
   devices = chips.describe(topology).devices
   hbm = chips.chip_of(topology).hbm
   scale = max(1.0, compiled_bytes / estimated_bytes(training))
-  tried = []
+  numbers, tried = training.steps.config, []
+  ways = [numbers.exit_pass]
+  # The forward KL holds the activations of whole videos either way.
+  if numbers.past_gradient == 'detached' and not numbers.forward_kl_weight:
+    ways = list(exit_pass.WAYS)
   for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
     if len(devices) % (tensor * context):
       continue
@@ -268,19 +274,23 @@ def propose(training: Training, topology: str, compiled_bytes: float) -> str:
       _check_networks(training, mesh)
     except ValueError:  # Does not divide.
       continue
-    for microbatches in (1, 2, 4, 8, 16):
+    for microbatches, way in itertools.product((1, 2, 4, 8, 16), ways):
       if training.batch_size % (microbatches * config.fsdp) == 0:
-        other = training.with_mesh(config, microbatches)
-        tried.append((tensor * context, microbatches, -context, other))
-  tried.sort(key=lambda entry: entry[:3])
-  for *_, other in tried:
+        other = training.with_mesh(config, microbatches, way)
+        rank = (tensor * context, microbatches, way == 'blocks', -context)
+        tried.append((rank, other))
+  tried.sort(key=lambda entry: entry[0])
+  for _, other in tried:
     if (size := scale * estimated_bytes(other)) <= 0.75 * hbm:
       flags = ' '.join(
         f'--config.mesh.{axis}={ways}'
         for axis, ways in dataclasses.asdict(other.mesh).items()
       )
+      flags += f' --config.distill.microbatches={other.microbatches}'
+      if (way := other.steps.config.exit_pass) != numbers.exit_pass:
+        flags += f' --config.distill.exit_pass={way}'
       return (
-        f'{flags} --config.distill.microbatches={other.microbatches}: '
+        f'{flags}: '
         f'{planning_stream.gigabytes(size)} a chip by a formula, not compiled'
       )
   return f'no mesh of {topology} that a formula would let fit: take more chips'
@@ -314,7 +324,10 @@ def estimated_bytes(training: Training) -> float:
   tokens = training.num_frames * model.tokens_per_frame
   cached = steps.rollout.past_frames * model.tokens_per_frame
   keys = 2 * width * model.num_layers * model.dim / sizes.tensor
-  inputs = width * model.num_layers * tokens * model.dim / sizes.context
+  kept = tokens
+  if steps.config.exit_pass == 'blocks' and not steps.config.forward_kl_weight:
+    kept = steps.rollout.frames_per_block * model.tokens_per_frame
+  inputs = width * model.num_layers * kept * model.dim / sizes.context
   layer = 6 * width * tokens * (model.dim + model.ffn_dim / sizes.tensor)
   return held + samples * (
     keys * (cached + _COPIES * tokens / sizes.context)

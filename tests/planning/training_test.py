@@ -215,6 +215,27 @@ def test_a_mesh_that_should_fit_is_proposed():
   assert said.startswith('no mesh of v5e:2x2')
 
 
+@needs_compiler
+def test_an_exit_pass_of_blocks_is_proposed_where_it_suffices():
+  training = full_size(fsdp=64)
+  numbers = training.steps.config
+
+  def said(**changes):
+    config = dataclasses.replace(numbers, **changes)
+    steps = dataclasses.replace(training.steps, config=config)
+    planned = dataclasses.replace(training, steps=steps)
+    # Of v5p's 95 GB; what should fit leaves a quarter free.
+    return planning_training.propose(planned, 'v5p:4x4x4', 78e9)
+
+  assert 'fsdp=64' in said(forward_kl_weight=0.0)
+  assert 'exit_pass=blocks' in said(forward_kl_weight=0.0)
+  # With a forward KL it would save nothing, and a block's past is detached.
+  assert 'exit_pass' not in said()
+  assert 'exit_pass' not in said(
+    forward_kl_weight=0.0, past_gradient='straight_through'
+  )
+
+
 @pytest.mark.parametrize(
   ('mesh', 'microbatches', 'compiled'),
   [
