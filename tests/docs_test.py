@@ -47,13 +47,13 @@ def _functions(path):
   """'f', 'Class', 'Class.method' of a file."""
   names = set()
   for node in ast.parse(path.read_text()).body:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
       names.add(node.name)
     if isinstance(node, ast.ClassDef):
       names |= {
         f'{node.name}.{inner.name}'
         for inner in node.body
-        if isinstance(inner, ast.FunctionDef)
+        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
       }
   return names
 
