@@ -17,6 +17,10 @@ under way is finished, the file plays, the exit status is 0. Before the first
 block there is nothing to keep, and the status is 130 as for any program.
 --prompt_at 14:"..." changes the prompt from block 14 on; blocks count from 0.
 
+With --mesh=stage=4,tensor=2 the work is divided over devices, also those of
+several processes, all started with the same flags (--coordinator, ..., or as
+the cluster says, docs/multihost.md); process 0 writes the files.
+
 With published weights the text encoder (11 GB) is let go of when the prompts
 are encoded (--text_encoder=keep holds it). --text_cache=FOLDER keeps what came
 of them, and --text_encoder=FOLDER makes do with that.
@@ -32,25 +36,30 @@ import time
 # Before the imports: they are a good part of the time that is accounted for.
 _STARTED = time.monotonic()
 
+import atexit
 import contextlib
 import dataclasses
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 from absl import flags
 
 from hiar_jax.data import clips, given_frames
 from hiar_jax.data import prompts as data_prompts
 from hiar_jax.runtime import (
-  compile_clock,
   config_flag,
   contact_sheets,
+  distributed,
   errors,
   interrupts,
   metrics,
+  stopwatch,
   video_io,
 )
 from hiar_jax.sampling import (
@@ -162,6 +171,7 @@ _OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'make videos again that are there with these settings'
 )
 _STREAM = flags.DEFINE_bool('stream', False, 'write the video as it is made')
+distributed.define_flags()
 _MODE = flags.DEFINE_enum(
   'mode',
   modes.AUTO,
@@ -181,36 +191,16 @@ _PROMPT_AT = flags.DEFINE_multi_string(
 _SHEET_BLOCKS = 28  # that a stream's contact sheet shows
 
 
-class _Stopwatch:
-  """Where the time went: seconds by name, compilation apart from the rest."""
-
-  def __init__(self):
-    self.seconds = {'import': time.monotonic() - _STARTED}
-    compile_clock.start()
-
-  @contextlib.contextmanager
-  def __call__(self, name: str) -> Iterator[None]:
-    started, compiled = time.monotonic(), compile_clock.seconds()
-    yield
-    elapsed = time.monotonic() - started
-    compiled = compile_clock.seconds() - compiled
-    self._add('compile', compiled)
-    self._add(name, elapsed - compiled)
-
-  def __str__(self) -> str:
-    total = time.monotonic() - _STARTED
-    parts = ', '.join(f'{k} {v:.1f}' for k, v in self.seconds.items())
-    return f'{total:.1f} s: {parts}'
-
-  def _add(self, name: str, seconds: float) -> None:
-    self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
 def main(argv: Sequence[str]) -> None:
   del argv
-  watch = _Stopwatch()
+  watch = stopwatch.Stopwatch(_STARTED)
   if (_CONFIG.value is None) == (_PIPELINE.value is None):
     raise ValueError('give either --config or --pipeline')
+  distributed.start_by_flags()
+  if jax.process_count() > 1 and _CHOICES.mesh is None:
+    raise ValueError(
+      f'{jax.process_count()} processes make one video on a mesh: give --mesh'
+    )
   prompts = _prompts()
   if _STREAM.value:
     _stream(prompts, watch)
@@ -240,7 +230,8 @@ def main(argv: Sequence[str]) -> None:
     video_files.Job(path, prompts[i // _NUM_VIDEOS.value], chosen[i])
     for i, path in enumerate(paths)
   ]
-  if not _OVERWRITE.value:
+  # Of several processes one sees the files, and all make the same.
+  if not _OVERWRITE.value and jax.process_count() == 1:
     made = [job for job in jobs if video_files.is_made(job, made_with)]
     for job in made:
       print(
@@ -277,7 +268,7 @@ def _seed() -> int | list[int]:
   return _SEED.value if len(_SEED.value) > 1 else _SEED.value[0]
 
 
-def _load(watch: _Stopwatch) -> video_pipeline.VideoPipeline:
+def _load(watch: stopwatch.Stopwatch) -> video_pipeline.VideoPipeline:
   """The pipeline asked for, run as the flags say."""
   given = {
     'text_encoder': _TEXT_ENCODER.value,
@@ -345,7 +336,7 @@ def _initial_frames(
   return frames
 
 
-def _stream(prompts: list[str], watch: _Stopwatch) -> None:
+def _stream(prompts: list[str], watch: stopwatch.Stopwatch) -> None:
   """Writes one video block by block until its end or Ctrl-C."""
   switches = _switches()
   if _NUM_VIDEOS.value != 1 or _OVER.value is not None:
@@ -466,6 +457,11 @@ def _path(value: str) -> pathlib.Path:
 def _paths(count: int) -> list[pathlib.Path]:
   """Where the videos go, once it is sure that they can go there."""
   out = _path(_OUT.value)
+  if not distributed.is_writer():
+    # It makes the same video, and has no use for it.
+    unused = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, unused, ignore_errors=True)
+    out = pathlib.Path(unused) / out.name
   paths = [out]
   if count > 1:
     paths = [out.with_stem(f'{out.stem}-{i}') for i in range(count)]

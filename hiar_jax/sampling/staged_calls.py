@@ -1,7 +1,7 @@
-"""A call whose steps are on devices of their own: a stream of a known length.
+"""A call as a stream of a known length: for stages, and for processes.
 
-The blocks are those of `calls.sample` in step-first order, and finished one
-after the other.
+The blocks are those of `calls.sample`, and finished one after the other, by
+programs whose results all processes have.
 """
 
 # B batch, F frames, h w latent rows and columns, C channels, L text tokens,
@@ -12,17 +12,26 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from hiar_jax.sampling import calls, meshes, streaming
+from hiar_jax.sampling import block_stream, calls, meshes, streaming
 
 
-def check(request: calls.Request, start: calls.Start | None) -> None:
-  """Raises ValueError for a call that has no stages."""
-  if request.order != 'step_first' or start is not None:
+def mode_of(
+  request: calls.Request, start: calls.Start | None, context: str
+) -> str:
+  """The mode of the stream that a call is.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  if request.order == 'hybrid' or start is not None:
+    what = 'from a clip' if start is not None else "in 'hybrid' order"
     raise ValueError(
-      'a mesh with stages makes videos in step-first order from pure noise, '
-      f'not in {request.order!r}{" from a clip" if start is not None else ""}; '
-      'stage=1 divides the passes of any call over tensor and context'
+      f'a call {what} has no stages and is not made by several processes; '
+      'stage=1 in one process divides its passes over tensor and context'
     )
+  if request.order == 'block_first':
+    return 'block_first'
+  return 'shared' if context == 'shared' else 'batched'
 
 
 def sample(
@@ -48,9 +57,15 @@ def sample(
     for block in range(request.num_blocks):
       turns = engine.turns(block)
       slots = np.zeros((len(turns), len(turns[0])), np.int32)
-      state, latents = streaming.run_turns(
-        params, bank, slots, keys_B, state, engine=engine
-      )
+      given = (params, bank, slots, keys_B, state)
+      if engine.mode == 'block_first':
+        state, latents = block_stream.run_block(
+          *(*given, np.int32(block)),
+          engine=engine,
+          is_first=not block and bool(engine.config.first_levels),
+        )
+      else:
+        state, latents = streaming.run_turns(*given, engine=engine)
       made.append(np.asarray(latents.addressable_data(0)))
       report(_passes(engine))
   return np.concatenate(made, 1)
@@ -58,6 +73,5 @@ def sample(
 
 def _passes(engine: streaming.Engine) -> int:
   """Of a block, as `calls.num_passes` counts them."""
-  shared = engine.mode == 'shared'
   steps = engine.config.num_steps
-  return steps + 1 if shared else 2 * steps
+  return 2 * steps if engine.mode == 'batched' else steps + 1

@@ -222,11 +222,12 @@ class VideoPipeline:
   def _staged(
     self, request: calls.Request, start: calls.Start | None
   ) -> streaming.Engine | None:
-    """The programs of a call whose mesh has stages; None: it has none."""
-    if self.mesh is None or self.mesh.shape[executors.STAGE] == 1:
+    """The programs of a call with stages or processes; None: it has none."""
+    if self.mesh is None:
       return None
-    staged_calls.check(request, start)
-    mode = 'shared' if self.rollout.context == 'shared' else 'batched'
+    if self.mesh.shape[executors.STAGE] == 1 and jax.process_count() == 1:
+      return None
+    mode = staged_calls.mode_of(request, start, self.rollout.context)
     return streaming.Engine(self.denoiser, self.rollout, mode, self.mesh)
 
   def stream(

@@ -97,6 +97,18 @@ def test_a_divided_call_equals_that_of_one_device(
   np.testing.assert_allclose(video.latents, plain.latents, atol=5e-5)
 
 
+def test_processes_would_make_the_call_of_one(monkeypatch):
+  own = dataclasses.replace(
+    stream_decoding_test.pipe(), mesh=meshes.make(meshes.parse('tensor=2'))
+  )
+  settings = {'order': 'block_first', 'num_blocks': 3, 'progress': False}
+  plain = own('a cat', **settings)
+  # As it is made where there are several: by the programs of a stream.
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  video = own('a cat', **settings)
+  np.testing.assert_allclose(video.latents, plain.latents, atol=1e-5)
+
+
 def test_a_device_of_its_own_decodes_beside_those_that_denoise():
   sizes = meshes.parse('stage=2,decode=1')
   own = stream_decoding_test.pipe()
@@ -120,7 +132,9 @@ def test_a_device_of_its_own_decodes_beside_those_that_denoise():
 def test_a_call_with_stages_says_what_it_does_not_make():
   mesh = meshes.make(meshes.parse('stage=2'))
   own = dataclasses.replace(stream_decoding_test.pipe(), mesh=mesh)
-  with pytest.raises(ValueError, match="not in 'block_first'; stage=1 divides"):
+  with pytest.raises(ValueError, match="'hybrid' order has no stages"):
+    own('a cat', order='hybrid', anchor_blocks=1, progress=False)
+  with pytest.raises(ValueError, match="'block_first' makes .* has no stages"):
     own('a cat', order='block_first', progress=False)
 
 
