@@ -154,11 +154,12 @@ class Plan:
       ("compiler's time estimate", self.compiler_estimate()),
       ('compiling took', f'{self.compile_seconds:.0f} s'),
     )
-    title = (
-      f'{self.topology}: {self.num_chips} chips',
-      f'{self.stages_per_chip} of the stages on each'
-      + (f', {self.mode}' if self.stages_per_chip > 1 else ''),
-    )
+    how = f'{self.stages_per_chip} of the stages on each'
+    if self.stages_per_chip > 1:
+      how += f', {self.mode}'
+    if self.mode == 'block_first':
+      how = 'block after block, one past'
+    title = (f'{self.topology}: {self.num_chips} chips', how)
     return markdown([title, *rows])
 
 
