@@ -274,6 +274,52 @@ def test_stopped_before_the_first_block_there_is_no_file(arguments, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def interruptible():
+  """Programs get Ctrl-C, which a shell in the background has ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_is_status_130_and_no_file(
+  arguments, tmp_path, interruptible
+):
+  # While modules are imported, a network is read, programs are compiled.
+  program = arguments.index('--stream')
+  command = [
+    *(sys.executable, '-m', 'hiar_jax', 'stream', _PROMPT, '--num_blocks=0'),
+    *(arguments[program - 1], *arguments[program + 1 :]),
+  ]
+  environment = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  ends = []
+  for seconds in (0.5, 1, 2, 3, 4, 6, 8, 10, 12):
+    process = subprocess.Popen(
+      command,
+      cwd=tmp_path,
+      env=environment,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    try:
+      time.sleep(seconds)
+      process.send_signal(signal.SIGINT)
+      _, stderr = process.communicate(timeout=120)
+    finally:
+      process.kill()
+      process.wait()
+    if not process.returncode:  # From its first block on a stream is kept.
+      assert (tmp_path / 'video.mp4').exists()
+      break
+    assert process.returncode == 130, (seconds, stderr)
+    assert stderr.splitlines()[-1] == 'interrupted', (seconds, stderr)
+    assert not list(tmp_path.iterdir()), seconds
+    ends.append(seconds)
+  assert len(ends) >= 3
+
+
 @pytest.mark.slow
 def test_each_mistake_is_one_line(arguments, tmp_path):
   (tmp_path / 'two.txt').write_text('a red disc on grey\na blue disc on grey\n')
