@@ -28,9 +28,14 @@ def run(*arguments):
 def test_a_version_beside_itself(tmp_path):
   tiny.write_inputs(tmp_path)
   config = f'{_ROOT / "tests" / "tiny.py"}:student_start,{tmp_path}'
-  done = run(f'--config={config}', f'--against={_ROOT}', '--repetitions=2')
+  done = run(
+    *(f'--config={config}', f'--against={_ROOT}', '--repetitions=2'),
+    f'--compare={tmp_path}',
+  )
   assert done.returncode == 0, done.stderr
-  this, against, ratio = done.stdout.splitlines()[-3:]
+  *_, this, against, ratio, ema, net = done.stdout.splitlines()
+  assert ema.startswith('ema: 0.0e+00 apart after moves of ')
+  assert net.startswith('net.params: 0.0e+00 apart after moves of ')
   assert this.startswith('this ') and against.startswith('against ')
   assert 0.1 < float(re.fullmatch(r'this / against: (.*)', ratio)[1]) < 10
 
