@@ -174,3 +174,17 @@ def test_weights_of_the_block_first_order_stream_in_it(recache):
 def test_an_order_and_a_mode_that_are_chosen_go_together():
   with pytest.raises(ValueError, match="'block_first' is not that of stream"):
     pipe().stream(PROMPT, order='block_first', mode='batched')
+
+
+@pytest.mark.parametrize(
+  'chosen',
+  [
+    {'frames_per_block': 1, 'steps': (1000, 750, 500)},
+    {'window': 4, 'height': 16, 'width': 24, 'positions': 'bounded'},
+  ],
+)
+def test_what_is_chosen_of_a_stream_is_chosen_of_a_call(chosen):
+  chosen = chosen | {'order': 'block_first'}
+  video = pipe()(PROMPT, num_blocks=4, seed=2, progress=False, **chosen)
+  frames = streamed(pipe().stream(PROMPT, seed=2, **chosen), 4)
+  assert_same_pixels(frames, video.frames)
