@@ -21,6 +21,7 @@ class _Pipeline:
 
   identity: str = 'weights'
   fps: float = 8.0
+  frame_shape: tuple[int, int, int] = (16, 16, 3)
   rollout: Any = _ROLLOUT
   asked: list[Any] = dataclasses.field(default_factory=list)
   encoded: list[Any] = dataclasses.field(default_factory=list)
@@ -30,7 +31,7 @@ class _Pipeline:
   def encoder(self):
     return SimpleNamespace(encode=self.encoded.append)
 
-  def sample(self, prompts, request, *, initial_frames):
+  def sample(self, prompts, request, *, initial_frames, start):
     if len(self.asked) == self.fails_at:
       raise ValueError('no room')
     self.asked.append((list(prompts), list(request.seed)))
@@ -92,6 +93,8 @@ def test_what_was_made_with_the_same_settings_is_told_from_the_rest(tmp_path):
     pipeline, _REQUEST, scale=2, initial_frames=given
   )
   assert differs(**goes_on)
+  pipeline.frame_shape = (32, 16, 3)
+  assert differs(**video_files.settings(pipeline, _REQUEST, scale=2))
   job.path.write_bytes(b'another video')
   assert differs()
 
