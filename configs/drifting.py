@@ -90,7 +90,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
-    num=320,
+    num=192,
     num_frames=_FRAMES,
     shard_size=32,
     batch_size=16,
@@ -132,7 +132,7 @@ def _teacher(c):
 
 
 def _student_start(c):
-  c.iterations = 600
+  c.iterations = 400
   c.start_context = 'random'
   c.ema_decay = 0.98
   c.optimiser = _muon(2e-3, 1e-3, warmup=20)
@@ -140,7 +140,7 @@ def _student_start(c):
 
 
 def _distill(c, phase):
-  c.iterations = 240
+  c.iterations = 160
   c.rollout_blocks = (5, 5)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)
@@ -157,7 +157,7 @@ def _distill(c, phase):
     forward_kl_attention='bidirectional',
     generator_every=4,
     ema_decay=0.95,
-    ema_start=60,
+    ema_start=40,
   )
   if phase == 'self_forcing':
     c.distill.order = 'block_first'
