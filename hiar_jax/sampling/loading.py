@@ -283,19 +283,25 @@ def from_config(
     codec=opened,
     rollout=rollout_config,
     schedule=config['schedule'],
-    identity=_identity(weights, codec, added),
+    identity=_identity(config, weights, codec, added),
     mesh=mesh,
     **config['generate'],
   )
 
 
 def _identity(
-  weights: Path, codec: Path, loras: Sequence[lora_files.LoRA]
+  config: Mapping[str, Any],
+  weights: Path,
+  codec: Path,
+  loras: Sequence[lora_files.LoRA],
 ) -> str:
   """Differs between weights, by a part of them."""
   digest = hashlib.sha256(networks.open_weights(weights).digest().encode())
-  with pathlib.Path(codec).open('rb') as file:
-    digest.update(file.read(_DIGEST_BYTES))
+  if 'vae' in config:
+    digest.update(networks.open_weights(codec).digest().encode())
+  else:
+    with pathlib.Path(codec).open('rb') as file:
+      digest.update(file.read(_DIGEST_BYTES))
   for one in loras:
     digest.update(f'{one.digest()} {one.scale}'.encode())
   return digest.hexdigest()

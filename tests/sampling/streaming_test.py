@@ -315,7 +315,7 @@ def test_weights_of_the_block_first_order_are_streamed_in_it():
   assert choose('block_first')[0] == 'block_first'
   with pytest.raises(ValueError, match="no stream has order 'hybrid'"):
     choose('hybrid')
-  with pytest.raises(ValueError, match='has no stages for a mesh'):
+  with pytest.raises(ValueError, match='has no stages: a mesh may divide'):
     streaming.Engine(DENOISER, config, 'block_first', stage_mesh(2))
 
 

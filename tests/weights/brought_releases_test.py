@@ -168,11 +168,11 @@ def test_comfyuis_folders_are_known(tmp_path):
 @pytest.mark.parametrize('at_load', [False, True])
 def test_parts_that_do_not_go_together_are_both_named(tmp_path, at_load):
   fake_release.write_release(tmp_path / 'in', 'wan')
-  wide = transformer(channels=48)
+  wide = transformer(channels=32)
   file = tmp_path / 'in' / layouts.FILES['wan']['transformer']
   if not at_load:
     config = json.loads((tmp_path / 'in' / 'config.json').read_text())
-    config |= {'in_dim': 48, 'out_dim': 48}
+    config |= {'in_dim': 32, 'out_dim': 32}
     (tmp_path / 'in' / 'config.json').write_text(json.dumps(config))
     fake_release.write(file, wide)
   convert = lambda: conversion.to_ours(
@@ -181,7 +181,7 @@ def test_parts_that_do_not_go_together_are_both_named(tmp_path, at_load):
     name='x',
     options=OPTIONS,
   )
-  message = r'{}.* and .*{}.* do not go together: the transformer takes 48 lat'
+  message = r'{}.* and .*{}.* do not go together: the transformer takes 32 lat'
   if not at_load:
     with pytest.raises(ValueError, match=message.format(file.name, 'VAE')):
       convert()
@@ -190,7 +190,7 @@ def test_parts_that_do_not_go_together_are_both_named(tmp_path, at_load):
   convert()
   path = tmp_path / 'out' / 'config.json'
   config = json.loads(path.read_text())
-  config['model']['channels'] = 48
+  config['model']['channels'] = 32
   path.write_text(json.dumps(config))
   with pytest.raises(ValueError, match=message.format('student', 'vae.safe')):
     loading.load(tmp_path / 'out')
