@@ -101,8 +101,13 @@ def _defined(pipe, order, initial=None, **options):
     ('step_first', 'matched', {}, 1),
     ('step_first', 'shared', {}, 0),
     ('block_first', 'matched', {}, 0),
-    ('hybrid', 'matched', {'anchor_blocks': 1}, 0),
-    ('hybrid', 'matched', {'block_first_steps': 1}, 0),
+    pytest.param(
+      *('hybrid', 'matched', {'anchor_blocks': 1}, 0), marks=pytest.mark.slow
+    ),
+    pytest.param(
+      *('hybrid', 'matched', {'block_first_steps': 1}, 0),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_every_order_is_the_rollouts_own(

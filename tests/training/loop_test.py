@@ -71,12 +71,16 @@ def assert_equal(a, b):
   chex.assert_trees_all_equal(a, b)
 
 
-# Self-Forcing is the distillation's program in another order.
-SLOW = pytest.param('self_forcing', marks=pytest.mark.slow)
+# Self-Forcing is the distillation's program in another order; the codec's takes
+# long to compile.
+SLOW = [
+  pytest.param(phase, marks=pytest.mark.slow)
+  for phase in ('self_forcing', 'codec')
+]
 
 
 @pytest.mark.parametrize(
-  'phase', ['codec', 'teacher', 'student_start', 'distill', SLOW]
+  'phase', ['teacher', 'student_start', 'distill', *SLOW]
 )
 def test_an_interrupted_run_ends_bit_equal(phase, inputs, tmp_path):
   config = tiny.config(phase, inputs)

@@ -115,9 +115,8 @@ def assert_close(found, expected, tolerance=1e-5):
   jax.tree.map(check, found, expected)
 
 
-@pytest.mark.parametrize(
-  'with_critic', [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('with_critic', [False, True])
 def test_lora_of_full_rank_equals_full_training(with_critic):
   # Of x down up with the identity as `down`, `up` moves as the matrix would;
   # `down` itself is held, or the two would share the way.

@@ -69,6 +69,7 @@ def test_student_start_begins_with_the_teachers_weights(inputs):
   assert batch['text'].shape == (2, 4, 8)
 
 
+@pytest.mark.slow
 def test_teacher_begins_where_another_run_ended(inputs):
   config = tiny.config('teacher', inputs)
   drawn = phases.build(config).state.net.params

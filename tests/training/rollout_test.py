@@ -297,7 +297,9 @@ def test_the_cached_mode_keeps_to_the_gradient_of_the_past():
     assert (error < 1e-4) == close, error
 
 
-@pytest.mark.parametrize('order', ['step_first', 'block_first'])
+@pytest.mark.parametrize(
+  'order', ['step_first', pytest.param('block_first', marks=pytest.mark.slow)]
+)
 def test_one_program_makes_rollouts_of_several_lengths(order):
   """Their last blocks are those of a program of that length."""
   grad_blocks, arguments = 2, dict(order=order, initial=IMAGE)

@@ -277,6 +277,7 @@ def test_losses_see_the_last_blocks_of_a_longer_rollout(monkeypatch):
   np.testing.assert_array_equal(mask, [[False, False, True, True]])
 
 
+@pytest.mark.slow
 def test_the_cut_of_a_longer_rollout_begins_as_a_video():
   codec = vae_codec.VAECodec(vae.init(VAE, jax.random.key(3)), VAE)
   steps = distillation(cut_start='reencoded')

@@ -131,6 +131,7 @@ def released(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_converted_release_makes_a_streamed_video(released):
   pipe = hiar_jax.load(released / 'ours')
   pipe = dataclasses.replace(
