@@ -66,5 +66,5 @@ def test_stacks_of_weights_are_one_product(batched):
   for i in range(2):
     one = xs[i] if batched == 0 else x
     np.testing.assert_allclose(
-      found[i], dense.affine(one, kernels[i], biases[i]), rtol=1e-5
+      found[i], dense.affine(one, kernels[i], biases[i]), rtol=1e-5, atol=1e-5
     )
