@@ -25,8 +25,8 @@ _LIVE = [
   'ipython>=8.0',
   'ipywidgets>=8.1',
   'starlette>=0.46',
-  'uvicorn>=0.35',
-  'websockets>=14.0',
+  'uvicorn>=0.54',
+  'websockets>=15.0',
 ]
 _TEST = [
   *_LIVE,
