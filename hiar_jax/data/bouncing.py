@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.data import bouncing_words
+from hiar_jax.data import bouncing_words, small_worlds
 from hiar_jax.data.bouncing_words import (
   BACKGROUNDS,
   MOTIONS,
@@ -25,19 +25,18 @@ from hiar_jax.data.bouncing_words import (
   SHAPES,
   SIZES,
 )
-from hiar_jax.runtime import provenance
+from hiar_jax.data.small_worlds import between, pick
 
 # What the seam of `data.prompts` asks a source for.
 examples = bouncing_words.examples
 reword = bouncing_words.reword
 unknown_words = bouncing_words.unknown_words
 
+coverage = small_worlds.coverage
+
 # What the sources here read of a config beside their own section.
 READS = ('world', 'world_seed')
 
-# Of a shape's radius: the half side of the square, the hole of the ring.
-_SQUARE_HALF_SIDE = 0.85
-_RING_HOLE = 0.5
 # Told apart from the Philox stream of the scene, which starts at counter 0.
 _CROP_STREAM = 2
 
@@ -112,21 +111,16 @@ def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
   Raises:
     ValueError: if seed or index is out of range.
   """
-  if not (0 <= seed < 2**64 and 0 <= index < 2**64):
-    raise ValueError(f'seed={seed} and index={index} must be in [0, 2**64)')
-  key = np.array([seed, index], np.uint64)
-  # Plain uniform numbers only: numpy keeps their stream fixed across versions,
-  # but not that of its derived distributions.
-  u = np.random.Generator(np.random.Philox(key=key)).random(12)
-  shape = _pick(SHAPES, u[0])
-  colour = _pick(tuple(PALETTE), u[1])
-  background = _pick(tuple(BACKGROUNDS), u[2])
-  size = _pick(SIZES, u[3])
-  motion = _pick(MOTIONS, u[4])
-  radius = _between(
+  u = small_worlds.uniforms(seed, index, 12)
+  shape = pick(SHAPES, u[0])
+  colour = pick(tuple(PALETTE), u[1])
+  background = pick(tuple(BACKGROUNDS), u[2])
+  size = pick(SIZES, u[3])
+  motion = pick(MOTIONS, u[4])
+  radius = between(
     cfg.small_radius if size == 'small' else cfg.large_radius, u[5]
   )
-  speed = _between(
+  speed = between(
     cfg.slow_speed if motion == 'slowly' else cfg.fast_speed, u[6]
   )
   direction = 2 * np.pi * u[7]
@@ -151,7 +145,7 @@ def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
   )
   is_free = u[10] < cfg.free_caption_rate
   template = (
-    _pick(bouncing_words.FREE_CAPTIONS, u[11])
+    pick(bouncing_words.FREE_CAPTIONS, u[11])
     if is_free
     else bouncing_words.CAPTION
   )
@@ -184,52 +178,6 @@ def videos(cfg: WorldConfig, seed: int, num: int) -> Iterator[np.ndarray]:
     yield render(sample_scene(cfg, seed, index), cfg)
 
 
-def coverage(
-  shape: str,
-  positions_F2: np.ndarray,
-  radius: float | np.ndarray,
-  *,
-  height: int,
-  width: int,
-) -> np.ndarray:
-  """The share of each pixel that a shape covers, from its signed distance.
-
-  Args:
-    shape: one of SHAPES.
-    positions_F2: centres (y, x) in px.
-    radius: in px, a number or one per frame [F].
-    height: of the frame in px.
-    width: of the frame in px.
-
-  Returns:
-    float32 [F, H, W] in [0, 1].
-
-  Raises:
-    ValueError: if the shape is unknown.
-  """
-  positions_F2 = np.asarray(positions_F2, np.float32)
-  r = np.asarray(radius, np.float32)
-  r = r[:, None, None] if r.ndim else r
-  y = np.arange(height, dtype=np.float32) + 0.5 - positions_F2[:, :1]
-  x = np.arange(width, dtype=np.float32) + 0.5 - positions_F2[:, 1:]
-  y, x = y[:, :, None], np.abs(x[:, None, :])
-  if shape == 'disc':
-    distance = np.sqrt(y * y + x * x) - r
-  elif shape == 'ring':
-    hole = np.float32(_RING_HOLE)
-    middle, half_width = r * (1 + hole) / 2, r * (1 - hole) / 2
-    distance = np.abs(np.sqrt(y * y + x * x) - middle) - half_width
-  elif shape == 'square':
-    distance = np.maximum(np.abs(y), x) - np.float32(_SQUARE_HALF_SIDE) * r
-  elif shape == 'triangle':
-    # Equilateral, apex up, centroid at the centre: three half planes.
-    side = np.float32(np.sqrt(0.75)) * x - np.float32(0.5) * y
-    distance = np.maximum(y, side) - r / 2
-  else:
-    raise ValueError(f'shape={shape!r} is not one of {SHAPES}')
-  return np.clip(np.float32(0.5) - distance, 0, 1)
-
-
 def composite(
   cover_FHW: np.ndarray,
   rgb: tuple[int, int, int],
@@ -245,30 +193,13 @@ def composite(
   return np.take(blends.astype(np.uint8), level_FHW, axis=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Captions:
-  """Captions of a world's scenes by number; see `data.prompts.Prompts`.
+class Captions(small_worlds.Captions):
+  """Captions of the scenes by number; see `data.prompts.Prompts`."""
 
-  Attributes:
-    world: what the scenes are drawn from.
-    seed: of the scenes; another seed is another (held-out) set.
-    length: number of them.
-  """
+  source = 'bouncing'
 
-  world: WorldConfig
-  seed: int
-  length: int = 2**20
-
-  def __len__(self) -> int:
-    return self.length
-
-  def __getitem__(self, index: int) -> Any:
-    return sample_scene(self.world, self.seed, index).caption
-
-  def identity(self) -> dict[str, Any]:
-    """Without the length: more than are used change nothing."""
-    world = provenance.jsonable(self.world)
-    return {'source': 'bouncing', 'world': world, 'seed': self.seed}
+  def scene(self, index: int) -> Scene:
+    return sample_scene(self.world, self.seed, index)
 
 
 class Scenes(Captions):
@@ -280,10 +211,10 @@ class Scenes(Captions):
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
-    return (self.world.num_frames, self.world.height, self.world.width, 3)
+    return small_worlds.video_shape(self.world)
 
   def __getitem__(self, index: int) -> np.ndarray:
-    return render(sample_scene(self.world, self.seed, index), self.world)
+    return render(self.scene(index), self.world)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +242,7 @@ class ObjectClips:
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
-    return (self.world.num_frames, self.world.height, self.world.width, 3)
+    return small_worlds.video_shape(self.world)
 
   def __len__(self) -> int:
     return self.length
@@ -348,14 +279,14 @@ def open_prompts(
     options: may have `seed` and `length`.
     config: its section `world`, and `world_seed`, the seed unless given.
   """
-  return Captions(**_scene_options(config, **options))
+  return Captions(**small_worlds.scene_options(WorldConfig, config, **options))
 
 
 def open_videos(
   options: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Scenes:
   """The videos of a config's world; arguments as `open_prompts`."""
-  return Scenes(**_scene_options(config, **options))
+  return Scenes(**small_worlds.scene_options(WorldConfig, config, **options))
 
 
 def open_clips(
@@ -372,22 +303,6 @@ def open_clips(
   if crop is None:
     raise ValueError('clips.crop is missing')
   frames = options.pop('num_frames', config['world']['num_frames'])
-  scenes = _scene_options(config, **options)
+  scenes = small_worlds.scene_options(WorldConfig, config, **options)
   scenes['world'] = dataclasses.replace(scenes['world'], num_frames=frames)
   return ObjectClips(crop=crop, **scenes)
-
-
-def _scene_options(config, *, seed=None, length=2**20):
-  return {
-    'world': WorldConfig(**config['world']),
-    'seed': config['world_seed'] if seed is None else seed,
-    'length': length,
-  }
-
-
-def _pick(options: tuple[str, ...], u: float) -> str:
-  return options[int(u * len(options))]
-
-
-def _between(bounds: tuple[float, float], u: float) -> float:
-  return float(bounds[0] + (bounds[1] - bounds[0]) * u)

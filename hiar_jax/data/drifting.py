@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.runtime import provenance
+from hiar_jax.data import small_worlds
+from hiar_jax.data.small_worlds import between, pick
 
 SHAPES = ('disc', 'square', 'triangle')
 MOTIONS = ('gliding', 'circling')
@@ -38,8 +39,8 @@ TEXTURE_AMPLITUDE = 0.08
 RGB_OF_YCC = np.array(
   [[1.0, 0.0, 1.402], [1.0, -0.344136, -0.714136], [1.0, 1.772, 0.0]]
 )
-# Of a shape's radius: the half side of the square.
-_SQUARE_HALF_SIDE = 0.85
+coverage = small_worlds.coverage
+
 _WORDS = {'ball': 'disc', 'circle': 'disc', 'box': 'square'}
 
 
@@ -140,14 +141,10 @@ def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
   Raises:
     ValueError: if seed or index is out of range.
   """
-  if not (0 <= seed < 2**64 and 0 <= index < 2**64):
-    raise ValueError(f'seed={seed} and index={index} must be in [0, 2**64)')
-  key = np.array([seed, index], np.uint64)
-  # Uniform numbers only: numpy keeps their stream fixed across versions.
-  u = np.random.Generator(np.random.Philox(key=key)).random(18)
-  shape, motion = _pick(tuple(cfg.shapes), u[0]), _pick(MOTIONS, u[1])
-  step = _between(cfg.hue_step, u[4]) * (1 if u[5] < 0.5 else -1)
-  radius, speed = _between(cfg.radius, u[11]), _between(cfg.speed, u[12])
+  u = small_worlds.uniforms(seed, index, 18)
+  shape, motion = pick(tuple(cfg.shapes), u[0]), pick(MOTIONS, u[1])
+  step = between(cfg.hue_step, u[4]) * (1 if u[5] < 0.5 else -1)
+  radius, speed = between(cfg.radius, u[11]), between(cfg.speed, u[12])
   size = np.array([cfg.height, cfg.width], np.float64)
   place = _glide if motion == 'gliding' else _circle
   return Scene(
@@ -156,9 +153,9 @@ def sample_scene(cfg: WorldConfig, seed: int, index: int) -> Scene:
     hue=float(u[2]),
     ground_hues=(float(u[3]), float((u[3] + step) % 1)),
     gradient_angle=float(u[6]),
-    texture=_pick(TEXTURES, u[7]),
+    texture=pick(TEXTURES, u[7]),
     texture_angle=float(u[8]),
-    texture_period=_between(cfg.period, u[9]),
+    texture_period=between(cfg.period, u[9]),
     texture_phase=np.array([u[10], u[17]]),
     radius=radius,
     speed=speed,
@@ -181,7 +178,7 @@ def _glide(size, radius, speed, u, time_F, cfg):
 
 def _circle(size, radius, speed, u, time_F, cfg):
   """Round a centre, at the scene's speed, one way or the other."""
-  orbit = _between(cfg.orbit, u[3])
+  orbit = between(cfg.orbit, u[3])
   centre = radius + orbit + (size - 2 * (radius + orbit)) * u[1:3]
   turn = np.sign(u[0] - 0.5) * speed / orbit
   angle = 4 * np.pi * u[0] + turn * time_F
@@ -242,50 +239,6 @@ def chroma_of_hue(hue: float | np.ndarray) -> np.ndarray:
   return np.stack([np.cos(angle), np.sin(angle)], -1)
 
 
-def coverage(
-  shape: str,
-  positions_F2: np.ndarray,
-  radius: float | np.ndarray,
-  *,
-  height: int,
-  width: int,
-  edge: float = 1.0,
-) -> np.ndarray:
-  """The share of each pixel that a shape covers, from its signed distance.
-
-  Args:
-    shape: one of SHAPES.
-    positions_F2: centres (y, x) in px.
-    radius: in px, a number or one per frame [F].
-    height: of the frame in px.
-    width: of the frame in px.
-    edge: px over which it fades.
-
-  Returns:
-    float32 [F, H, W] in [0, 1].
-
-  Raises:
-    ValueError: if the shape is unknown.
-  """
-  positions_F2 = np.asarray(positions_F2, np.float32)
-  r = np.asarray(radius, np.float32)
-  r = r[:, None, None] if r.ndim else r
-  y = np.arange(height, dtype=np.float32) + 0.5 - positions_F2[:, :1]
-  x = np.arange(width, dtype=np.float32) + 0.5 - positions_F2[:, 1:]
-  y, x = y[:, :, None], np.abs(x[:, None, :])
-  if shape == 'disc':
-    distance = np.sqrt(y * y + x * x) - r
-  elif shape == 'square':
-    distance = np.maximum(np.abs(y), x) - np.float32(_SQUARE_HALF_SIDE) * r
-  elif shape == 'triangle':
-    # Equilateral, apex up, centroid at the centre: three half planes.
-    side = np.float32(np.sqrt(0.75)) * x - np.float32(0.5) * y
-    distance = np.maximum(y, side) - r / 2
-  else:
-    raise ValueError(f'shape={shape!r} is not one of {SHAPES}')
-  return np.clip(np.float32(0.5) - distance / np.float32(edge), 0, 1)
-
-
 def parse_prompt(prompt: str) -> tuple[str | None, str | None]:
   """The shape and the motion that a prompt names; None where it names none."""
   words = [_WORDS.get(word, word) for word in prompt.lower().split()]
@@ -307,30 +260,13 @@ def unknown_words(prompt: str) -> list[str]:
   ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Captions:
-  """Captions of a world's scenes by number; see `data.prompts.Prompts`.
+class Captions(small_worlds.Captions):
+  """Captions of the scenes by number; see `data.prompts.Prompts`."""
 
-  Attributes:
-    world: what the scenes are drawn from.
-    seed: of the scenes; another seed is another (held-out) set.
-    length: number of them.
-  """
+  source = 'drifting'
 
-  world: WorldConfig
-  seed: int
-  length: int = 2**20
-
-  def __len__(self) -> int:
-    return self.length
-
-  def __getitem__(self, index: int) -> Any:
-    return sample_scene(self.world, self.seed, index).caption
-
-  def identity(self) -> dict[str, Any]:
-    """Without the length: more than are used change nothing."""
-    world = provenance.jsonable(self.world)
-    return {'source': 'drifting', 'world': world, 'seed': self.seed}
+  def scene(self, index: int) -> Scene:
+    return sample_scene(self.world, self.seed, index)
 
 
 class Scenes(Captions):
@@ -342,10 +278,10 @@ class Scenes(Captions):
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
-    return (self.world.num_frames, self.world.height, self.world.width, 3)
+    return small_worlds.video_shape(self.world)
 
   def __getitem__(self, index: int) -> np.ndarray:
-    return render(sample_scene(self.world, self.seed, index), self.world)
+    return render(self.scene(index), self.world)
 
 
 def open_prompts(
@@ -357,22 +293,14 @@ def open_prompts(
     options: may have `seed` and `length`.
     config: its section `world`, and `world_seed`, the seed unless given.
   """
-  return Captions(**_scene_options(config, **options))
+  return Captions(**small_worlds.scene_options(WorldConfig, config, **options))
 
 
 def open_videos(
   options: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Scenes:
   """The videos of a config's world; arguments as `open_prompts`."""
-  return Scenes(**_scene_options(config, **options))
-
-
-def _scene_options(config, *, seed=None, length=2**20):
-  return {
-    'world': WorldConfig(**config['world']),
-    'seed': config['world_seed'] if seed is None else seed,
-    'length': length,
-  }
+  return Scenes(**small_worlds.scene_options(WorldConfig, config, **options))
 
 
 def _grid(cfg):
@@ -381,11 +309,3 @@ def _grid(cfg):
 
 def _rgb(ycc):
   return (ycc @ RGB_OF_YCC.T).astype(np.float32)
-
-
-def _pick(options: tuple[str, ...], u: float) -> str:
-  return options[int(u * len(options))]
-
-
-def _between(bounds: tuple[float, float], u: float) -> float:
-  return float(bounds[0] + (bounds[1] - bounds[0]) * u)
