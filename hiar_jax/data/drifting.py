@@ -41,6 +41,9 @@ RGB_OF_YCC = np.array(
 )
 coverage = small_worlds.coverage
 
+# What the sources here read of a config beside their own section.
+READS = ('world', 'world_seed')
+
 _WORDS = {'ball': 'disc', 'circle': 'disc', 'box': 'square'}
 
 
