@@ -15,6 +15,7 @@ _RUNS = 'runs/study'
 
 
 def get_config() -> ml_collections.ConfigDict:
+  """What is trained before the arms, the arms, and what is measured of them."""
   c = ml_collections.ConfigDict()
   c.dir = _RUNS
   c.train = drifting.get_config('distill')

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hiar_jax.data import bouncing, bouncing_words
-from hiar_jax.evaluation import bouncing_frames
+from hiar_jax.evaluation import bouncing_frames, tables
 
 # Fewer have no quarters to compare.
 MIN_FRAMES = 8
@@ -301,15 +301,7 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
   Returns:
     Lines of plain text; NaN is shown as '-'.
   """
-  label_width = max(map(len, ('', *results)))
-  lines = ['  '.join((' ' * label_width, *_COLUMNS))]
-  for label, numbers in results.items():
-    cells = [label.ljust(label_width)]
-    for heading, (name, style) in _COLUMNS.items():
-      value = numbers[name]
-      cell = '-' if np.isnan(value) else format(value, style)
-      cells.append(cell.rjust(len(heading)))
-    lines.append('  '.join(cells))
+  lines = tables.format_rows(_COLUMNS, results)
   for label, numbers in results.items():
     if numbers['no_video']:
       lines.append(

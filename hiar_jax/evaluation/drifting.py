@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from hiar_jax.data import drifting
-from hiar_jax.evaluation import drifting_frames
+from hiar_jax.evaluation import drifting_frames, tables
 
 # No config trains on the scenes of this seed.
 _HELD_OUT_SEED = 99
@@ -338,16 +338,7 @@ class HeldOutScores:
     return self.score(list(videos_BFHWC), prompts)
 
   def table(self, rows: Mapping[str, Mapping[str, float]]) -> str:
-    width = max(map(len, ('', *rows)))
-    lines = ['  '.join((' ' * width, *_COLUMNS))]
-    for label, numbers in rows.items():
-      cells = [label.ljust(width)]
-      for heading, (name, style) in _COLUMNS.items():
-        value = numbers[name]
-        cell = '-' if np.isnan(value) else format(value, style)
-        cells.append(cell.rjust(len(heading)))
-      lines.append('  '.join(cells))
-    return '\n'.join(lines)
+    return '\n'.join(tables.format_rows(_COLUMNS, rows))
 
   def _cfg(self, num_frames):
     return dataclasses.replace(
