@@ -241,7 +241,7 @@ class Live:
     viewer = self._viewers.get(request.path_params['id'])
     if viewer is None:
       raise protocol.Refused('session', 'there is no such session', 404)
-    if not len(viewer.recording):
+    if viewer.encoder is None or not len(viewer.recording):
       raise protocol.Refused('empty', 'the video has no frames yet', 409)
     scale = video.watchable_scale(self.maker.studio.pipeline.frame_shape[0])
     folder = tempfile.TemporaryDirectory(prefix='hiar-')
@@ -249,7 +249,11 @@ class Live:
     try:
       async with self._heavy:
         await asyncio.to_thread(
-          viewer.recording.write_mp4, path, fps=viewer.fps, scale=scale
+          viewer.recording.write_mp4,
+          path,
+          viewer.encoder.decode,
+          fps=viewer.fps,
+          scale=scale,
         )
     except BaseException:
       folder.cleanup()

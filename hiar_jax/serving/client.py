@@ -12,8 +12,8 @@ import argparse
 import asyncio
 import collections
 import contextlib
-import io
 import json
+import pathlib
 import time
 import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import websockets
-from PIL import Image
 
-from hiar_jax.serving import protocol
+from hiar_jax.serving import fragments, pieces, protocol
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0)
 
@@ -170,9 +169,32 @@ async def watch(
 
 
 def decode(frame: protocol.Frame) -> np.ndarray:
-  """Pixels of a frame, uint8 [H, W, 3]."""
-  with Image.open(io.BytesIO(frame.picture)) as image:
-    return np.asarray(image.convert('RGB'))
+  """Pixels of a frame that is a picture, uint8 [H, W, 3]."""
+  return pieces.read_picture(frame.picture)
+
+
+class Segments:
+  """Pixels of a session's segments, in format 'mp4'.
+
+  Any may be missing but the first, which has what all of them need.
+  """
+
+  def __init__(self) -> None:
+    self._begin = b''
+
+  def decode(self, frame: protocol.Frame) -> np.ndarray:
+    """uint8 [F, H, W, 3].
+
+    Raises:
+      ValueError: if the message is no segment, or the first one was not seen.
+    """
+    if frame.format != 'mp4':
+      raise ValueError(f'a message of format {frame.format!r} is no segment')
+    begin, segment = fragments.split(frame.picture)
+    self._begin = begin or self._begin
+    if not self._begin:
+      raise ValueError('the first segment, which has the moov, was not seen')
+    return fragments.decode(self._begin, segment)
 
 
 def main() -> None:
@@ -182,17 +204,25 @@ def main() -> None:
   parser.add_argument('--prompt', required=True)
   parser.add_argument('--token')
   parser.add_argument('--seconds', type=float, default=10.0)
+  parser.add_argument(
+    '--save', type=pathlib.Path, help='the video as it comes, an mp4'
+  )
   given = parser.parse_args()
+  values = {} if given.save is None else {'format': 'mp4'}
 
   async def run():
     began = said = time.monotonic()
     frames = 0
-    messages = watch(given.url, given.prompt, token=given.token)
+    messages = watch(given.url, given.prompt, token=given.token, **values)
     async with contextlib.aclosing(messages):
       async for message in messages:
         now = time.monotonic()
         if isinstance(message, protocol.Frame):
-          frames += 1
+          frames += message.frames
+          if given.save is not None:
+            # Of a server that was lost the video begins anew.
+            with given.save.open('ab' if message.frame else 'wb') as file:
+              file.write(message.picture)
           if now - said >= 1:
             said = now
             print(

@@ -1,17 +1,21 @@
 """What goes over the WebSocket: JSON commands in, JSON events and frames out.
 
-A binary message is one frame: a header of 32 bytes, big-endian, and the
-picture's bytes.
+A binary message is one frame, or a segment of some: a header of 36 bytes,
+big-endian, and the bytes of the picture or segment.
 
   0   4 bytes  'HIAR'
   4   uint8    version, 1
-  5   uint8    kind of picture: 1 JPEG, 2 WebP
-  6   uint16   length of the header, 32; a later version may have a longer one
+  5   uint8    kind: 1 JPEG, 2 WebP, 3 a segment of fragmented MP4
+  6   uint16   length of the header, 36; a later version may have a longer one
   8   uint32   block, from 0
-  12  uint32   frame of the video, from 0; given frames count
+  12  uint32   frame of the video, from 0, the segment's first; given ones count
   16  uint32   number of the prompt that the block was made for, from 0
   20  uint32   frames not shown so far, because they came too late
   24  float64  seconds from the session's first frame to when this one is due
+  32  uint32   frames that the message has, 1 of pictures
+
+Of a session's segments the first one is led by `ftyp` and `moov`. All of them
+one after the other are a file.
 """
 
 import dataclasses
@@ -20,8 +24,8 @@ import struct
 from typing import Any, NoReturn
 
 VERSION = 1
-FORMATS = {'jpeg': 1, 'webp': 2}
-_HEADER = struct.Struct('>4sBBHIIIId')
+FORMATS = {'jpeg': 1, 'webp': 2, 'mp4': 3}
+_HEADER = struct.Struct('>4sBBHIIIIdI')
 _MAGIC = b'HIAR'
 _MAX_SEED = 2**96
 
@@ -207,11 +211,12 @@ def pack_frame(
   prompt: int,
   dropped: int,
   due_s: float,
+  frames: int = 1,
 ) -> bytes:
   """A binary message; the fields are those at the top."""
   numbers = (block, frame, prompt, dropped)
   header = _HEADER.pack(
-    *(_MAGIC, VERSION, FORMATS[format], _HEADER.size), *numbers, due_s
+    *(_MAGIC, VERSION, FORMATS[format], _HEADER.size), *numbers, due_s, frames
   )
   return header + picture
 
@@ -226,6 +231,7 @@ class Frame:
   prompt: int
   dropped: int
   due_s: float
+  frames: int
   picture: bytes
 
 
@@ -238,12 +244,18 @@ def unpack_frame(message: bytes) -> Frame:
   if len(message) < _HEADER.size:
     raise ValueError(f'{len(message)} bytes are no frame')
   fields = _HEADER.unpack_from(message)
-  magic, version, kind, length, block, frame, prompt, dropped, due_s = fields
+  magic, version, kind, length, block, frame, prompt, dropped, *rest = fields
+  due_s, frames = rest
   if magic != _MAGIC or version != VERSION:
     raise ValueError(f'no frame of version {VERSION}: {message[:8]!r}')
   formats = {number: name for name, number in FORMATS.items()}
   picture = message[length:]
-  return Frame(formats[kind], block, frame, prompt, dropped, due_s, picture)
+  return Frame(
+    *(formats[kind], block, frame, prompt, dropped),
+    due_s=due_s,
+    frames=frames,
+    picture=picture,
+  )
 
 
 def _parse_object(text: str) -> dict[str, Any]:

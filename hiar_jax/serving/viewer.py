@@ -1,10 +1,11 @@
 """One viewer's session: blocks in, frames out at their rate, whoever looks.
 
 The maker's thread hands over blocks; a thread of the session encodes, measures
-and records them; on the event loop a clock puts each frame that is due into an
-outbox, and a writer sends what is in there. The outbox is short: for a client
-that reads too slowly the oldest frames are dropped from the display, never from
-the recording. A client that takes nothing for a while gets nothing made.
+and records them; on the event loop a clock puts each piece that is due, a frame
+or a segment of some, into an outbox, and a writer sends what is in there. The
+outbox is short: for a client that reads too slowly the oldest pieces are
+dropped from the display, never from the recording. A client that takes nothing
+for a while gets nothing made.
 """
 
 # F frames, H W height and width
@@ -13,7 +14,6 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import io
 import json
 import secrets
 import threading
@@ -23,13 +23,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hiar_jax.evaluation import motion, statistics
-from hiar_jax.serving import protocol, recording, studio
+from hiar_jax.serving import pieces, protocol, recording, studio
 from hiar_jax.serving.maker import Maker
 
-_QUALITY = 90
 _OUTBOX_S = 1.0
 # A client that took nothing for so long is no reason to make more.
 _STALL_S = 10.0
@@ -61,6 +59,7 @@ class Viewer:
     initial_frames: that the video goes on from, or None.
     fps: frames a second.
     recording: of all frames, shown or not.
+    encoder: of its frames, once it has started.
     dropped: frames that the client was too slow for.
     done: set when the session is over.
   """
@@ -79,6 +78,7 @@ class Viewer:
     self.recording = recording.Recording(
       maker.limits.record_frames, maker.limits.record_bytes
     )
+    self.encoder: pieces.Encoder | None = None
     self.dropped = self.shown = 0
     self.done = asyncio.Event()
     self.error: protocol.Refused | None = None
@@ -92,13 +92,14 @@ class Viewer:
     # the loop takes.
     self._lock = threading.Lock()
     self._ahead: collections.deque[list[int]] = collections.deque()
-    self._frames: collections.deque[tuple[int, int, int, bytes]] = (
+    # (block, first frame, prompt, piece); in the outbox and when it is due.
+    self._frames: collections.deque[tuple[int, int, int, pieces.Piece]] = (
       collections.deque()
     )
     self._arrived = asyncio.Event()
-    self._outbox: collections.deque[tuple[int, int, int, float, bytes]] = (
-      collections.deque(maxlen=max(1, round(_OUTBOX_S * self.fps)))
-    )
+    self._outbox: collections.deque[
+      tuple[int, int, int, pieces.Piece, float]
+    ] = collections.deque()
     self._events: collections.deque[dict[str, Any]] = collections.deque()
     self._to_write = asyncio.Event()
     self._unpaused = asyncio.Event()
@@ -111,7 +112,7 @@ class Viewer:
     self._served = [(0, 0)]
     self._hurry: set[int] = set()
     self._skip_before = 0
-    self._sent_at: collections.deque[float] = collections.deque(
+    self._sent_at: collections.deque[tuple[float, int]] = collections.deque(
       maxlen=round(_EVENT_S * self.fps) + 1
     )
     self._made: collections.deque[tuple[int, float]] = collections.deque(
@@ -203,8 +204,11 @@ class Viewer:
   def started(self, making: studio.Making) -> None:
     """See `maker.Job`."""
     self._making = making
+    height, width, _ = self._maker.studio.pipeline.frame_shape
+    self.encoder = pieces.encoder(self.start.format, height, width, self.fps)
     event = {
       'type': 'started',
+      'mime': self.encoder.mime,
       'session': self.id,
       'prompt': self.start.prompt,
       'seed': self.start.seed,
@@ -260,8 +264,9 @@ class Viewer:
       self._soon(self._finish, protocol.Refused('crashed', told, 500))
 
   def _encode(self, block, frames, seconds, turns):
-    pictures = [encode(frame, self.start.format) for frame in frames]
-    self.recording.append(pictures)
+    assert self.encoder is not None
+    encoded = self.encoder.encode(frames)
+    self.recording.append(encoded)
     event = None
     if turns is not None:
       event = {
@@ -273,7 +278,7 @@ class Viewer:
         **turns,
       }
     self._last = frames[-1]
-    self._soon(self._deliver, block, pictures, event, seconds)
+    self._soon(self._deliver, block, encoded, event, seconds)
 
   def _measure(self, frames: np.ndarray) -> dict[str, float]:
     """Of the block's last two frames: a block costs no more at any length."""
@@ -294,16 +299,16 @@ class Viewer:
     """Of the prompt that a block is made for."""
     return max(number for first, number in self._served if first <= block)
 
-  def _deliver(self, block, pictures, event, seconds):
+  def _deliver(self, block, encoded, event, seconds):
     number = self._number(block)
     if block >= self._skip_before:
       self._skip()
-    for picture in pictures:
-      self._frames.append((block, self._num_frames, number, picture))
-      self._num_frames += 1
+    for piece in encoded:
+      self._frames.append((block, self._num_frames, number, piece))
+      self._num_frames += piece.frames
     if event is not None:
       if seconds:
-        self._made.append((len(pictures), seconds))
+        self._made.append((event['frames'], seconds))
       self.tell({**event, 'prompt': number, **self._rates()})
     self._served = [
       entry
@@ -317,21 +322,33 @@ class Viewer:
     while self._frames and self._frames[0][0] < self._skip_before:
       self._take()
 
-  def _take(self) -> tuple[int, int, int, bytes]:
-    """The next frame, off the books."""
+  def _take(self) -> tuple[int, int, int, pieces.Piece]:
+    """The next piece, off the books."""
+    entry = self._frames.popleft()
     with self._lock:
-      self._ahead[0][1] -= 1
+      self._ahead[0][1] -= entry[-1].frames
       if not self._ahead[0][1]:
         self._ahead.popleft()
-    return self._frames.popleft()
+    return entry
+
+  def _put(self, entry: tuple[int, int, int, pieces.Piece], due: float) -> None:
+    """Into the outbox; what finds no room there any more is dropped."""
+    room = max(1, round(_OUTBOX_S * self.fps)) - entry[-1].frames
+    while self._outbox and sum(e[3].frames for e in self._outbox) > room:
+      late = self._outbox.popleft()[3].frames
+      self.dropped += late
+      self._maker.counts['dropped'] += late
+    self._outbox.append((*entry, due))
+    self._to_write.set()
 
   def _rates(self) -> dict[str, float]:
     frames = sum(count for count, _ in self._made)
     seconds = sum(seconds for _, seconds in self._made)
     shown = 0.0
     if len(self._sent_at) > 1:
-      span = self._sent_at[-1] - self._sent_at[0]
-      shown = (len(self._sent_at) - 1) / max(span, 1e-9)
+      span = self._sent_at[-1][0] - self._sent_at[0][0]
+      sent = sum(frames for _, frames in self._sent_at)
+      shown = (sent - self._sent_at[-1][1]) / max(span, 1e-9)
     return {
       'made_fps': round(frames / seconds, 2) if seconds else 0.0,
       'shown_fps': round(shown, 2),
@@ -361,18 +378,14 @@ class Viewer:
         self._lead = min(1.5 * self._lead, max(2 * self._block_s, _LEAD_S))
       self._lead = max(_LEAD_S, _LEAD_DECAY * self._lead)
       ran_dry = False
-      block, index, number, picture = self._take()
-      if len(self._outbox) == self._outbox.maxlen:
-        self.dropped += 1
-        self._maker.counts['dropped'] += 1
-      due = self._due - self._began
-      self._outbox.append((block, index, number, due, picture))
-      self._to_write.set()
+      entry = self._take()
+      self._put(entry, self._due - self._began)
       self._due = now if late > _TOO_LATE_S else self._due
-      self._due += 1 / self.fps
+      lasts = entry[-1].frames / self.fps
+      self._due += lasts
       self._maker.wake()
       if late > 1 / self.fps:
-        await asyncio.sleep(_CATCH_UP / self.fps)
+        await asyncio.sleep(_CATCH_UP * lasts)
 
   @property
   def _block_s(self) -> float:
@@ -396,21 +409,23 @@ class Viewer:
       if self.done.is_set():
         return
 
-  async def _show(self, send, block, index, number, due, picture):
+  async def _show(self, send, block, index, number, piece, due):
+    assert self.encoder is not None
     message = protocol.pack_frame(
-      picture,
+      self.encoder.load(piece),
       format=self.start.format,
       block=block,
       frame=index,
       prompt=number,
       dropped=self.dropped,
       due_s=due,
+      frames=piece.frames,
     )
     await send(message)
-    self.shown += 1
-    self._maker.counts['shown'] += 1
+    self.shown += piece.frames
+    self._maker.counts['shown'] += piece.frames
     now = time.monotonic()
-    self._sent_at.append(now)
+    self._sent_at.append((now, piece.frames))
     asked = self._asked.pop(number, None)
     if asked is None:
       return
@@ -459,14 +474,3 @@ class Viewer:
       if error is None
       else {**error.as_json(), 'type': 'ended'}
     )
-
-
-def encode(frame_HW3: np.ndarray, format: str) -> bytes:
-  """A frame as a picture of one of `protocol.FORMATS`."""
-  buffer = io.BytesIO()
-  image = Image.fromarray(frame_HW3)
-  if format == 'jpeg':
-    image.save(buffer, 'JPEG', quality=_QUALITY, subsampling=0)
-  else:
-    image.save(buffer, 'WEBP', quality=_QUALITY, method=2)
-  return buffer.getvalue()

@@ -79,10 +79,17 @@ def test_a_whole_video_is_no_longer_than_the_limit():
 
 def test_a_frame_comes_out_as_it_went_in():
   message = protocol.pack_frame(
-    b'picture', format='webp', block=3, frame=40, prompt=2, dropped=5, due_s=2.5
+    b'picture',
+    format='mp4',
+    block=3,
+    frame=40,
+    prompt=2,
+    dropped=5,
+    due_s=2.5,
+    frames=12,
   )
   assert protocol.unpack_frame(message) == protocol.Frame(
-    'webp', 3, 40, 2, 5, 2.5, b'picture'
+    'mp4', 3, 40, 2, 5, 2.5, 12, b'picture'
   )
   with pytest.raises(ValueError, match='no frame'):
     protocol.unpack_frame(b'HIAR')

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from hiar_jax.runtime import video_io
-from hiar_jax.serving import client, maker, protocol, recording, viewer
+from hiar_jax.serving import (
+  client,
+  maker,
+  pieces,
+  protocol,
+  recording,
+  viewer,
+)
 from tests.serving import fake_studio
 
 _VIEWERS = []
@@ -127,7 +134,7 @@ def test_a_slow_client_misses_frames_that_the_recording_has():
   indices = [frame.frame for frame in received.frames]
   missing = set(range(indices[-1])) - set(indices)
   assert 10 < len(missing) <= shown.dropped + 16
-  assert len(list(shown.recording.pictures())) == len(shown.recording)
+  assert len(list(shown.recording.pieces())) == len(shown.recording)
   assert len(shown.recording) > indices[-1]
 
 
@@ -220,29 +227,31 @@ def test_frames_that_cannot_be_kept_end_the_session(capsys):
   assert 'No space left' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('format', list(protocol.FORMATS))
 def test_a_recording_keeps_the_last_frames_and_becomes_a_video(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, format
 ):
   monkeypatch.setattr(recording, '_SEGMENT_FRAMES', 10)
   kept = recording.Recording(30, 10**9)
+  encoder = pieces.encoder(format, 32, 48, 16.0)
   frame = np.zeros((32, 48, 3), np.uint8)
   for i in range(80):
     frame[:] = 3 * i
-    kept.append([viewer.encode(frame, 'jpeg')])
+    kept.append(encoder.encode(frame[None]))
   assert 30 <= len(kept) <= 40
-  kept.write_mp4(tmp_path / 'video.mp4', fps=16.0, scale=1)
+  kept.write_mp4(tmp_path / 'video.mp4', encoder.decode, fps=16.0, scale=1)
   frames, fps = video_io.read_video(tmp_path / 'video.mp4')
   assert fps == 16 and len(frames) == len(kept)
   assert abs(int(frames[-1].mean()) - 3 * 79) < 4
   kept.close()
-  kept.append([b''])
-  assert not list(kept.pictures())
+  kept.append([pieces.Piece(b'', 1)])
+  assert not list(kept.pieces())
 
 
 def test_a_recording_of_large_pictures_keeps_to_its_bytes():
   kept = recording.Recording(10**6, 8000)
   for i in range(100):
-    kept.append([bytes([i]) * 500])
+    kept.append([pieces.Piece(bytes([i]) * 500, 1)])
   assert 8000 <= 500 * len(kept) <= 9500
-  assert next(kept.pictures()) == bytes([100 - len(kept)]) * 500
+  assert next(kept.pieces()) == bytes([100 - len(kept)]) * 500
   kept.close()

@@ -4,7 +4,7 @@
 import {Curves} from '/static/curves.js';
 import {Grid} from '/static/grid.js';
 
-const HEADER = 32;
+const HEADER = 36;
 const KINDS = {1: 'image/jpeg', 2: 'image/webp'};
 const RETRY_MS = [500, 1000, 2000, 4000, 8000];
 
