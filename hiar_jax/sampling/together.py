@@ -9,6 +9,11 @@ blocks are those of a stream of its own.
 A step is two ticks: every video that takes part gets on by one block. The row
 is as long as a power of two of videos needs, and is taken apart and put
 together again when they come and go.
+
+What fails for one video ends that one. A step that fails for all may leave
+nothing behind, as it writes the row where it lies: then the row is begun anew,
+every video from its last clean latents as if they had been given, but for the
+one that fails alone as well. The blocks that were under way are made again.
 """
 
 # V videos in the row, S stages, L = V * S, M prompts in a video's bank,
@@ -58,24 +63,46 @@ class Member:
 
   Attributes:
     given: uint8 [F, H, W, 3], the frames that it goes on from, or None.
+    entry: a row of it alone, until it joins.
+    in_entry: text states that it begins with.
+    decoder: its state.
+    key: of its noise.
+    prompts: (first block, text states) of those that blocks to come need.
+    latents: float32 [1, F, h, w, C], the clean ones that its past is of.
     row: its place; None before it joined and after it left.
-    steps: that it took part in.
+    steps: that it took part in since its place was last begun.
+    done: blocks that are finished.
+    restarts: how often its place was begun anew.
+    error: that ended it, or None.
   """
 
   given: np.ndarray | None
   entry: Any
+  in_entry: np.ndarray
   decoder: Any
+  key: jax.Array
+  prompts: list[tuple[int, np.ndarray]]
+  latents: np.ndarray | None
   row: int | None = None
   steps: int = 0
-  # Which slot of the bank serves from which block on; prompts to come.
+  done: int = 0
+  restarts: int = 0
+  error: Exception | None = None
+  # The block that was the first since then.
+  first: int = 0
+  # Which slot of the bank serves from which block on, counted from there.
   slots: list[tuple[int, int]] = dataclasses.field(
     default_factory=lambda: [(0, 0)]
   )
-  coming: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def slot(self, block: int) -> int:
     """Slot of the prompt that serves a block."""
     return [s for first, s in self.slots if first <= max(block, 0)][-1]
+
+  @property
+  def next_block(self) -> int:
+    """The next that is begun."""
+    return self.first + self.steps
 
 
 class Together:
@@ -118,6 +145,8 @@ class Together:
     self._members: dict[int, Member] = {}
     self._row: _Row | None = None
     self._size = 0
+    # Failures that were nobody's, since all together last succeeded.
+    self._nobodys = 0
 
   def __len__(self) -> int:
     """Videos in the row."""
@@ -135,13 +164,16 @@ class Together:
     """
     engine, states = self.engine, self._encode_text([prompt])
     entry = _entry(self._params, states, initial, key, engine=engine)
+    latents = None
+    if initial is not None:
+      latents = self._kept(None, np.asarray(initial))
     given, decoder = None, self._codec.init_decode_state(1)
     if initial is not None:
       frames, decoder = decoding.decode_blocks(
         self._codec, initial, engine.config.frames_per_block
       )
       given = frames[0]
-    return Member(given, entry, decoder)
+    return Member(given, entry, states, decoder, key, [(0, states)], latents)
 
   def join(self, member: Member) -> None:
     """Takes a prepared video in.
@@ -163,7 +195,7 @@ class Together:
     if member.row is None:
       return
     del self._members[member.row]
-    member.row = member.decoder = None
+    member.row = member.decoder = member.latents = None
     if not self._members:
       self.clear()
     elif 4 * len(self) <= self._size:  # Not at every coming and going.
@@ -172,31 +204,52 @@ class Together:
   def clear(self) -> None:
     """Lets go of everything; who was in the row is out."""
     for member in self._members.values():
-      member.row = member.decoder = None
+      member.row = None
     self._members.clear()
     self._row, self._size = None, 0
 
   def send(self, member: Member, prompt: str) -> int:
     """Changes a video's prompt; the block from which it shows."""
     streaming.check_prompts([prompt])
-    at = member.steps
-    member.coming[at] = self._encode_text([prompt])
+    at, states = member.next_block, self._encode_text([prompt])
+    before = [(first, old) for first, old in member.prompts if first < at]
+    member.prompts = [*before, (at, states)]
     return at
 
   def step(self, members: Sequence[Member]) -> list[np.ndarray | None]:
     """Takes some videos on by one block; the others stand still.
 
+    A video that fails is out, and its `error` tells why. Any other video of
+    the row may have been begun anew, as its `restarts` tell, or failed then.
+
     Returns:
       For each of them uint8 [F, H, W, 3], the block that was finished, or None
-      while its first blocks are still on their way.
+      while its first blocks are still on their way, or if it failed.
     """
+    for member in members:
+      assert member.row is not None, 'a video that has not joined'
+    try:
+      made = self._step(members)
+    except Exception as error:
+      made = {}
+      self._find_out(members, error)
+    else:
+      self._nobodys = 0 if len(members) > 1 else self._nobodys
+    for member in members:
+      if member.error is not None:
+        self.leave(member)
+    return [made.get(member) for member in members]
+
+  def _step(self, members: Sequence[Member]) -> dict[Member, np.ndarray]:
+    """What is finished; raises what is nobody's own failure."""
     stages = self.engine.config.num_steps
     live = np.zeros(self._size, bool)
     slots = np.zeros((_TICKS, self._size, stages), np.int32)
     for member in members:
-      assert member.row is not None, 'a video that has not joined'
-      if member.steps in member.coming:
-        self._change_prompt(member, member.coming.pop(member.steps))
+      if (text := _own(member, self._new_text, member)) is not None:
+        self._change_prompt(member, text)
+    going = [member for member in members if member.error is None]
+    for member in going:
       live[member.row] = True
       for tick in range(_TICKS):
         blocks = self._pipeline.blocks_at(_TICKS * member.steps + tick)
@@ -204,35 +257,106 @@ class Together:
     self._row, sent_V = _step(
       self._params, self._row, slots, live, engine=self.engine
     )
-    made: list[Any] = []
-    for member in members:
+    coming = {}
+    for member in going:
       # D(b, S - 1) runs at tick 2 b + S - 1.
-      finished = member.steps >= (stages - 1) // _TICKS
+      if member.steps >= (stages - 1) // _TICKS:
+        given = self._codec, member.decoder, sent_V[member.row]
+        coming[member] = _own(member, decoding.decode_block, *given)
+    # Here what failed on the device is heard of.
+    latents_V = np.asarray(sent_V)
+    made = {}
+    for member in going:
       member.steps += 1
-      if not finished:
-        made.append(None)
+      if (decoded := coming.get(member)) is None:
         continue
-      frames, member.decoder = decoding.decode_block(
-        self._codec, member.decoder, sent_V[member.row]
-      )
-      made.append(frames)
-    return [
-      None if frames is None else np.asarray(frames)[0] for frames in made
-    ]
+      if (frames := _own(member, np.asarray, decoded[0])) is None:
+        continue
+      made[member], member.decoder = frames[0], decoded[1]
+      member.done += 1
+      member.latents = self._kept(member.latents, latents_V[member.row])
+    return made
+
+  def _find_out(self, members: Sequence[Member], error: Exception) -> None:
+    """After a step that failed: ends whose failure it is, for the others."""
+    everybody = list(self._members.values())
+    tried = [member for member in members if member.error is None]
+    for member in tried:
+      member.error = error if len(tried) == 1 else self._alone(member)
+    if tried and all(member.error is None for member in tried):
+      self._nobodys += 1
+      if self._nobodys > 1:
+        # Such as no memory for so many: the last that came goes.
+        everybody[-1].error = error
+    self._begin_anew(everybody)
+
+  def _alone(self, member: Member) -> Exception | None:
+    """How a step of one video fails without the others."""
+    # What comes of it is nobody's: the video goes on with all the others.
+    trial = dataclasses.replace(member)
+    try:
+      self._begin_anew([trial])
+      self._step([trial])
+    except Exception as error:
+      return error
+    return trial.error
+
+  def _begin_anew(self, members: Sequence[Member]) -> None:
+    """A row of videos from the clean latents that their pasts were of."""
+    self.clear()
+    for member in members:
+      member.row = None
+      if member.error is not None:
+        continue
+      member.steps, member.first, member.slots = 0, member.done, [(0, 0)]
+      member.restarts += 1
+      _own(member, self._rejoin, member)
+
+  def _rejoin(self, member: Member) -> None:
+    states = [s for first, s in member.prompts if first <= member.done][-1]
+    key = jax.random.fold_in(member.key, member.restarts)
+    member.entry = _entry(
+      self._params, states, member.latents, key, engine=self.engine
+    )
+    member.in_entry = states
+    self.join(member)
+
+  def _kept(
+    self, before: np.ndarray | None, new_1FhwC: np.ndarray
+  ) -> np.ndarray | None:
+    """Of all clean latents those that a past has."""
+    slots, sink = self.engine.config.past_frames, self.engine.config.sink
+    whole = new_1FhwC
+    if before is not None:
+      whole = np.concatenate([before, new_1FhwC], 1)
+    count = whole.shape[1]
+    if not slots or count <= slots:
+      return whole if slots else None
+    ring = whole[:, count - slots + sink :]
+    return np.concatenate([whole[:, :sink], ring], 1)
 
   @property
   def _pipeline(self) -> pipeline.Pipeline:
     return pipeline.Pipeline(self.engine.denoiser, self.engine.config)
 
-  def _change_prompt(self, member: Member, states: np.ndarray) -> None:
+  def _new_text(self, member: Member) -> Any:
+    """That of a prompt which begins now; None: none does."""
+    states = [s for at, s in member.prompts if at == member.next_block]
+    if not states or states[0] is member.in_entry:
+      return None
+    serving = [at for at, _ in member.prompts if at <= member.done][-1]
+    member.prompts = [p for p in member.prompts if p[0] >= serving]
+    return streaming.project(
+      self._params, states[0], denoiser=self.engine.denoiser
+    )
+
+  def _change_prompt(self, member: Member, text: Any) -> None:
     assert member.row is not None
     size = self.engine.bank_size
     slot = (member.slots[-1][1] + 1) % size
     member.slots = [*member.slots[1 - size :], (member.steps, slot)]
     self._row = _set_prompt(
-      *(self._params, self._row, states),
-      *(np.int32(member.row), np.int32(slot)),
-      engine=self.engine,
+      self._row, text, np.int32(member.row), np.int32(slot)
     )
 
   def _resize(self, size: int, entry: Any = None) -> None:
@@ -250,6 +374,15 @@ class Together:
     for row, member in enumerate(members):
       member.row = row
     self._size = size
+
+
+def _own(member: Member, act: Callable[..., Any], *arguments: Any) -> Any:
+  """Of what concerns one video alone; None if it fails, which ends that one."""
+  try:
+    return act(*arguments)
+  except Exception as error:
+    member.error = error
+    return None
 
 
 @functools.partial(jax.jit, static_argnames='engine')
@@ -307,9 +440,8 @@ def _take(row, rows_V, *, stages):
   )
 
 
-@functools.partial(jax.jit, static_argnames='engine', donate_argnames='row')
-def _set_prompt(params, row, states, index, slot, *, engine):
-  text = engine.denoiser.project_text(params, states)
+@functools.partial(jax.jit, donate_argnames='row')
+def _set_prompt(row, text, index, slot):
   bank = jax.tree.map(lambda b, t: b.at[index, slot].set(t), row.bank_V, text)
   return row.replace(bank_V=bank)
 

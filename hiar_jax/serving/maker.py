@@ -3,7 +3,8 @@
 A session is admitted if there is a place, else it waits and is told how many
 are before it. Streams are opened, which compiles, and texts are encoded on
 threads of their own: nobody's video stands still for them. An error ends the
-session that it belongs to and no other.
+session that it belongs to and no other; those that share a batch with it may
+have to make again the blocks that were under way.
 """
 
 import collections
@@ -57,6 +58,9 @@ class Job(Protocol):
   def prompted(self, number: int, at: int) -> None:
     """The prompt of that number shows from block `at` on."""
 
+  def restarted(self, at: int) -> None:
+    """Block `at`, the next, and those under way are made again."""
+
   def refused(self, error: protocol.Refused) -> None:
     """What was asked for last cannot be; the video goes on."""
 
@@ -72,6 +76,7 @@ class _Place:
   blocks: int = 0
   prompts: int = 0
   coming: int = 0  # Of them, those that are being encoded.
+  restarts: int = 0  # That the job was told of.
 
 
 class Maker:
@@ -318,10 +323,12 @@ class Maker:
       place = self._places.pop(job, None)
     if place is None:
       return
-    if place.making is not None:
-      place.making.close()
-    job.ended(None if error is None else self._told(error))
-    self._admit()
+    try:
+      if place.making is not None:
+        place.making.close()
+    finally:
+      job.ended(None if error is None else self._told(error))
+      self._admit()
 
   def _told(self, error: Exception) -> protocol.Refused:
     """What a client hears of an error; others' are on stderr as well."""
@@ -414,6 +421,25 @@ class Maker:
         self._hand_over(one, frames, seconds)
       except Exception as error:
         self._drop(one, error)
+    self._look_over(makings[0].row)
+
+  def _look_over(self, row: Any) -> None:
+    """Ends those of a row that failed in it, and tells the others."""
+    if row is None:
+      return
+    for job, place in list(self._places.items()):
+      making = place.making
+      if making is None or making.row is not row:
+        continue
+      if making.error is not None:
+        self._drop(job, making.error)
+      elif making.restarts > place.restarts:
+        place.restarts = making.restarts
+        self.counts['restarts'] += 1
+        try:
+          job.restarted(place.blocks)
+        except Exception as error:
+          self._drop(job, error)
 
   def _beside(self, job: Job) -> list[Job]:
     """Who takes a block in one batch with a job: those who soon want one."""
@@ -434,7 +460,7 @@ class Maker:
     return beside
 
   def _lose(self, job: Job, error: Exception) -> None:
-    """Ends a job by an error, and all that were made in one batch with it."""
+    """Ends a job by an error that its row could not lay at anyone's door."""
     making = self._places[job].making
     row = None if making is None else making.row
     lost = [job]

@@ -16,6 +16,7 @@ _COUNTERS = {
   'frames': 'frames made',
   'prompts': 'prompts that changed a video',
   'crashes': 'sessions that ended by an error of the server',
+  'restarts': "sessions that were begun anew because of another's error",
   'shown': 'frames sent to viewers',
   'dropped': 'frames that viewers were too slow for',
 }

@@ -140,7 +140,8 @@ class Studio:
     """The next block of some videos: one, or several of one row.
 
     Returns:
-      For each uint8 [F, H, W, 3], or None while the first is on its way.
+      For each uint8 [F, H, W, 3], or None while the first is on its way, or if
+      it failed: the `error` of a video in a row. Look at all of the row.
     """
     first = makings[0]
     if isinstance(first, InRow):
@@ -232,12 +233,20 @@ class Making(Protocol):
     given: uint8 [F, H, W, 3], the frames that it goes on from, or None.
     first: uint8 [F, H, W, 3], its first block, if it is there already.
     row: of the videos that are made as one batch with it; None: none are.
+    error: that ended it within its row, or None.
+    restarts: how often its row was begun anew because of another's error.
   """
 
   mode: str
   given: np.ndarray | None
   first: np.ndarray | None
   row: Any
+
+  @property
+  def error(self) -> Exception | None: ...
+
+  @property
+  def restarts(self) -> int: ...
 
   def begin(self) -> None:
     """Takes its place."""
@@ -259,6 +268,8 @@ class OwnStream:
   """A `Making` that is a stream of its own."""
 
   row: Any = None
+  error: Exception | None = None
+  restarts: int = 0
 
   def __init__(self, stream: streaming.Stream):
     """Makes the first block of a stream of one video."""
@@ -300,6 +311,16 @@ class InRow:
     self.row, self.member = row, member
     self.mode, self.given = row.engine.mode, member.given
     self.first: np.ndarray | None = None
+
+  @property
+  def error(self) -> Exception | None:
+    """See `Making`."""
+    return self.member.error
+
+  @property
+  def restarts(self) -> int:
+    """See `Making`."""
+    return self.member.restarts
 
   def begin(self) -> None:
     """See `Making`."""

@@ -234,6 +234,10 @@ class Viewer:
       self.tell, {'type': 'prompted', 'number': number, 'from_block': at}
     )
 
+  def restarted(self, at: int) -> None:
+    """See `maker.Job`."""
+    self._soon(self.tell, {'type': 'restarted', 'from_block': at})
+
   def refused(self, error: protocol.Refused) -> None:
     """See `maker.Job`."""
     self._soon(self.tell, error.as_json())

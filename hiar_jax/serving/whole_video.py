@@ -100,6 +100,9 @@ class WholeVideo:
   def prompted(self, number: int, at: int) -> None:
     """See `maker.Job`."""
 
+  def restarted(self, at: int) -> None:
+    """See `maker.Job`."""
+
   def refused(self, error: protocol.Refused) -> None:
     """See `maker.Job`."""
 

@@ -60,6 +60,7 @@ class Making:
 
   def __init__(self, prompt, initial):
     self.mode, self.given, self.row = 'fake', initial, None
+    self.error, self.restarts = None, 0
     self._prompts, self._block, self.closed = [(0, prompt)], 0, False
     self.first = self.next()
 

@@ -18,7 +18,7 @@ class Job:
     self.initial_frames = None
     self.left, self.wants = blocks, wants
     self.blocks, self.places, self.prompts, self.refusals = [], [], [], []
-    self.over, self.error = threading.Event(), None
+    self.over, self.error, self.restarts = threading.Event(), None, []
 
   def wants_at(self):
     return self.wants if len(self.blocks) < self.left else None
@@ -37,6 +37,9 @@ class Job:
 
   def refused(self, error):
     self.refusals.append(error)
+
+  def restarted(self, at):
+    self.restarts.append(at)
 
   def ended(self, error):
     self.error = error
@@ -162,7 +165,36 @@ class Row:
     self.cleared += 1
 
 
-def test_a_crash_in_a_shared_batch_ends_those_in_it_alone(made, capsys):
+def test_who_fails_in_a_shared_batch_ends_and_the_others_are_told(made, capsys):
+  one, row = made(), Row()
+  first, second = Job(), Job()
+  for job in (first, second):
+    one.submit(job)
+  wait_until(lambda: first.blocks and second.blocks)
+
+  def step(makings):
+    frames = [making.next() for making in makings]
+    for making in makings:
+      if making is second.making and making.error is None:
+        making.error, first.making.restarts = RuntimeError('its own'), 1
+    return [
+      None if making.error else block
+      for making, block in zip(makings, frames, strict=True)
+    ]
+
+  first.making.row = second.making.row = row
+  one.studio.step = step
+  one.wake()
+  assert second.over.wait(20) and second.error.code == 'crashed'
+  seen = len(first.blocks)
+  wait_until(lambda: len(first.blocks) > seen + 5)
+  assert len(first.restarts) == 1 and 0 < first.restarts[0] <= seen
+  assert one.counts['restarts'] == one.counts['crashes'] == 1
+  assert not row.cleared
+  capsys.readouterr()
+
+
+def test_a_crash_that_is_nobodys_ends_those_of_its_batch_alone(made, capsys):
   one, row = made(), Row()
   apart, first, second = Job(), Job(), Job()
   for job in (apart, first, second):
