@@ -37,7 +37,7 @@ class Preview:
   """A stream that plays in the cell that made it, until it is stopped.
 
   Attributes:
-    error: that ended it, or None.
+    error: that ended it, or kept its last picture from being saved; or None.
   """
 
   def __init__(
@@ -94,6 +94,10 @@ class Preview:
       target=self._run, name='hiar-preview', daemon=True
     )
     self._thread.start()
+    # What the first prompt with `recache` would stand still for.
+    threading.Thread(
+      target=stream.compile_recache, name='hiar-compile', daemon=True
+    ).start()
 
   def __repr__(self) -> str:
     state = 'stopped' if self._stopped.is_set() else 'playing'
@@ -143,9 +147,15 @@ class Preview:
       self._say(f'ended: {error}')
       traceback.print_exc()
     self._stopped.set()
-    with contextlib.suppress(Exception):  # Nobody may be there any more.
+    try:
       self._save()
-      if self._widgets is not None:
+    except Exception as error:
+      # There may be no kernel's client any more; what is below stays as it was.
+      self.error = self.error or error
+      self._say(f'the picture of the end was not saved: {error}')
+      traceback.print_exc()
+    if self._widgets is not None:
+      with contextlib.suppress(Exception):  # Nobody may be there any more.
         self._widgets.close()
 
   def _play(self) -> None:
@@ -185,7 +195,8 @@ class Preview:
   def _say(self, text: str) -> None:
     self._said = text
     if self._widgets is not None:
-      self._widgets.told.value = text
+      with contextlib.suppress(OSError):  # Nobody may be there any more.
+        self._widgets.told.value = text
 
   def _save(self) -> None:
     """Puts a picture of the last seconds into the notebook."""

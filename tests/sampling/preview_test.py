@@ -29,6 +29,9 @@ class Stream:
     self.made += 1
     return np.full((1, 4, 16, 24, 3), min(255, 10 * self.made), np.uint8)
 
+  def compile_recache(self):
+    self.compiled = True
+
   def send(self, prompt):
     if not prompt:
       raise ValueError('that is no prompt')
@@ -104,6 +107,22 @@ def test_a_video_of_hours_keeps_its_last_seconds(screen):
   one.wait(0.5)
   one.stop()
   assert len(one.video) == 40
+
+
+def test_a_last_picture_that_cannot_be_saved_is_told(screen, capsys):
+  stream = Stream()
+  one = preview.Preview(stream)
+  one.wait(0.3)
+
+  def fail(what):
+    raise OSError('the client is gone')
+
+  one._picture.update = fail
+  one.stop()
+  assert 'the picture of the end was not saved: the client' in one._said
+  assert isinstance(one.error, OSError)
+  assert 'the client is gone' in capsys.readouterr().err
+  assert stream.compiled
 
 
 def test_box_and_buttons_do_what_they_say(monkeypatch):
