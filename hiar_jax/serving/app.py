@@ -182,27 +182,38 @@ class Live:
       self._uploading -= 1
     id = secrets.token_urlsafe(16)
     self._uploads[id] = upload
-    while len(self._uploads) > self._limits.uploads:
+    while self._are_too_many():
       self._uploads.popitem(last=False)
     return JSONResponse(
       {'upload': id, 'frames': len(upload.frames), 'notes': upload.notes}, 201
     )
 
+  def _are_too_many(self) -> bool:
+    """Uploads; one is never too many."""
+    count, most = len(self._uploads), self._limits
+    size = sum(upload.frames.nbytes for upload in self._uploads.values())
+    return count > most.uploads or (count > 1 and size > most.uploads_bytes)
+
   def _read_upload(self, path: pathlib.Path) -> _Upload:
     pipeline = self.maker.studio.pipeline
     height, width, _ = pipeline.frame_shape
     stride = pipeline.codec.temporal_stride
-    latents = self._limits.upload_blocks * pipeline.rollout.frames_per_block
+    size, most = pipeline.rollout.frames_per_block, pipeline.rollout.past_frames
     try:
       frames, notes = given_frames.read(
         *(path, height, width),
         fps=pipeline.fps,
-        last=1 + stride * (latents - 1),
+        # What the past has no room for would not be looked at.
+        last=1 + stride * (max(most, size) - 1),
       )
     except (OSError, ValueError) as error:
       told = str(error).replace(str(path), 'the upload')
       raise protocol.Refused('upload', told) from error
-    fitting = 1 + (len(frames) - 1) // stride * stride
+    kept = 1 + (len(frames) - 1) // stride
+    if kept > size:
+      # Every number of latent frames has programs of its own to be compiled.
+      kept -= kept % size
+    fitting = 1 + (kept - 1) * stride
     notes = [note.replace(str(path), 'the upload') for note in notes]
     return _Upload(frames[-fitting:], notes)
 

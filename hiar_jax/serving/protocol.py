@@ -41,9 +41,8 @@ class Limits:
     prompt_chars: characters of a prompt.
     message_bytes: of a message to the server.
     upload_bytes: of a picture or video to go on from.
-    upload_blocks: of a video to go on from, the last ones. Every number of
-      frames has programs of its own to be compiled.
     uploads: that are kept for a session to come.
+    uploads_bytes: of their frames, as pixels.
     video_blocks: of a whole video.
     record_frames: that can be downloaded, the last ones.
     record_bytes: likewise; of the pictures as they were sent.
@@ -59,8 +58,8 @@ class Limits:
   prompt_chars: int = 2000
   message_bytes: int = 2**16
   upload_bytes: int = 32 * 2**20
-  upload_blocks: int = 1
   uploads: int = 8
+  uploads_bytes: int = 512 * 2**20
   video_blocks: int = 400
   record_frames: int = 14400
   record_bytes: int = 256 * 2**20

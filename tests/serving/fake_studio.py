@@ -32,6 +32,7 @@ _FRAMES = 4
 @dataclasses.dataclass
 class _Rollout:
   frames_per_block: int = 4
+  past_frames: int = 12
   num_steps: int = 4
 
 

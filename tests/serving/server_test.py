@@ -160,6 +160,29 @@ def test_a_video_goes_on_from_an_upload(server):
   )
 
 
+@pytest.mark.parametrize(('given', 'kept'), [(3, 3), (10, 8), (40, 12)])
+def test_of_a_clip_what_the_window_takes_is_kept(server, tmp_path, given, kept):
+  # A block is four frames, and the window has room for twelve before one.
+  path = tmp_path / 'clip.mp4'
+  shades = np.linspace(20, 220, given).astype(np.uint8)
+  clip = np.tile(shades[:, None, None, None], (1, 32, 48, 3))
+  video_io.write_video(path, clip, fps=fake_studio.FPS)
+  mime = {'Content-Type': 'video/mp4'}
+  status, told = ask(server, 'POST', '/v1/uploads', path.read_bytes(), **mime)
+  assert (status, told['frames']) == (201, kept)
+
+  async def act(live):
+    await live.start('red', upload=told['upload'])
+    return await frames(live, kept + 1)
+
+  shown = talk(server, act)
+  # The last ones, in order, and then the video.
+  seen = [client.decode(frame)[0, -1] for frame in shown]
+  wanted = np.repeat(shades[-kept:, None], 3, 1)
+  np.testing.assert_allclose(seen[:kept], wanted, atol=12)
+  np.testing.assert_allclose(seen[kept], fake_studio.COLOURS['red'], atol=12)
+
+
 def test_the_page_and_its_parts_are_there(server):
   status, page = ask(server, 'GET', '/')
   assert status == 200 and b'<title>hiar_jax live' in page
