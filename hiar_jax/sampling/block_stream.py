@@ -12,7 +12,6 @@ and was trained with it.
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import flax.struct
@@ -111,50 +110,80 @@ def run_block(
   return state, meshes.lay_out(x[0], engine.mesh)
 
 
+def recached_alone(count: int, engine: Any) -> int:
+  """Frames before the first whole block of those that `recache` takes.
+
+  Args:
+    count: that are kept.
+    engine: a `streaming.Engine`.
+  """
+  return count % engine.config.frames_per_block
+
+
 @functools.partial(
-  jax.jit, static_argnames=('count', 'engine'), donate_argnames='state'
+  jax.jit, static_argnames=('alone', 'engine'), donate_argnames='state'
 )
 def recache(
-  params: dict, text: TextKV, state: BlockState, *, count: int, engine: Any
+  params: dict,
+  text: TextKV,
+  state: BlockState,
+  count: jax.Array,
+  *,
+  alone: int,
+  engine: Any,
 ) -> BlockState:
   """The past as if its frames had been made for another prompt.
 
   Its frames are committed anew, block by block from the oldest that is kept,
-  the newest whole; each sees those before it that are kept, and no others.
+  the newest whole; each sees those before it that are kept, and no others. One
+  program serves any number of whole blocks.
 
   Args:
     params: of the network.
     text: the other prompt, [N, B, ...].
     state: its pasts hold `count` frames; donated.
-    count: at most the slots of the past.
+    count: int32 scalar, at most the slots of the past.
+    alone: `recached_alone`.
     engine: a `streaming.Engine`.
   """
-  if not count:
-    return state
   config, before = engine.config.of_block(1), state.past
   sampler = Sampler(engine.denoiser, params, text, config)
-  sink, slots = before.sink, before.slots
-  frames = state.kept[:, :count]
-  if count == slots and slots > sink:
+  sink, slots, size = before.sink, before.slots, config.frames_per_block
+  if not slots:
+    return state
+  frames = state.kept
+  if slots > sink:
     # The oldest of the ring is where the next frame would be written.
     oldest = (before.frames - sink) % (slots - sink)
+    oldest = jnp.where(count == slots, oldest, 0)
     ring = jnp.roll(frames[:, sink:], -oldest, axis=1)
     frames = jnp.concatenate([frames[:, :sink], ring], 1)
+  own = jnp.arange(slots)
   first = before.position - count
-  positions = first + jnp.arange(count)
+  positions = first + own
   if config.positions == 'absolute':
-    own = jnp.arange(count)
     positions = jnp.where(own < sink, state.origin + own, positions)
-  past, size = sampler.empty_past(), config.frames_per_block
-  starts = range(count % size, count + 1, size)
-  for start, end in itertools.pairwise(sorted({0, *starts})):
+
+  def commit(past: KVCache, start: Any, length: int) -> KVCache:
+    def cut(a: jax.Array, axis: int) -> jax.Array:
+      return jax.lax.dynamic_slice_in_dim(a, start, length, axis)
+
     _, kv = engine.denoiser.flow(
-      *(params, frames[:, start:end], jnp.float32(config.context_level), text),
-      positions_F=positions[start:end],
+      *(params, cut(frames, 1), jnp.float32(config.context_level), text),
+      positions_F=cut(positions, 0),
       past=past,
     )
-    past = past.write(kv)
-  kept = jnp.zeros_like(state.kept).at[:, :count].set(frames)
+    return past.write(kv)
+
+  past = sampler.empty_past()
+  if alone:
+    past = commit(past, 0, alone)
+  past = jax.lax.fori_loop(
+    *(0, (count - alone) // size),
+    lambda block, past: commit(past, alone + block * size, size),
+    past,
+  )
+  kept = jnp.where((own < count)[:, None, None, None], frames, 0)
   # Counted from the oldest that is kept; where the next frame comes is as
   # before.
   past = dataclasses.replace(past, origin=first)

@@ -335,13 +335,41 @@ class Stream:
     self._slots.append((block, slot))
     text = project(self._params, states, denoiser=self._engine.denoiser)
     self._bank = _set_prompt(self._bank, text, np.int32(slot))
-    if recache:
-      slots = self._engine.config.past_frames
+    if recache and self._kept_frames:
       self._state = block_stream.recache(
-        *(self._params, text, self._state),
-        count=min(self._frames, slots),
+        *(self._params, text, self._state, np.int32(self._kept_frames)),
+        alone=block_stream.recached_alone(self._kept_frames, self._engine),
         engine=self._engine,
       )
+
+  @property
+  def _kept_frames(self) -> int:
+    return min(self._frames, self._engine.config.past_frames)
+
+  def compile_recache(self) -> None:
+    """Makes ready what the first `send(..., recache=True)` would wait for.
+
+    In mode 'block_first'; elsewhere there is nothing to do. Blocks may be asked
+    for meanwhile, in another thread: for a while the past is there twice.
+    """
+    slots = self._engine.config.past_frames
+    if self.mode != 'block_first' or not slots:
+      return
+    # Of frames that do not fill the window, and of those that do.
+    for count in {self._kept_frames, slots}:
+      states = self._encode_text(self.prompts)
+      with self._lock:
+        if self._closed:
+          return
+        params, state = self._params, jax.tree.map(jnp.copy, self._state)
+      with meshes.under(self._engine.mesh):
+        text = project(params, states, denoiser=self._engine.denoiser)
+        done = block_stream.recache(
+          *(params, text, state, np.int32(count)),
+          alone=block_stream.recached_alone(count, self._engine),
+          engine=self._engine,
+        )
+      jax.block_until_ready(done)
 
   def _slot(self, block: int) -> int:
     """Slot of the prompt that serves a block."""

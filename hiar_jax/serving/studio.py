@@ -79,6 +79,8 @@ class Studio:
     self.pipeline = dataclasses.replace(self.pipeline, params=params)
     self._row = None
     self._compiled: set[str] = set()
+    # Numbers of given frames after which recaching is compiled.
+    self._recached: set[int] = set()
     if share_batch:
       self._row = together.Together(
         *(engine, params, pipeline.codec, self._texts.encode),
@@ -134,7 +136,11 @@ class Studio:
     if mode not in self._compiled:
       # Here, where nobody waits: the maker's thread has blocks to make.
       self._compile(prompt, mode)
-    return self._open_alone(prompt, seed, mode, initial_frames)
+    making = self._open_alone(prompt, seed, mode, initial_frames)
+    if initial_frames is not None and len(initial_frames) not in self._recached:
+      making.compile_recache()
+      self._recached.add(len(initial_frames))
+    return making
 
   def step(self, makings: Sequence['Making']) -> list[np.ndarray | None]:
     """The next block of some videos: one, or several of one row.
@@ -180,6 +186,7 @@ class Studio:
     making.send(prompt)
     for _ in range(self._some_blocks):
       making.next()
+    making.compile_recache()
     making.close()
     self._compiled.add(mode)
 
@@ -290,6 +297,10 @@ class OwnStream:
   def send(self, prompt: str, recache: bool = False) -> int:
     """See `Making`."""
     return self._stream.send(prompt, recache=recache)
+
+  def compile_recache(self) -> None:
+    """See `streaming.Stream`."""
+    self._stream.compile_recache()
 
   def turns(self, block: int) -> dict[str, Any]:
     """See `Making`."""

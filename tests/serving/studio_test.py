@@ -45,8 +45,7 @@ def make(order='step_first', indices=(1000, 500), **config):
     rollout=rollout.RolloutConfig(
       levels=noise_schedule.warped_levels(indices, 5.0),
       frames_per_block=2,
-      window=4,
-      **config,
+      **{'window': 4, **config},
     ),
     schedule={'shift': 5.0, 'indices': indices},
     order=order,
@@ -88,6 +87,24 @@ def test_another_mode_is_compiled_before_its_session_begins(caplog):
       making.next()
     assert not compiled()
   making.close()
+
+
+@pytest.mark.parametrize('given', [0, 1])
+def test_the_first_recache_compiles_nothing(caplog, given):
+  one = studio.Studio(make('block_first', window=6))
+  one.warm_up('a')
+  shape = one.pipeline.frame_shape
+  initial = np.zeros((given, *shape), np.uint8) if given else None
+  making = one.open('a', seed=1, initial_frames=initial)
+  with jax.log_compiles():
+    # Before the window is full, and after it.
+    for prompt in 'bc':
+      making.send(prompt, recache=True)
+      for _ in range(3):
+        making.next()
+    told = [record.getMessage() for record in caplog.records]
+  making.close()
+  assert not [line for line in told if 'Finished XLA compilation' in line]
 
 
 def test_texts_are_encoded_once():
