@@ -115,16 +115,13 @@ def collectives(hlo: str) -> list[Collective]:
   """
   found = []
   for shape, kind, start, rest in _COLLECTIVE.findall(hlo):
-    arrays = planning_hlo.arrays(shape)
-    if start:
-      # An asynchronous one returns its operand and flags beside its result.
-      arrays = (max(arrays, key=lambda a: a.num_bytes),)
+    arrays = _results(kind + start, planning_hlo.arrays(shape))
     found.append(
       Collective(
         kind,
         ', '.join(f'{a.dtype}[{",".join(map(str, a.shape))}]' for a in arrays),
         sum(a.num_bytes for a in arrays),
-        sent(kind + start, arrays, rest),
+        _ring(kind, arrays, rest),
       )
     )
   return found
@@ -136,24 +133,44 @@ def is_collective(opcode: str) -> bool:
 
 
 def sent(
-  opcode: str, arrays: Sequence[planning_hlo.Array], attributes: str
+  opcode: str, arrays: tuple[planning_hlo.Array, ...], attributes: str
 ) -> float:
   """Bytes that a chip sends for a collective, by the usual ring.
 
   Args:
     opcode: such as 'all-gather' or 'all-gather-start'.
-    arrays: that it returns.
+    arrays: that it returns, as the compiler writes them.
     attributes: what the compiler writes after its operands.
   """
   kind = opcode.removesuffix('-start')
-  sizes = [a.num_bytes for a in arrays]
-  num_bytes = max(sizes) if opcode != kind else sum(sizes)
+  return _ring(kind, _results(opcode, arrays), attributes)
+
+
+def _results(
+  opcode: str, arrays: tuple[planning_hlo.Array, ...]
+) -> tuple[planning_hlo.Array, ...]:
+  """The results among the arrays of an operation.
+
+  An asynchronous one, but for all-reduce, gives its operands before them, and
+  two flags after them if it is a permute.
+  """
+  if not opcode.endswith('-start') or opcode == 'all-reduce-start':
+    return arrays
+  if opcode == 'collective-permute-start' and arrays[-1].dtype == 'u32':
+    arrays = arrays[:-2]
+  return arrays[len(arrays) // 2 :]
+
+
+def _ring(
+  kind: str, results: Sequence[planning_hlo.Array], attributes: str
+) -> float:
+  num_bytes = sum(a.num_bytes for a in results)
   size = _group_size(attributes)
   share = (size - 1) / size
   if kind == 'all-reduce':
     return 2 * share * num_bytes
   if kind == 'reduce-scatter':
-    return (size - 1) * num_bytes
+    return float((size - 1) * num_bytes)
   if kind == 'collective-permute':
     return float(num_bytes)
   return share * num_bytes

@@ -125,6 +125,27 @@ def test_loops_of_a_tpu_count_as_often_as_they_run():
     ),
     ('%a = f32[2]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]', 24),
     ('%a = f32[8]{0} collective-permute(%x), source_target_pairs={}', 32),
+    # An asynchronous one gives its operands first; several may be one.
+    (
+      '%a = ((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0})) '
+      'reduce-scatter-start(%x, %y), replica_groups=[2,4]<=[8]',
+      36,
+    ),
+    (
+      '%a = ((f32[2]{0}, f32[1]{0}), (f32[8]{0}, f32[4]{0})) '
+      'all-gather-start(%x, %y), replica_groups=[2,4]<=[8]',
+      36,
+    ),
+    (
+      '%a = (f32[8]{0}, f32[4]{0}) all-reduce-start(%x, %y), '
+      'replica_groups={{0,1,2,3}}',
+      72,
+    ),
+    (
+      '%a = (f32[8]{0}, f32[8]{0}, u32[], u32[]) '
+      'collective-permute-start(%x), source_target_pairs={}',
+      32,
+    ),
   ],
 )
 def test_bytes_that_a_chip_sends_in_a_ring(line, num_bytes):
