@@ -1,10 +1,12 @@
 """A batch taken in parts, one after the other, to need less memory.
 
 The parts' gradients are averaged and make one update. All that is random is
-drawn for the whole batch before, so that the parts do not matter.
+drawn for the whole batch before, so that the parts do not matter. A loss that
+is a sum may be given as its terms: each has its own backward pass then, and
+lets go of its activations before the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,35 +18,51 @@ Metrics = dict[str, jax.Array]
 
 
 def gradient(
-  loss_fn: Callable[[Any, Any], tuple[jax.Array, Metrics]],
+  terms: Sequence[Callable[[Any, Any], tuple[jax.Array, Metrics]]],
   params: Any,
   whole: Any,
   num_parts: int,
 ) -> tuple[Any, Metrics]:
-  """Gradient and metrics of loss_fn(params, part), averaged over the parts.
+  """Gradient of a sum of terms(params, part), averaged over the parts.
 
   Args:
-    loss_fn: to (loss, metrics), both means over the samples of a part.
+    terms: each to (loss, metrics), both means over the samples of a part.
     params: to differentiate by.
     whole: arrays with a leading axis of samples, which is cut.
     num_parts: how many parts there are.
 
+  Returns:
+    The gradient, and the metrics of all terms.
+
   Raises:
     ValueError: if the parts do not divide the samples.
   """
-  gradient_of = jax.grad(loss_fn, has_aux=True)
   if num_parts == 1:
-    grads, metrics = gradient_of(params, whole)
-    return sharding.constrain_params(grads), metrics
+    return _of_terms(terms, params, whole)
 
   def one_part(total, part):
-    grads, metrics = gradient_of(params, part)
+    grads, metrics = _of_terms(terms, params, part)
     total = jax.tree.map(lambda t, g: t + g / num_parts, total, grads)
     return sharding.constrain_params(total), metrics
 
   zeros = sharding.constrain_params(jax.tree.map(jnp.zeros_like, params))
   grads, metrics = jax.lax.scan(one_part, zeros, _parts(whole, num_parts))
   return grads, jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
+
+
+def _of_terms(terms, params, part):
+  """Gradient of the sum of the terms, one after the other, and metrics."""
+  total, metrics = None, Metrics()
+  for term in terms:
+    if total is not None:
+      # Else XLA may take terms beside each other, and hold all they need.
+      total, part = jax.lax.optimization_barrier((total, part))
+    grads, more = jax.grad(term, has_aux=True)(params, part)
+    if total is not None:
+      grads = jax.tree.map(jnp.add, total, grads)
+    total = sharding.constrain_params(grads)
+    metrics |= more
+  return total, metrics
 
 
 def _parts(tree, num_parts):

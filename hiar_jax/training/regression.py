@@ -45,7 +45,7 @@ def _regress(
     return loss, {'loss': loss}
 
   grads, metrics = microbatches.gradient(
-    with_metrics, state.net.params, whole, num_parts
+    [with_metrics], state.net.params, whole, num_parts
   )
   loss = metrics['loss']
   # A young average follows closely, or it would remember the initial weights.

@@ -117,7 +117,7 @@ class Distillation:
     self._check(frozen, **blocks)
     exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
-    def loss_fn(params, part):
+    def reverse_kl(params, part):
       batch, draws = part
       params = self._whole(params, frozen.student_base, frozen)
       sampler = self._sampler(
@@ -141,19 +141,19 @@ class Distillation:
         # The first frames of a cut have no past to be judged with.
         mask = np.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
       loss = losses.reverse_kl_along(x0, direction, mask)
-      metrics = {
+      return loss, {
         'reverse_kl': loss,
         'dmd_gradient': jnp.mean(jnp.abs(direction)),
       }
-      if self.config.forward_kl_weight:
-        forward = self._forward_kl(params, batch, forward_kl_step)
-        metrics['forward_kl'] = forward
-        loss = loss + self.config.forward_kl_weight * forward
-      return loss, metrics
+
+    def forward_kl(params, part):
+      params = self._whole(params, frozen.student_base, frozen)
+      loss = self._forward_kl(params, part[0], forward_kl_step)
+      return self.config.forward_kl_weight * loss, {'forward_kl': loss}
 
     grads, metrics = microbatches.gradient(
-      *(loss_fn, state.student.params, (batch, draws)),
-      self.config.microbatches,
+      [reverse_kl, forward_kl][: 2 if self.config.forward_kl_weight else 1],
+      *(state.student.params, (batch, draws), self.config.microbatches),
     )
     norm = optax.tree.norm(grads)
     finite = training_state.finite_update(norm, *metrics.values())
@@ -209,7 +209,7 @@ class Distillation:
       return loss, {'critic': loss}
 
     grads, metrics = microbatches.gradient(
-      *(loss_fn, state.critic.params, (batch, draws)),
+      *([loss_fn], state.critic.params, (batch, draws)),
       self.config.microbatches,
     )
     critic = state.critic.update(grads, self.critic_optimiser)
@@ -349,12 +349,23 @@ class Distillation:
     return losses.reverse_kl_direction(x0, fake_x0, real_x0)
 
   def _score(self, network, params, guidance, x, sigma, states, negative):
-    """A network's clean estimate, led away from the negative states."""
-    text = network.project_text(params, states)
+    """A network's clean estimate, led away from the negative states.
+
+    Guidance's two passes are one after the other, see `Denoiser.guided_flow`:
+    both at once would hold twice as much of a large teacher's activations.
+    """
+
+    def flow(states):
+      text = network.project_text(params, states)
+      return network.flow(params, x, sigma, text)[0]
+
     if guidance == 1.0:
-      return network.x0(params, x, sigma, text)
-    negative = network.project_text(params, negative)
-    return network.guided_x0(params, x, sigma, text, negative, guidance)
+      guided = flow(states)
+    else:
+      negative = jnp.broadcast_to(negative, states.shape)
+      cond, uncond = jax.lax.map(flow, jnp.stack([states, negative]))
+      guided = uncond + guidance * (cond - uncond)
+    return noise_schedule.flow_to_x0(x, guided, sigma)
 
   def _forward_kl(self, params, batch, step):
     levels = self.rollout.levels
