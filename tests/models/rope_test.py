@@ -76,3 +76,37 @@ def test_scores_depend_on_the_distance_of_frames_alone(shift):
 def test_rotation_keeps_the_dtype_of_its_input():
   x = random_heads(0, 1).astype(jnp.bfloat16)
   assert rotate(x, rotations(3)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'tolerance'), [('float32', 1e-6), ('bfloat16', 0.0)]
+)
+def test_a_product_rotates_as_pairs_do_with_the_same_gradient(dtype, tolerance):
+  """Of 16 bits the same bits, as all is rounded once: at the end."""
+  x, g = (random_heads(seed, 2).astype(dtype) for seed in (0, 1))
+
+  def both(rotation):
+    out, pull_back = jax.vjp(lambda x: rotation(x, *rotations(5, 600)), x)
+    return out, *pull_back(g)
+
+  pairs, product = map(
+    jax.jit(both, static_argnums=0), (rope.rotate_pairs, rope.rotate_by_product)
+  )
+  for a, b in zip(pairs, product, strict=True):
+    assert a.dtype == b.dtype == dtype
+    np.testing.assert_allclose(
+      np.asarray(a, np.float32), np.asarray(b, np.float32), atol=tolerance
+    )
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_the_rotation_is_chosen_by_the_platform_that_is_compiled_for(platform):
+  angles = jax.ShapeDtypeStruct((6, HEAD_DIM // 2), 'float32')
+  x = jax.ShapeDtypeStruct((1, 6, 2, HEAD_DIM), 'bfloat16')
+  program = (
+    jax.jit(lambda x, *angles: rope.rotate(x, angles))
+    .trace(x, angles, angles)
+    .lower(lowering_platforms=(platform,))
+    .as_text()
+  )
+  assert ('dot_general' in program) == (platform == 'tpu')
