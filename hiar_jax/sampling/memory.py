@@ -31,16 +31,18 @@ class Memory:
     caches: of the pasts that the device holds.
     temporaries: of the passes that it makes at a time.
     latents: of the whole video, where it is not a stream.
+    prompts: keys and values of the prompts that it keeps.
   """
 
   weights: int
   caches: int
   temporaries: int
   latents: int = 0
+  prompts: int = 0
 
   @property
   def total(self) -> int:
-    return self.weights + self.caches + self.temporaries + self.latents
+    return sum(dataclasses.astuple(self))
 
   def __str__(self) -> str:
     parts = ', '.join(
@@ -64,6 +66,19 @@ def past_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:
   return 2 * model.num_layers * batch_size * slots * model.dim * width
 
 
+def prompt_bytes(model: WanConfig, batch_size: int) -> int:
+  """Of the keys and values of a prompt."""
+  width = jnp.dtype(model.dtype).itemsize
+  return 2 * model.num_layers * batch_size * model.text_len * model.dim * width
+
+
+def new_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:
+  """Of the keys and values that a pass over a block returns."""
+  tokens = batch_size * config.frames_per_block * model.tokens_per_frame
+  width = jnp.dtype(model.dtype).itemsize
+  return 2 * model.num_layers * tokens * model.dim * width
+
+
 def pass_temporaries(
   model: WanConfig, config: RolloutConfig, batch_size: int
 ) -> int:
@@ -73,20 +88,26 @@ def pass_temporaries(
   heads, N layers and b bytes a number they are taken to be
 
     T (8 D + 2 E) 4    a layer's activations, in float32
-    2 H Q W 4          scores and their softmax, Q = T, or 256 of them where
-                       attention does not hold all
-    2 N T D b          its keys and values
+    2 W D b            keys and values that a layer sees
+    2 H Q W 4          scores and their softmax: none of a flash kernel, which
+                       float32 has none of on GPUs; Q = 256, or T where
+                       attention holds all
+    2 N T D b          its keys and values, see `new_bytes`
+
+  docs/gpu.md holds it to what the compiler takes.
   """
   queries = config.frames_per_block * model.tokens_per_frame
   tokens = batch_size * queries
-  if model.attention != 'xla':
-    queries = min(queries, 256)
   window = config.window * model.tokens_per_frame
   width = jnp.dtype(model.dtype).itemsize
+  if model.attention != 'xla':
+    chunked = model.attention == 'chunked' or width == 4
+    queries = min(queries, 256) if chunked else 0
   return (
     tokens * (8 * model.dim + 2 * model.ffn_dim) * 4
+    + 2 * batch_size * window * model.dim * width
     + 2 * batch_size * model.num_heads * queries * window * 4
-    + 2 * model.num_layers * tokens * model.dim * width
+    + new_bytes(model, config, batch_size)
   )
 
 

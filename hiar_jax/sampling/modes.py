@@ -1,5 +1,6 @@
 """Which mode a stream runs in: what it needs of memory, and what there is."""
 
+import math
 import os
 from typing import Any
 
@@ -7,12 +8,19 @@ import jax
 
 from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
+from hiar_jax.models import flops
+from hiar_jax.models.config import WanConfig
 from hiar_jax.sampling import memory, meshes, shared_pipeline, streaming
 
 AUTO = 'auto'  # `choose_mode` decides.
 
 # Of a device's memory; the rest is XLA's own and lost between arrays.
 _USABLE = 0.9
+# Seconds: some 30 kernels a layer, 5 microseconds each.
+_LAYER_LAUNCH = 150e-6
+# Times that stages as a batch move their pasts beyond reading them, as XLA
+# compiles it: laid out in the batch's order and back (docs/gpu.md).
+_MOVES = 3
 _GB = 1e9
 
 
@@ -22,10 +30,10 @@ def estimate_memory(
   """What the turns of a stream hold at a time, decoding left out.
 
   Weights and caches are counted, the temporaries are those of
-  `memory.pass_temporaries` times the passes that run at a time. Stages one
-  after the other copy the past of the one under way, stages as a batch all of
-  them, as XLA compiles it. For 1.3B with one stage a chip that is 2.2 GB of
-  temporaries; XLA makes do with 1.8 to 2.1 GB there (docs/tpu.md).
+  `memory.pass_temporaries`. Beside them passes in turn keep the keys and values
+  of all of them until they are written, and stages as a batch have their pasts
+  copied into the order that the batch is computed in, as XLA compiles it.
+  docs/gpu.md holds the sum to what the compiler takes.
   """
   model, config = engine.denoiser.config, engine.config
   stages = engine.stages
@@ -37,14 +45,13 @@ def estimate_memory(
     pasts = stages.passes * num_stages
   past = memory.past_bytes(model, config, batch_size)
   one_pass = memory.pass_temporaries(model, config, batch_size)
-  in_turn = engine.mode == 'serial' or stages is None
-  at_a_time = 1 if in_turn else num_stages // devices
   caches = past * pasts // devices
-  copied = 0
-  if in_turn:
-    copied = past
-  elif at_a_time > 1:
-    copied = caches
+  beside = 0
+  if engine.mode == 'serial' or stages is None:
+    passes = config.num_steps + (stages is None)
+    beside = passes * memory.new_bytes(model, config, batch_size)
+  elif num_stages > devices:
+    beside = caches
   # Each of the devices of a pass has some heads, and some of the work.
   heads = 1
   if engine.mesh is not None and meshes.divides(engine.mesh):
@@ -52,8 +59,8 @@ def estimate_memory(
   return memory.Memory(
     weights=memory.weights_bytes(params, model) // heads,
     caches=caches // heads,
-    temporaries=one_pass * at_a_time // meshes.num_parts(engine.mesh)
-    + copied // heads,
+    temporaries=one_pass // meshes.num_parts(engine.mesh) + beside // heads,
+    prompts=engine.bank_size * memory.prompt_bytes(model, batch_size) // heads,
   )
 
 
@@ -75,8 +82,9 @@ def choose_mode(
 ) -> tuple[str, str]:
   """The fastest mode that fits, of the method that the weights are for.
 
-  Stages as a batch are faster than one after the other: an accelerator has more
-  to do at a time, and a CPU took 0.8 of the processor time for the small world.
+  Stages one after the other are faster where a pass by itself keeps an
+  accelerator busy: see `_batch_pays`. A CPU took 0.8 of the processor time for
+  the small world's stages as a batch.
 
   Args:
     denoiser: network.
@@ -111,9 +119,43 @@ def choose_mode(
     return check('block_first'), 'the weights are for the block-first order'
   if config.context == 'shared':
     return check('shared'), 'the weights are for shared context'
+  if mesh is None and not _batch_pays(
+    denoiser.config, config, params, batch_size, device
+  ):
+    return check('serial'), (
+      f'a pass by itself keeps {device.device_kind} busy, and stages as a '
+      'batch would copy their pasts'
+    )
   total, room = need('batched').total, device_memory(device)
   fits = total <= _USABLE * room
   return 'batched' if fits else check('serial'), (
     f'stages as a batch {"fit" if fits else "do not fit"}: about '
     f'{total / _GB:.2g} of {room / _GB:.3g} GB ({device.device_kind})'
   )
+
+
+def _batch_pays(
+  model: WanConfig,
+  config: rollout.RolloutConfig,
+  params: dict,
+  batch_size: int,
+  device: jax.Device,
+) -> bool:
+  """Whether stages as a batch are faster than one after the other.
+
+  A batch of S reads the weights once and not S times, and moves its pasts, see
+  `_MOVES`. What is not known, and what a pass takes no longer than to launch
+  its kernels, is taken as a batch.
+  """
+  rate = flops.peak([device])
+  if device.platform == 'cpu' or rate is None:
+    return True
+  each = flops.pass_flops(model, config.frames_per_block, config.window)
+  if batch_size * each.total / rate < model.num_layers * _LAYER_LAUNCH:
+    return True
+  weights = sum(
+    math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params)
+  )
+  past = memory.past_bytes(model, config, batch_size)
+  steps = config.num_steps
+  return (steps - 1) * weights > steps * _MOVES * past
