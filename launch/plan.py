@@ -6,8 +6,8 @@
 Compiles the streaming tick for that topology on this machine, which needs the
 extra `tpu` and no TPU, or `plan-cuda` and no GPU, and prints what a chip has to
 hold and to do, and how long that takes at best. Compiling takes half a minute
-of one core. `--part=vae` and `--part=text` compile the decoding of a block and
-the encoding of a prompt for one chip instead.
+of one core. `--part=vae`, `--part=tiny_vae` and `--part=text` compile the decoding
+of a block and the encoding of a prompt for one chip instead.
 
 `--part=generator` and `critic` compile what training runs on all chips, divided
 as `config.mesh` says; `--part=training` both steps, and sums them up.
@@ -54,6 +54,12 @@ _READS = {
     'plan.topology',
     'plan.weights_dtype',
   ),
+  'tiny_vae': (
+    'rollout.frames_per_block',
+    'model.latent_height',
+    'model.latent_width',
+    'plan.topology',
+  ),
   'text': ('model.text_len', 'plan.topology', 'plan.weights_dtype'),
 }
 _READS_OF_TRAINING = (
@@ -66,7 +72,7 @@ _READS_OF_TRAINING = (
 _PART = flags.DEFINE_enum(
   'part',
   'stream',
-  ('stream', 'vae', 'text', 'training', *programs.PARTS),
+  ('stream', 'vae', 'tiny_vae', 'text', 'training', *programs.PARTS),
   'what is compiled',
 )
 _MODE = flags.DEFINE_enum(
@@ -102,6 +108,13 @@ def main(argv):
       latent_height=config.model.latent_height,
       latent_width=config.model.latent_width,
       weights_dtype=settings['weights_dtype'],
+    )
+  elif _PART.value == 'tiny_vae':
+    plan = planning_parts.plan_tiny_vae_decode(
+      topology,
+      frames=config.rollout.frames_per_block,
+      latent_height=config.model.latent_height,
+      latent_width=config.model.latent_width,
     )
   elif _PART.value != 'text':
     _plan_training(config, topology)

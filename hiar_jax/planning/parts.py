@@ -1,7 +1,7 @@
-"""Do the text encoder and the VAE fit one chip? See planning/stream.py.
+"""Do the text encoder and the VAEs fit one chip? See planning/stream.py.
 
-Both run beside the stream, or before and after it, on one chip: the encoder
-once a prompt, the VAE's decoder once a block, from its cache.
+They run beside the stream, or before and after it, on one chip: the encoder
+once a prompt, a VAE's decoder once a block, from its cache.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from hiar_jax.models import umt5, vae
+from hiar_jax.codecs import tiny
+from hiar_jax.models import tiny_vae, umt5, vae
 from hiar_jax.planning import chips
 from hiar_jax.planning import stream as planning_stream
 
@@ -127,15 +128,55 @@ def plan_vae_decode(
 
   run = jax.jit(decode, donate_argnums=1)
   program = planning_stream.compile_program(run, (decoder, cache, latents))
-  # No loop and no kernel is in this program, so the compiler counts it in full;
-  # that of GPUs counts nothing.
+  return _decode_plan(
+    f'VAE decode, {frames} latent frames', topology, decoder, cache, program
+  )
+
+
+def plan_tiny_vae_decode(
+  topology: str, *, frames: int, latent_height: int, latent_width: int
+) -> PartPlan:
+  """Compiles the decoding of a stream's later blocks by the tiny VAE.
+
+  In float32, as a pipeline runs it; arguments as of `plan_vae_decode`.
+
+  Raises:
+    ValueError: see `chips.describe`.
+  """
+  place = _placer(topology)
+  decoder = place(
+    {
+      # Kernels in the order that they are run in, see weights.tiny_vae_files.
+      name: jax.ShapeDtypeStruct(shape[2:] + shape[1::-1], jnp.float32)
+      for name, shape in tiny_vae.shapes().items()
+      if name.startswith('decoder')
+    }
+  )
+  shape = (1, frames, latent_height, latent_width, tiny_vae.CHANNELS)
+  latents = place(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+  def decode(params, state, latents):
+    return tiny.TinyCodec(params).decode_stream(state, latents)
+
+  state = place(jax.eval_shape(decode, decoder, (), latents)[1])
+  run = jax.jit(decode, donate_argnums=1)
+  program = planning_stream.compile_program(run, (decoder, state, latents))
+  return _decode_plan(
+    *(f'tiny VAE decode, {frames} latent frames', topology),
+    *(decoder, state, program),
+  )
+
+
+def _decode_plan(title, topology, params, state, program):
+  # No loop and no kernel is in these programs, so the compiler counts them in
+  # full; that of GPUs counts nothing.
   at_best = program.at_best(topology)
   count = program.flops or (at_best.total.flops if at_best else 0.0)
   return PartPlan(
-    title=f'VAE decode, {frames} latent frames',
+    title=title,
     topology=topology,
-    weights=planning_stream.bytes_per_chip(decoder),
-    state=planning_stream.bytes_per_chip(cache),
+    weights=planning_stream.bytes_per_chip(params),
+    state=planning_stream.bytes_per_chip(state),
     flops=count,
     flops_from="the compiler's count" if program.flops else 'of the program',
     program=program,

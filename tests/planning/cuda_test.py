@@ -123,6 +123,17 @@ def test_the_vae_decodes_in_16_bits_up_to_the_last_layer():
   assert work.float32_flops < 0.05 * work.flops
 
 
+def test_the_tiny_vae_has_a_plan():
+  with jax.default_matmul_precision('default'):
+    found = parts.plan_tiny_vae_decode(
+      'h100:1x1x1', frames=3, latent_height=8, latent_width=8
+    )
+  assert found.fits and 'tiny VAE decode, 3 latent' in found.table()
+  # A frame of each memory block: 3 of 256 channels, ..., 64, twice as wide each.
+  frame = 4 * 8 * 8
+  assert found.state == 3 * frame * (256 + 128 * 4 + 64 * 16)
+
+
 def test_without_lengths_the_kernel_has_no_padding():
   cfg = dataclasses.replace(MODEL, num_layers=1)
   denoiser = Denoiser(cfg)
