@@ -101,6 +101,7 @@ class Sampler:
       self.config.sink,
       self.origin,
       bounded=self.config.positions == 'bounded',
+      kind=self.config.past_dtype,
     )
 
   def denoise(
@@ -138,10 +139,11 @@ class Sampler:
         own = jax.eval_shape(past.cut_out)
       shape = list(own.k.shape)
       shape[-3] = x.shape[1] * own.tokens_per_frame
+      dtype = self.denoiser.config.dtype
       return jax.lax.cond(
         wanted,
         lambda: jax.tree.map(jnp.asarray, self.commit_kv(x, past, level)),
-        lambda: KV(*(jnp.zeros(shape, a.dtype) for a in (own.k, own.v))),
+        lambda: KV(*(jnp.zeros(shape, dtype) for _ in 'kv')),
       )
     # Level 0 is replaced by the level that clean context is told to have.
     level = jnp.where(level == 0, self.config.context_level, level)

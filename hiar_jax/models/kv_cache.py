@@ -9,6 +9,9 @@ A sink's distance from the newest frame grows without end, beyond all that a
 network was trained on. Where it is `bounded`, the network reads the sink's keys
 as if its frames came right before the oldest of the ring: rotated by the
 difference, which is exact, as the angles of RoPE add up.
+
+Keys and values may be held in 8 bits (`quantised`): they are brought there as
+they are written, and back, a layer at a time, as they are read.
 """
 
 # N layers, B batch, S past tokens, T new tokens, H heads, K head width
@@ -20,6 +23,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.models import quantised
 from hiar_jax.models.config import WanConfig
 
 
@@ -27,8 +31,8 @@ from hiar_jax.models.config import WanConfig
 class KV:
   """Keys (after RoPE) and values of some tokens, [N, B, T, H, K] each."""
 
-  k: jax.Array
-  v: jax.Array
+  k: Any
+  v: Any
 
 
 @flax.struct.dataclass
@@ -36,7 +40,8 @@ class KVCache:
   """A window of past frames.
 
   Attributes:
-    k: keys after RoPE, [N, B, S, H, K] with S = slots * tokens_per_frame.
+    k: keys after RoPE, [N, B, S, H, K] with S = slots * tokens_per_frame; a
+      `quantised.Stored` of that shape where they are in 8 bits.
     v: values, same shape.
     frames: int32 scalar, frames written since the start.
     origin: int32 scalar, position of the first frame.
@@ -45,8 +50,8 @@ class KVCache:
     bounded: the sink's positions follow the ring's.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: jax.Array | quantised.Stored
+  v: jax.Array | quantised.Stored
   frames: jax.Array
   origin: jax.Array
   sink: int = flax.struct.field(pytree_node=False)
@@ -92,6 +97,7 @@ class KVCache:
         choice between two caches: only the written slots are looked at.
     """
     k, v = self.k, self.v
+    new = self._in_stored_form(new)
     for i in range(self._num_frames(new)):
       slot, kept = self.slot_of(self.frames + i)
       k = self._put(k, new.k, i, slot, live & kept)
@@ -109,6 +115,7 @@ class KVCache:
       live_L: bool [L], as in `write`; None: all True.
     """
     k, v = self.k, self.v
+    new = self._in_stored_form(new)
     for i in range(self._num_frames(new)):
       for each in range(k.shape[0]):
         live = True if live_L is None else live_L[each]
@@ -117,14 +124,19 @@ class KVCache:
         v = self._put(v, new.v, i, slot, live & kept, each)
     return self._grown(k, v, new, True if live_L is None else live_L)
 
+  def _in_stored_form(self, new: KV) -> KV:
+    if not isinstance(self.k, quantised.Stored):
+      return new
+    kind = quantised.kind_of(self.k.dtype)
+    assert kind is not None
+    return KV(*(quantised.store(x, kind) for x in (new.k, new.v)))
+
   def _num_frames(self, new: KV) -> int:
     num_frames, rest = divmod(new.k.shape[-3], self.tokens_per_frame)
     assert not rest, 'K/V of a part of a frame'
     return num_frames
 
-  def _grown(
-    self, k: jax.Array, v: jax.Array, new: Any, live: Any
-  ) -> 'KVCache':
+  def _grown(self, k: Any, v: Any, new: Any, live: Any) -> 'KVCache':
     frames = self.frames + jnp.where(live, self._num_frames(new), 0)
     return dataclasses.replace(self, k=k, v=v, frames=frames)
 
@@ -132,6 +144,9 @@ class KVCache:
     """Frame i of `new` into a slot of the buffer, or of its entry `each`."""
     if not self.slots:
       return buffer
+    if isinstance(buffer, quantised.Stored):
+      put = lambda buffer, new: self._put(buffer, new, i, slot, live, each)
+      return jax.tree.map(put, buffer, new)
     size = self.tokens_per_frame
     if each is not None:
       new = new[each : each + 1]
@@ -194,7 +209,7 @@ class Picked:
       row = self.index * a.shape[1] + layer
       return jax.lax.dynamic_index_in_dim(flat, row, keepdims=False)
 
-    return KV(k=cut(self.caches.k), v=cut(self.caches.v))
+    return jax.tree.map(cut, KV(self.caches.k, self.caches.v))
 
   def _own(self, a_L: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(a_L, self.index, keepdims=False)
@@ -207,10 +222,12 @@ def init_cache(
   sink: int = 0,
   origin: int = 0,
   bounded: bool = False,
+  kind: str | None = None,
 ) -> KVCache:
   """An empty cache of `slots` frames, `sink` of them kept for ever.
 
-  The first frame will have the position `origin`; see there for `bounded`.
+  The first frame will have the position `origin`; see there for `bounded`. In 8
+  bits of a `kind` of quantised.KINDS; None: in the dtype of the passes.
 
   Raises:
     ValueError: if the sink is larger than the cache.
@@ -227,10 +244,16 @@ def init_cache(
     config.num_heads,
     config.head_dim,
   )
+
+  def buffer() -> jax.Array | quantised.Stored:
+    if kind is None:
+      return jnp.zeros(shape, config.dtype)
+    return quantised.empty(shape, kind)
+
   # Two buffers: jit refuses to donate one buffer twice.
   return KVCache(
-    k=jnp.zeros(shape, config.dtype),
-    v=jnp.zeros(shape, config.dtype),
+    k=buffer(),
+    v=buffer(),
     frames=jnp.zeros((), jnp.int32),
     origin=jnp.asarray(origin, jnp.int32),
     sink=sink,

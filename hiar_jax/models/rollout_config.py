@@ -7,6 +7,7 @@ What a rollout, its cache and its samplers agree on; `rollout` has the verbs.
 
 import dataclasses
 
+from hiar_jax.models import quantised
 from hiar_jax.models.config import WanConfig
 
 STEPPINGS = ('sde', 'ode')
@@ -37,6 +38,8 @@ class RolloutConfig:
       same until the window is full.
     first_levels: of a video's first block, in the block-first order alone; ():
       those of the others.
+    past_dtype: 8 bits that the past is held in, one of quantised.KINDS; None:
+      the dtype of the passes.
 
   Raises:
     ValueError: naming the value that does not fit.
@@ -51,6 +54,7 @@ class RolloutConfig:
   context_level: float = 0.0
   positions: str = 'absolute'
   first_levels: tuple[float, ...] = ()
+  past_dtype: str | None = None
 
   def __post_init__(self):
     for levels in (self.levels, self.first_levels or self.levels):
@@ -75,6 +79,10 @@ class RolloutConfig:
     if self.positions not in POSITIONS:
       raise ValueError(
         f'positions={self.positions!r} is not one of {POSITIONS}'
+      )
+    if self.past_dtype not in (None, *quantised.KINDS):
+      raise ValueError(
+        f'past_dtype={self.past_dtype!r} is not one of {quantised.KINDS}'
       )
 
   @property

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from hiar_jax.models import attention, rope, sharding
+from hiar_jax.models import attention, quantised, rope, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.dense import PRODUCT, Dense
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
@@ -142,18 +142,18 @@ class SelfAttention(nn.Module):
     k, v = (sharding.map_keys(lay_out, x) for x in (k, v))
     keys, values = k, v
     if past is not None:
-      past_k, past_v = past.k, past.v
+      past_k, past_v = (quantised.restore(x, k.dtype) for x in (past.k, past.v))
       if same_frames is not None:
         past_k = _carry_gradient(past_k, k, same_frames, tokens)
         past_v = _carry_gradient(past_v, v, same_frames, tokens)
       # Own tokens first: the valid keys are then a prefix.
-      past_k, sink = past_k.astype(k.dtype), []
+      sink = []
       if sink_rotation is not None:
         sink_tokens = sink_rotation[0].shape[0]
         sink = [rope.rotate(past_k[:, :sink_tokens], sink_rotation)]
         past_k = past_k[:, sink_tokens:]
       keys = jnp.concatenate([k, *sink, past_k], 1)
-      values = jnp.concatenate([v, past_v.astype(v.dtype)], 1)
+      values = jnp.concatenate([v, past_v], 1)
     if length is not None:
       length = length + k.shape[1]
     by_frame = (num_frames, tokens, -1)

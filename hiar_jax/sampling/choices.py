@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hiar_jax import noise_schedule, rollout
+from hiar_jax.models import quantised
 
 _TRAIN_STEPS = 1000
-_OF_ROLLOUT = ('context', 'window', 'sink', 'positions', 'frames_per_block')
+_OF_ROLLOUT = (
+  *('context', 'window', 'sink', 'positions', 'frames_per_block'),
+  'past_dtype',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Choices:
     frames_per_block: latent frames of a block.
     height: of the frames in px, a multiple of 16 for Wan's weights.
     width: likewise.
+    past_dtype: 8 bits that the past is held in, one of quantised.KINDS.
 
   Raises:
     TypeError: naming a choice that there is not.
@@ -45,8 +50,13 @@ class Choices:
   frames_per_block: int | None = None
   height: int | None = None
   width: int | None = None
+  past_dtype: str | None = None
 
   def __post_init__(self):
+    if self.past_dtype not in (None, *quantised.KINDS):
+      raise ValueError(
+        f'past_dtype={self.past_dtype!r} is not one of {quantised.KINDS}'
+      )
     if self.order is not None and self.order not in rollout.ORDERS:
       raise ValueError(f'order={self.order!r} is not one of {rollout.ORDERS}')
     if isinstance(self.steps, int) and not 1 <= self.steps <= _TRAIN_STEPS:

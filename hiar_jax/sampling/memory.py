@@ -62,8 +62,11 @@ def weights_bytes(params: dict, model: WanConfig) -> int:
 def past_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:
   """Of the keys and values of one past."""
   slots = config.past_frames * model.tokens_per_frame
-  width = jnp.dtype(model.dtype).itemsize
-  return 2 * model.num_layers * batch_size * slots * model.dim * width
+  numbers = 2 * model.num_layers * batch_size * slots * model.dim
+  if config.past_dtype is None:
+    return numbers * jnp.dtype(model.dtype).itemsize
+  # Beside the 8 bits a float32 scale for each token and head.
+  return numbers + 4 * numbers // model.head_dim
 
 
 def prompt_bytes(model: WanConfig, batch_size: int) -> int:

@@ -222,8 +222,8 @@ def put_params(denoiser: Denoiser, params: Any, mesh: Mesh | None) -> Any:
 
 
 def _is_keys(path: Any) -> bool:
-  """Whether the leaf is a `k` or a `v`."""
-  return bool(path) and getattr(path[-1], 'name', None) in ('k', 'v')
+  """Whether the leaf is a `k` or a `v`, or a part of one in 8 bits."""
+  return any(getattr(entry, 'name', None) in ('k', 'v') for entry in path[-2:])
 
 
 def _text(sizes: SamplingMesh) -> str:

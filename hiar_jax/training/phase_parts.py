@@ -67,6 +67,11 @@ def rollout_config(config: Config) -> rollout.RolloutConfig:
       f'levels for all blocks, not with positions={made.positions!r} and '
       f'first_levels={made.first_levels}'
     )
+  if made.past_dtype is not None:
+    raise ValueError(
+      'a student is trained with the past in the dtype of its passes, not with '
+      f'rollout.past_dtype={made.past_dtype!r}'
+    )
   return made
 
 
