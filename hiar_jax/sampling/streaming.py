@@ -207,8 +207,10 @@ class Stream:
     params = meshes.put_params(engine.denoiser, params, engine.mesh)
     self._params: Any = params
     self._encode_text, self._keys = encode_text, engine.place(keys_B)
+    # Not under the mesh: an encoder has a device of its own.
+    states = encode_text(prompts)
     with meshes.under(engine.mesh):
-      text = project(params, encode_text(prompts), denoiser=engine.denoiser)
+      text = project(params, states, denoiser=engine.denoiser)
       self._bank: Any = new_bank(text, size=engine.bank_size)
     # Which slot of the bank serves from which block on, oldest first.
     self._slots = [(0, 0)]
