@@ -6,8 +6,8 @@
 Compiles the streaming tick for that topology on this machine, which needs the
 extra `tpu` and no TPU, or `plan-cuda` and no GPU, and prints what a chip has to
 hold and to do, and how long that takes at best. Compiling takes half a minute
-of one core. `--part=vae`, `--part=tiny_vae` and `--part=text` compile the decoding
-of a block and the encoding of a prompt for one chip instead.
+of one core. `--part=vae`, `--part=tiny_vae` and `--part=text` compile the
+decoding of a block and the encoding of a prompt for one chip instead.
 
 `--part=generator` and `critic` compile what training runs on all chips, divided
 as `config.mesh` says; `--part=training` both steps, and sums them up.
@@ -78,6 +78,12 @@ _PART = flags.DEFINE_enum(
 _MODE = flags.DEFINE_enum(
   'mode', 'batched', streaming.MODES, 'of a stream on one chip'
 )
+_TILES = flags.DEFINE_integer(
+  'tiles', 1, 'with --part=vae: bands of rows that are decoded in turn', 1
+)
+_DECODE = flags.DEFINE_integer(
+  'decode', 1, 'with --part=vae: chips that share the rows', 1
+)
 
 
 def main(argv):
@@ -108,6 +114,8 @@ def main(argv):
       latent_height=config.model.latent_height,
       latent_width=config.model.latent_width,
       weights_dtype=settings['weights_dtype'],
+      tiles=_TILES.value,
+      decode=_DECODE.value,
     )
   elif _PART.value == 'tiny_vae':
     plan = planning_parts.plan_tiny_vae_decode(

@@ -3,13 +3,17 @@
 B batch, F frames, H W height and width of pixels or latents, C channels.
 """
 
+import dataclasses
 import os
+from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 
-from hiar_jax.models import vae
+from hiar_jax.models import vae, vae_bands
 from hiar_jax.weights import networks
 
 
@@ -23,10 +27,14 @@ class VAECodec:
   Attributes:
     params: of the VAE; without 'encoder' it only decodes.
     config: of the VAE.
+    bands: of rows that frames are decoded in; the frames are the same.
   """
 
   params: vae.Params
   config: vae.VAEConfig = struct.field(pytree_node=False)
+  bands: vae_bands.Bands = struct.field(
+    pytree_node=False, default=vae_bands.Bands()
+  )
 
   @property
   def spatial_stride(self) -> int:
@@ -66,8 +74,7 @@ class VAECodec:
 
   def decode(self, latents_BFHWC: jax.Array) -> jax.Array:
     """Decodes latents to float32 [B, 4F - 3, 8 H, 8 W, 3] in [-1, 1]."""
-    video = vae.decode(self.config, self.params, latents_BFHWC)
-    return jnp.clip(video, -1.0, 1.0)
+    return self.decode_stream((), latents_BFHWC)[0]
 
   def init_decode_state(self, batch_size: int) -> tuple[()]:
     """The state before the first frame, which no block is decoded with."""
@@ -83,14 +90,42 @@ class VAECodec:
     jitted caller compiles one program for it and one for all later blocks.
     """
     first = not jax.tree.leaves(state)
-    video, cache = vae.decode_block(
+    video, cache = vae_bands.decode_block(
       self.config,
       self.params,
       None if first or isinstance(state, tuple) else state,
       latents_BFHWC,
       first=first,
+      bands=self.bands,
     )
     return jnp.clip(video, -1.0, 1.0), cache
+
+  def tiled(self, tiles: int, latent_height: int) -> Self:
+    """The codec that decodes frames in so many bands of rows, in turn.
+
+    Args:
+      tiles: >= 1, of each device that decodes.
+      latent_height: of the frames that it is checked for.
+
+    Raises:
+      ValueError: if there are more of them than rows.
+    """
+    bands = dataclasses.replace(self.bands, in_turn=tiles)
+    vae_bands.check(self.config, latent_height, bands)
+    return dataclasses.replace(self, bands=bands)
+
+  def divided(self, devices: Sequence[jax.Device], latent_height: int) -> Self:
+    """The codec on devices each of which decodes some rows of a frame.
+
+    Raises:
+      ValueError: if there are more of them than rows.
+    """
+    mesh = vae_bands.make_mesh(devices, len(devices))
+    bands = dataclasses.replace(self.bands, mesh=mesh)
+    vae_bands.check(self.config, latent_height, bands)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(self.params, everywhere)
+    return dataclasses.replace(self, params=params, bands=bands)
 
 
 def load_vae_codec(path: str | os.PathLike, config: vae.VAEConfig) -> VAECodec:

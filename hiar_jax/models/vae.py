@@ -268,15 +268,20 @@ def decode_block(
   Raises:
     ValueError: if the channels are not z_dim.
   """
+  z = denormalised(cfg, latents_BFHWC)
+  return Decoder(cfg).apply(
+    {'params': params['decoder']}, z, None if first else cache
+  )
+
+
+def denormalised(cfg: VAEConfig, latents_BFHWC: jax.Array) -> jax.Array:
+  """Raw latents of normalised ones; errors as `decode_block`."""
   if latents_BFHWC.ndim != 5 or latents_BFHWC.shape[-1] != cfg.z_dim:
     raise ValueError(
       f'latents of shape {latents_BFHWC.shape} are not '
       f'[batch, frames, rows, columns, z_dim={cfg.z_dim}]'
     )
-  z = latents_BFHWC * _per_channel(cfg.std) + _per_channel(cfg.mean)
-  return Decoder(cfg).apply(
-    {'params': params['decoder']}, z, None if first else cache
-  )
+  return latents_BFHWC * _per_channel(cfg.std) + _per_channel(cfg.mean)
 
 
 def init_encode_cache(
@@ -356,7 +361,7 @@ class Encoder(nn.Module):
         )
     layers += _middle(cfg)
     layers.append(vae_layers.Head(2 * cfg.z_dim, cfg.dtype, name='head'))
-    x, past = _thread(layers, x_BFHWC.astype(cfg.dtype), past)
+    x, past = thread(layers, x_BFHWC.astype(cfg.dtype), past)
     x = nn.Conv(2 * cfg.z_dim, (1, 1, 1), dtype=cfg.dtype, name='quant')(x)
     return x.astype(jnp.float32), past
 
@@ -371,25 +376,34 @@ class Decoder(nn.Module):
     self, z_BFHWC: jax.Array, past: Cache | None
   ) -> tuple[jax.Array, Cache]:
     cfg = self.cfg
-    x = z_BFHWC.astype(cfg.dtype)
-    x = nn.Conv(cfg.z_dim, (1, 1, 1), dtype=cfg.dtype, name='post_quant')(x)
-    layers = [_conv3(cfg, cfg.widths[-1], 'conv_in'), *_middle(cfg)]
-    before = len(layers)
-    temporals = cfg.temporal_downsample[::-1]
-    for level, width in enumerate(cfg.widths[::-1]):
-      for _ in range(cfg.num_res_blocks + 1):
-        name = f'up_{len(layers) - before}'
-        layers.append(vae_layers.ResidualBlock(width, cfg.dtype, name=name))
-      if level < len(temporals):
-        name = f'up_{len(layers) - before}'
-        layers.append(
-          vae_layers.Upsample(width, temporals[level], cfg.dtype, name=name)
-        )
-    features = 3 * cfg.patch_size**2
-    layers.append(vae_layers.Head(features, cfg.dtype, name='head'))
-    x, past = _thread(layers, x, past)
+    x, past = thread(decoder_layers(cfg), post_quant(cfg, z_BFHWC), past)
     x = vae_layers.from_patches(x.astype(jnp.float32), cfg.patch_size)
     return x, past
+
+
+def post_quant(cfg: VAEConfig, z_BFHWC: jax.Array) -> jax.Array:
+  """What the decoder begins with, of a module that calls it."""
+  x = z_BFHWC.astype(cfg.dtype)
+  return nn.Conv(cfg.z_dim, (1, 1, 1), dtype=cfg.dtype, name='post_quant')(x)
+
+
+def decoder_layers(cfg: VAEConfig) -> list[nn.Module]:
+  """All that follows, in order, each under its name in the parameters."""
+  layers = [_conv3(cfg, cfg.widths[-1], 'conv_in'), *_middle(cfg)]
+  before = len(layers)
+  temporals = cfg.temporal_downsample[::-1]
+  for level, width in enumerate(cfg.widths[::-1]):
+    for _ in range(cfg.num_res_blocks + 1):
+      name = f'up_{len(layers) - before}'
+      layers.append(vae_layers.ResidualBlock(width, cfg.dtype, name=name))
+    if level < len(temporals):
+      name = f'up_{len(layers) - before}'
+      layers.append(
+        vae_layers.Upsample(width, temporals[level], cfg.dtype, name=name)
+      )
+  features = 3 * cfg.patch_size**2
+  layers.append(vae_layers.Head(features, cfg.dtype, name='head'))
+  return layers
 
 
 def _conv3(cfg: VAEConfig, features: int, name: str) -> vae_layers.CausalConv:
@@ -404,7 +418,7 @@ def _middle(cfg: VAEConfig) -> list[nn.Module]:
   ]
 
 
-def _thread(
+def thread(
   layers: Sequence[nn.Module], x: jax.Array, past: Cache | None
 ) -> tuple[jax.Array, Cache]:
   """Runs layers in order; each finds its past under its own name."""

@@ -2,6 +2,9 @@
 
 `past` holds the last input frames of a layer's causal convolutions. None means
 that the video starts here; {} that the layer looks at no other frame.
+
+`inside_BH` tells which rows belong to the frame, where some do not (see
+vae_bands); None: all.
 """
 
 import functools
@@ -32,8 +35,12 @@ class CausalConv(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BFHWC: jax.Array, past: jax.Array | None
+    self,
+    x_BFHWC: jax.Array,
+    past: jax.Array | None,
+    inside_BH: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
+    x_BFHWC = _inside(x_BFHWC, inside_BH)
     taps = self.kernel_size[0]
     batch, _, *side, channels = x_BFHWC.shape
     kernel = self.param(
@@ -125,14 +132,17 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, past: Cache | None
+    self,
+    x: jax.Array,
+    past: Cache | None,
+    inside_BH: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
     y, new = x, {}
     for i in (1, 2):
       name = f'conv{i}'
       y = nn.silu(RMSNorm(4, name=f'norm{i}')(y))
       conv = CausalConv(self.features, (3, 3, 3), self.dtype, name=name)
-      y, new[name] = conv(y, None if past is None else past[name])
+      y, new[name] = conv(y, None if past is None else past[name], inside_BH)
     if x.shape[-1] != self.features:
       x = nn.Conv(self.features, (1, 1, 1), dtype=self.dtype, name='shortcut')(
         x
@@ -206,7 +216,10 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, past: Cache | None
+    self,
+    x: jax.Array,
+    past: Cache | None,
+    inside_BH: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
     new = {}
     if self.temporal:
@@ -221,6 +234,7 @@ class Upsample(nn.Module):
         # zeros are before the second.
         y, new['time_conv'] = conv(x[:, 1:], None)
         x = jnp.concatenate([x[:, :1], _interleave(y)], axis=1)
+    x = _inside(x, inside_BH)
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
     conv = nn.Conv(self.features // 2, (3, 3), dtype=self.dtype, name='conv')
     return conv(x), new
@@ -234,11 +248,14 @@ class Head(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, past: Cache | None
+    self,
+    x: jax.Array,
+    past: Cache | None,
+    inside_BH: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
     x = nn.silu(RMSNorm(4, name='norm')(x))
     conv = CausalConv(self.features, (3, 3, 3), self.dtype, name='conv')
-    x, last = conv(x, None if past is None else past['conv'])
+    x, last = conv(x, None if past is None else past['conv'], inside_BH)
     return x, {'conv': last}
 
 
@@ -260,6 +277,13 @@ def from_patches(x_BFHWC: jax.Array, size: int) -> jax.Array:
   return x.reshape(
     batch, frames, height * size, width * size, channels // size**2
   )
+
+
+def _inside(x_BFHWC: jax.Array, inside_BH: jax.Array | None) -> jax.Array:
+  """Zeros in the rows that are outside of the frame, as padding is."""
+  if inside_BH is None:
+    return x_BFHWC
+  return jnp.where(inside_BH[:, None, :, None, None], x_BFHWC, 0)
 
 
 def _interleave(x_BFHWC: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Do the text encoder and the VAEs fit one chip? See planning/stream.py.
 
 They run beside the stream, or before and after it, on one chip: the encoder
-once a prompt, a VAE's decoder once a block, from its cache.
+once a prompt, a VAE's decoder once a block, from its cache. The large VAE's may
+be divided over several.
 """
 
 import dataclasses
@@ -10,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hiar_jax.codecs import tiny
-from hiar_jax.models import tiny_vae, umt5, vae
+from hiar_jax.models import tiny_vae, umt5, vae, vae_bands
 from hiar_jax.planning import chips
 from hiar_jax.planning import stream as planning_stream
 
@@ -30,6 +31,7 @@ class PartPlan:
     flops: of a call.
     flops_from: who counted them.
     program: what the compiler says.
+    shared_by: chips that share it.
   """
 
   title: str
@@ -39,6 +41,7 @@ class PartPlan:
   flops: float
   flops_from: str
   program: planning_stream.Program
+  shared_by: int = 1
 
   @property
   def chip(self) -> chips.Chip:
@@ -66,7 +69,12 @@ class PartPlan:
       temporaries = gigabytes(program.temporaries)
     return planning_stream.markdown(
       [
-        (self.title, f'one chip of {self.topology}'),
+        (
+          self.title,
+          f'one chip of {self.topology}'
+          if self.shared_by == 1
+          else f'each of {self.shared_by} chips of {self.topology}',
+        ),
         ('fits', fits),
         ('weights', gigabytes(self.weights)),
         ('state between calls', gigabytes(self.state)),
@@ -95,6 +103,8 @@ def plan_vae_decode(
   latent_height: int,
   latent_width: int,
   weights_dtype: str,
+  tiles: int = 1,
+  decode: int = 1,
 ) -> PartPlan:
   """Compiles the decoding of a stream's later blocks.
 
@@ -105,31 +115,48 @@ def plan_vae_decode(
     latent_height: rows of a latent frame.
     latent_width: columns.
     weights_dtype: in which the weights are held.
+    tiles: bands of rows that a chip decodes in turn, see `models.vae_bands`.
+    decode: chips that share the rows.
 
   Raises:
-    ValueError: see `chips.describe`.
+    ValueError: see `chips.describe`; if there are fewer chips.
   """
-  place = _placer(topology)
+  place, mesh = _placer(topology), None
+  if decode > 1:
+    mesh = vae_bands.make_mesh(chips.describe(topology).devices, decode)
+    place = _placer_of(NamedSharding(mesh, PartitionSpec()))
+  bands = vae_bands.Bands(tiles, mesh)
   params = jax.eval_shape(lambda: vae.init(cfg, jax.random.key(0)))
   decoder = place({'decoder': params['decoder']}, weights_dtype)
-  cache = place(
-    jax.eval_shape(
-      lambda: vae.init_decode_cache(cfg, 1, latent_height, latent_width)
+  shapes = jax.eval_shape(
+    lambda: vae_bands.init_decode_cache(
+      cfg, 1, latent_height, latent_width, bands
     )
   )
+  cache = place(shapes)
+  if mesh is not None:
+    by_band = NamedSharding(mesh, PartitionSpec(None, vae_bands.AXIS))
+    cache['bands'] = _placer_of(by_band)(shapes['bands'])
   latents = place(
     jax.ShapeDtypeStruct(
       (1, frames, latent_height, latent_width, cfg.z_dim), jnp.float32
     )
   )
 
-  def decode(params, cache, latents):
-    return vae.decode_block(cfg, params, cache, latents, first=False)
+  def decode_block(params, cache, latents):
+    return vae_bands.decode_block(
+      cfg, params, cache, latents, first=False, bands=bands
+    )
 
-  run = jax.jit(decode, donate_argnums=1)
+  run = jax.jit(decode_block, donate_argnums=1)
   program = planning_stream.compile_program(run, (decoder, cache, latents))
+  title = f'VAE decode, {frames} latent frames'
+  if tiles > 1:
+    title += f', {tiles} tiles'
   return _decode_plan(
-    f'VAE decode, {frames} latent frames', topology, decoder, cache, program
+    *(title, topology, decoder, cache, program),
+    turns=tiles,
+    shared_by=decode,
   )
 
 
@@ -167,19 +194,22 @@ def plan_tiny_vae_decode(
   )
 
 
-def _decode_plan(title, topology, params, state, program):
-  # No loop and no kernel is in these programs, so the compiler counts them in
-  # full; that of GPUs counts nothing.
-  at_best = program.at_best(topology)
-  count = program.flops or (at_best.total.flops if at_best else 0.0)
+def _decode_plan(title, topology, params, state, program, turns=1, shared_by=1):
+  # No kernel is in these programs, so the compiler counts them in full, but of
+  # a loop one turn; that of GPUs counts nothing.
+  at_best, compilers = program.at_best(topology), program.flops
+  if turns > 1 and at_best:
+    compilers = None
+  count = compilers or (at_best.total.flops if at_best else 0.0)
   return PartPlan(
     title=title,
     topology=topology,
     weights=planning_stream.bytes_per_chip(params),
     state=planning_stream.bytes_per_chip(state),
     flops=count,
-    flops_from="the compiler's count" if program.flops else 'of the program',
+    flops_from="the compiler's count" if compilers else 'of the program',
     program=program,
+    shared_by=shared_by,
   )
 
 
@@ -231,7 +261,11 @@ def text_flops(cfg: umt5.UMT5Config, tokens: int) -> float:
 
 def _placer(topology: str) -> Callable[..., Any]:
   """A function that puts abstract arrays on the topology's first chip."""
-  sharding = SingleDeviceSharding(chips.describe(topology).devices[0])
+  return _placer_of(SingleDeviceSharding(chips.describe(topology).devices[0]))
+
+
+def _placer_of(sharding: Any) -> Callable[..., Any]:
+  """Likewise, for a sharding of all of them."""
 
   def place(tree: Any, dtype: Any = None) -> Any:
     return jax.tree.map(

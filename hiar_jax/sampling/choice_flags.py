@@ -42,8 +42,8 @@ class ChoiceFlags:
       'mesh',
       None,
       'devices, such as stage=4,tensor=2,context=1,decode=1: stages of the '
-      'pipeline, parts of heads and weights, parts of the tokens, and one that '
-      'decodes beside them; default: one device',
+      'pipeline, parts of heads and weights, parts of the tokens, and those '
+      'that decode beside them; default: one device',
     )
     trained = "default: the weights'"
     self._steps = flags.DEFINE_list(
@@ -75,6 +75,7 @@ class ChoiceFlags:
       ('frames_per_block', 'latent frames of a block'),
       ('height', 'of the frames in px'),
       ('width', 'of the frames in px'),
+      ('tiles', "bands of rows that Wan's VAE decodes in turn, in less memory"),
     ):
       self._chosen[name] = flags.DEFINE_integer(
         name, None, f'{text}; {trained}', lower_bound=0

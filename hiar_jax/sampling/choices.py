@@ -34,6 +34,8 @@ class Choices:
     height: of the frames in px, a multiple of 16 for Wan's weights.
     width: likewise.
     past_dtype: 8 bits that the past is held in, one of quantised.KINDS.
+    tiles: bands of rows that Wan's VAE decodes a frame in, one after the other:
+      the same frames in less memory.
 
   Raises:
     TypeError: naming a choice that there is not.
@@ -51,6 +53,7 @@ class Choices:
   height: int | None = None
   width: int | None = None
   past_dtype: str | None = None
+  tiles: int | None = None
 
   def __post_init__(self):
     if self.past_dtype not in (None, *quantised.KINDS):
@@ -63,6 +66,8 @@ class Choices:
       raise ValueError(f'steps={self.steps} is not in 1..{_TRAIN_STEPS}')
     if self.shift is not None and not self.shift > 0:
       raise ValueError(f'shift={self.shift} is not positive')
+    if self.tiles is not None and self.tiles < 1:
+      raise ValueError(f'tiles={self.tiles} is below 1')
 
   @property
   def made(self) -> dict[str, Any]:
@@ -96,6 +101,13 @@ def apply(pipeline: Any, **choices: Any) -> Any:
     changes['rollout'] = dataclasses.replace(pipeline.rollout, **config)
   if 'height' in made or 'width' in made:
     changes['denoiser'] = _sized(pipeline, made)
+  tiles = made.get('tiles')
+  if tiles is None and 'height' in made and hasattr(pipeline.codec, 'tiled'):
+    tiles = pipeline.codec.bands.in_turn  # For another height.
+  if tiles is not None:
+    changes['codec'] = _tiled(
+      pipeline.codec, tiles, changes.get('denoiser', pipeline.denoiser)
+    )
   return dataclasses.replace(pipeline, **changes) if changes else pipeline
 
 
@@ -126,6 +138,15 @@ def _schedule(
     changed['indices'] = tuple(steps)
     changed.pop('first_indices', None)
   return changed
+
+
+def _tiled(codec: Any, tiles: int, denoiser: Any) -> Any:
+  if not hasattr(codec, 'tiled'):
+    raise ValueError(
+      f"tiles={tiles} goes with Wan's VAE, not with {type(codec).__name__}, "
+      'which takes little memory'
+    )
+  return codec.tiled(tiles, denoiser.config.latent_height)
 
 
 def _sized(pipeline: Any, made: Mapping[str, Any]) -> Any:

@@ -251,10 +251,10 @@ def from_config(
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
   dtype = config.get('weights_dtype', 'float32')
-  decoder = None
+  decoders: list[jax.Device] = []
   if isinstance(mesh, str):
     sizes = meshes.parse(mesh)
-    mesh, decoder = meshes.make(sizes), meshes.decoder(sizes)
+    mesh, decoders = meshes.make(sizes), meshes.decoders(sizes)
   meshes.check_model(denoiser.config, mesh)
   # Onto the devices array by array: the whole is not held twice.
   abstract = meshes.abstract_params(denoiser, abstract, dtype, mesh)
@@ -262,8 +262,15 @@ def from_config(
   # Before the codec: a folder that is not there has neither.
   networks.open_whole(weights)
   opened = _load_codec(codec, config)
-  if decoder is not None:
-    opened = jax.device_put(opened, decoder)
+  if len(decoders) > 1:
+    if not isinstance(opened, codecs_vae.VAECodec):
+      raise ValueError(
+        f"decode={len(decoders)} divides the rows of Wan's VAE; {codec} is "
+        'decoded by one device'
+      )
+    opened = opened.divided(decoders, denoiser.config.latent_height)
+  elif decoders:
+    opened = jax.device_put(opened, decoders[0])
   if opened.channels != denoiser.config.channels:
     raise ValueError(
       f'{weights} makes latents of {denoiser.config.channels} channels, and '

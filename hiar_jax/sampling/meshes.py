@@ -35,8 +35,8 @@ class SamplingMesh:
     stage: groups of devices, each with stages of the pipeline.
     tensor: parts of heads, of feed-forward widths, of weights and pasts.
     context: parts of the tokens of each frame.
-    decode: 1 has one more device decode, beside those that denoise; else the
-      first of them does both.
+    decode: devices that decode beside those that denoise; of several each has
+      some rows of the frames. 0: the first of the others does both.
 
   Raises:
     ValueError: if a size is not one of an axis.
@@ -51,12 +51,12 @@ class SamplingMesh:
     for name in ('stage', 'tensor', 'context'):
       if getattr(self, name) < 1:
         raise ValueError(f'mesh axis {name}={getattr(self, name)} is below 1')
-    if self.decode not in (0, 1):
-      raise ValueError(f'mesh has decode={self.decode}, which is 0 or 1')
+    if self.decode < 0:
+      raise ValueError(f'mesh has decode={self.decode}, which is below 0')
 
   @property
   def num_denoising(self) -> int:
-    """Devices of the mesh; that which decodes is none of it."""
+    """Devices of the mesh; those that decode are none of it."""
     return self.stage * self.tensor * self.context
 
 
@@ -104,10 +104,12 @@ def make(sizes: SamplingMesh, devices: Sequence[Any] | None = None) -> Mesh:
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def decoder(sizes: SamplingMesh, devices: Sequence[Any] | None = None) -> Any:
-  """The device that decodes alone, the one after those of `make`; or None."""
+def decoders(
+  sizes: SamplingMesh, devices: Sequence[Any] | None = None
+) -> list[Any]:
+  """The devices that decode alone, those after the ones of `make`."""
   devices = jax.devices() if devices is None else list(devices)
-  return devices[sizes.num_denoising] if sizes.decode else None
+  return devices[sizes.num_denoising :][: sizes.decode]
 
 
 def divides(mesh: Mesh | None) -> bool:

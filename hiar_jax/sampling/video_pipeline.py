@@ -292,7 +292,7 @@ class VideoPipeline:
     return streaming.Stream(
       engine,
       self.params,
-      self.codec,
+      pipeline.codec,
       self.encoder.encode,
       prompts,
       keys,

@@ -240,6 +240,28 @@ def test_flops_of_a_prompt_are_those_that_the_compiler_counts():
 
 
 @needs_compiler
+def test_a_decode_in_tiles_over_chips_has_every_band_once():
+  def plan(**bands):
+    return planning_parts.plan_vae_decode(
+      VAE,
+      'v5e:2x2',
+      frames=3,
+      latent_height=96,
+      latent_width=2,
+      weights_dtype='bfloat16',
+      **bands,
+    )
+
+  with jax.default_matmul_precision('default'):
+    whole, found = plan(), plan(tiles=2, decode=2)
+  assert '2 tiles | each of 2 chips' in found.table()
+  # A chip has half of the bands, with their margins, and not all of the past.
+  assert found.state < whole.state
+  # Both turns of a chip are counted, where the compiler counts one.
+  assert found.flops > 1.3 * found.program.flops
+
+
+@needs_compiler
 @pytest.mark.parametrize('part', ['vae', 'text'])
 def test_a_part_fits_a_chip_and_says_what_it_holds(part):
   with jax.default_matmul_precision('default'):

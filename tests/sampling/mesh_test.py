@@ -8,7 +8,7 @@ import pytest
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import pixels
-from hiar_jax.sampling import loading, meshes, streaming
+from hiar_jax.sampling import choices, decoding, loading, meshes, streaming
 from hiar_jax.text import word_hash
 from tests import fake_release, toy_network
 from tests.sampling import recache_test, stream_decoding_test
@@ -19,7 +19,12 @@ LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 
 @pytest.fixture(autouse=True)
 def latents_instead_of_pixels(monkeypatch):
-  monkeypatch.setattr(pixels, 'from_float', lambda video: video)
+  # Programs that were compiled with one of them do not do for the other.
+  decoding._decode_block.clear_cache()
+  with monkeypatch.context() as patched:
+    patched.setattr(pixels, 'from_float', lambda video: video)
+    yield
+  decoding._decode_block.clear_cache()
 
 
 def stream(mode, mesh=None, **changes):
@@ -115,7 +120,7 @@ def test_a_device_of_its_own_decodes_beside_those_that_denoise():
   beside = dataclasses.replace(
     own,
     mesh=meshes.make(sizes),
-    codec=jax.device_put(own.codec, meshes.decoder(sizes)),
+    codec=jax.device_put(own.codec, meshes.decoders(sizes)[0]),
   )
   given = stream_decoding_test.picture(3)
   video = own('a cat', num_blocks=3, initial_frames=given, progress=False)
@@ -153,6 +158,25 @@ def test_weights_are_read_in_the_shards_of_their_place(tmp_path, monkeypatch):
     loading.load(tmp_path / 'hiar', family='hiar', mesh='tensor=4')
 
 
+def test_a_frame_is_divided_as_load_is_told(tmp_path, monkeypatch):
+  monkeypatch.setenv('HIAR_JAX_CACHE', str(tmp_path / 'cache'))
+  fake_release.write_release(tmp_path / 'hiar', 'wan')
+  own = {'family': 'hiar', 'mesh': 'decode=2', 'tiles': 2}
+  codec = loading.load(tmp_path / 'hiar', **own).codec
+  assert (codec.bands.in_turn, codec.bands.count) == (2, 4)
+  for a in jax.tree.leaves(codec.params):
+    assert a.devices() == set(jax.devices()[1:3])
+  with pytest.raises(ValueError, match='tiles of frames that have'):
+    loading.load(tmp_path / 'hiar', **own | {'tiles': 50})
+  # Any other codec is decoded by one device, whole.
+  monkeypatch.setattr(loading, '_load_codec', lambda *unused: PlainCodec())
+  with pytest.raises(ValueError, match="decode=2 divides .* Wan's VAE; .*hiar"):
+    loading.load(tmp_path / 'hiar', **own)
+  plain = dataclasses.replace(stream_decoding_test.pipe(), codec=PlainCodec())
+  with pytest.raises(ValueError, match='not with PlainCodec'):
+    choices.apply(plain, tiles=2)
+
+
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
@@ -161,7 +185,7 @@ def test_weights_are_read_in_the_shards_of_their_place(tmp_path, monkeypatch):
     ('stage=0', 'stage=0 is below 1'),
     ('stage=4,tensor=4', 'needs 16 devices, and there are 8'),
     ('stage=4,tensor=2,decode=1', 'needs 9 devices, and there are 8'),
-    ('decode=2', 'decode=2, which is 0 or 1'),
+    ('stage=4,decode=5', 'needs 9 devices, and there are 8'),
   ],
 )
 def test_a_mesh_that_is_none_is_named(text, message):

@@ -17,7 +17,7 @@ from hiar_jax.codecs import vae as codecs_vae
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import vae
 from hiar_jax.models.config import WanConfig
-from hiar_jax.sampling import decoding, video_pipeline
+from hiar_jax.sampling import decoding, meshes, video_pipeline
 from hiar_jax.text import word_hash
 from tests import toy_network
 
@@ -108,6 +108,36 @@ def test_a_stream_shows_what_a_call_shows(mode, sink, num_given):
   frames = streamed(stream, 5)
   assert len(frames) == num_given + 5 * 4 - (0 if num_given else 1)
   assert_same_pixels(frames, video.frames)
+
+
+def test_tiles_show_the_same():
+  given = picture(3)
+  video = pipe()(PROMPT, num_blocks=2, initial_frames=given, progress=False)
+  tiled = pipe()(
+    *(PROMPT,),
+    **dict(num_blocks=2, initial_frames=given, tiles=2, progress=False),
+  )
+  assert_same_pixels(tiled.frames, video.frames)
+  stream = pipe().stream(PROMPT, initial_frames=given, tiles=3)
+  assert set(stream._decoder) == {'front', 'bands'}
+  assert_same_pixels(streamed(stream, 2), video.frames)
+  with pytest.raises(ValueError, match='5 tiles of frames that have 4 rows'):
+    pipe()(PROMPT, tiles=5)
+
+
+def test_devices_that_share_a_frame_show_the_same():
+  given = picture(3)
+  video = pipe()(PROMPT, num_blocks=2, initial_frames=given, progress=False)
+  sizes = meshes.parse('stage=2,decode=2')
+  beside = dataclasses.replace(
+    pipe(),
+    mesh=meshes.make(sizes),
+    codec=pipe().codec.divided(meshes.decoders(sizes), 4),
+  )
+  stream = beside.stream(PROMPT, initial_frames=given, tiles=2)
+  assert_same_pixels(streamed(stream, 2), video.frames)
+  decoded = {d for a in jax.tree.leaves(stream._decoder) for d in a.devices()}
+  assert decoded == set(jax.devices()[2:4])
 
 
 def test_given_frames_are_those_of_the_codec():
