@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_programs
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_flops_of_a_pass_are_proportional_to_its_layers():
-  size = gpu._sizes()['tiny']
-  counted = gpu._pass_flops(size)
+  size = gpu_programs.sizes()['tiny']
+  counted = gpu_programs.pass_flops(size)
   model, window = size.transformer, size.window * size.transformer.dim
   tokens = 3 * model.tokens_per_frame
   rows = 2 * model.num_layers * tokens
@@ -26,7 +26,9 @@ def test_flops_of_a_pass_are_proportional_to_its_layers():
   assert products + scores < counted < 4 * (products + scores)
 
 
-@pytest.mark.parametrize('case', ['attention:chunked', 'text', 'protocol'])
+@pytest.mark.parametrize(
+  'case', ['attention:chunked', 'text', 'protocol:none', 'critic']
+)
 def test_a_case_gives_its_columns(case):
   options = argparse.Namespace(
     size='tiny', attention='auto', num_blocks=2, repetitions=2
@@ -60,7 +62,7 @@ _BARE = (
 )
 
 
-@pytest.mark.parametrize('case', ['protocol', 'stream_serial'])
+@pytest.mark.parametrize('case', ['protocol:none', 'stream_serial:tiny'])
 def test_a_case_runs_without_the_packages_that_it_does_not_use(case):
   done = _run(
     *(sys.executable, '-c', _WITHOUT, _BARE, _ROOT / 'benchmarks' / 'gpu.py'),
@@ -76,10 +78,19 @@ def test_what_the_time_does_not_allow_is_skipped_and_said(tmp_path):
     *('--cases=numerics', '--minutes=0', f'--json={tmp_path / "out.json"}'),
   )
   assert done.returncode == 1
-  assert 'numerics           skipped: no time left' in done.stdout
+  assert 'numerics                skipped: no time left' in done.stdout
   found = json.loads((tmp_path / 'out.json').read_text())
   assert found['cases'] == {'numerics': 'skipped: no time left'}
   assert found['machine'].startswith('Python 3.')
+
+
+def test_the_process_that_starts_the_cases_loads_no_jax():
+  done = _run(
+    *(sys.executable, '-c', _WITHOUT, 'jax,hiar_jax'),
+    *(_ROOT / 'benchmarks' / 'gpu.py', '--size=tiny', '--minutes=0'),
+  )
+  # It would hold a part of the GPU's memory.
+  assert 'skipped: no time left' in done.stdout, done.stderr[-3000:]
 
 
 def _run(*command):
