@@ -75,13 +75,18 @@ def make_mesh(devices: Sequence[Any], count: int) -> Mesh:
   return Mesh(grid, (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def check(cfg: vae.VAEConfig, latent_height: int, bands: Bands) -> None:
-  """Raises ValueError if there are more bands than rows where they are cut."""
+def rows_where_cut(cfg: vae.VAEConfig, latent_height: int) -> int:
+  """Rows of a frame where bands are cut; there are no more bands than that."""
   layers = vae.decoder_layers(cfg)
   whole = layers[: _cut_at(layers)]
-  rows = latent_height * 2 ** sum(
+  return latent_height * 2 ** sum(
     isinstance(layer, vae_layers.Upsample) for layer in whole
   )
+
+
+def check(cfg: vae.VAEConfig, latent_height: int, bands: Bands) -> None:
+  """Raises ValueError if there are more bands than rows where they are cut."""
+  rows = rows_where_cut(cfg, latent_height)
   if bands.count > rows:
     raise ValueError(
       f'{bands.count} tiles of frames that have {rows} rows where they are cut'
@@ -177,6 +182,52 @@ def init_decode_cache(
     params,
   )
   return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cache)
+
+
+def decode_bytes(
+  cfg: vae.VAEConfig,
+  bands: Bands,
+  *,
+  frames: int,
+  latent_height: int,
+  latent_width: int,
+  platform: str = 'tpu',
+) -> int:
+  """About what decoding a block takes of a device, weights left out.
+
+  The pasts are counted. The temporaries are taken to be some float32 arrays of
+  the widest layers, as XLA compiles it (docs/tpu.md, docs/gpu.md): of full
+  frames, or a band of them, and of those before the cut, if there is one.
+
+  Args:
+    cfg: of the VAE.
+    bands: how frames are divided.
+    frames: latent frames of a block.
+    latent_height: rows of a latent frame.
+    latent_width: columns.
+    platform: of the device.
+  """
+  cache = jax.eval_shape(
+    lambda: init_decode_cache(cfg, 1, latent_height, latent_width, bands)
+  )
+  held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
+  layers = vae.decoder_layers(cfg)
+  ups = [i for i, a in enumerate(layers) if isinstance(a, vae_layers.Upsample)]
+  after = ups[-1] + 1 if ups else 0
+  size = 2 ** len(ups)
+  columns, rows = latent_width * size, latent_height * size
+  full = frames * cfg.time_factor * columns * cfg.widths[0] * 4
+  arrays, before = (3, 0) if platform == 'gpu' else (8.3, 6.5)
+  if bands.count == 1:
+    return int(held + arrays * full * rows)
+  cut = rows_where_cut(cfg, latent_height)
+  core = -(-cut // bands.count) * rows // cut
+  band = core + 2 * _needed(layers[after:])[0]
+  level = sum(i < _cut_at(layers) for i in ups)
+  temporal = 2 ** sum(cfg.temporal_downsample[::-1][:level])
+  front = frames * temporal * cut * (latent_width * cut // latent_height)
+  front *= cfg.widths[::-1][level] * 4
+  return int(held / bands.side_by_side + arrays * full * band + before * front)
 
 
 class _Front(nn.Module):

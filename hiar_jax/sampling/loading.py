@@ -23,7 +23,7 @@ from hiar_jax.models import umt5
 from hiar_jax.models import vae as models_vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.runtime import compiled_programs
-from hiar_jax.sampling import choices, meshes, taught
+from hiar_jax.sampling import choices, meshes, taught, tiling
 from hiar_jax.sampling.video_pipeline import VideoPipeline
 from hiar_jax.text import encoders
 from hiar_jax.text import umt5 as text_umt5
@@ -129,7 +129,8 @@ def load(
     loras=loras,
     mesh=mesh,
   )
-  return choices.apply(pipeline, **chosen)
+  pipeline = choices.apply(pipeline, **chosen)
+  return pipeline if 'tiles' in chosen else tiling.fitting(pipeline)
 
 
 def _own_folder(name: Path | Sequence[Path]) -> pathlib.Path | None:

@@ -15,7 +15,7 @@ from hiar_jax.sampling import memory, meshes, shared_pipeline, streaming
 AUTO = 'auto'  # `choose_mode` decides.
 
 # Of a device's memory; the rest is XLA's own and lost between arrays.
-_USABLE = 0.9
+USABLE = 0.9
 # Seconds: some 30 kernels a layer, 5 microseconds each.
 _LAYER_LAUNCH = 150e-6
 # Times that stages as a batch move their pasts beyond reading them, as XLA
@@ -127,7 +127,7 @@ def choose_mode(
       'batch would copy their pasts'
     )
   total, room = need('batched').total, device_memory(device)
-  fits = total <= _USABLE * room
+  fits = total <= USABLE * room
   return 'batched' if fits else check('serial'), (
     f'stages as a batch {"fit" if fits else "do not fit"}: about '
     f'{total / _GB:.2g} of {room / _GB:.3g} GB ({device.device_kind})'
