@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hiar_jax.models import lora
+from hiar_jax.models import lora, quantised
 from hiar_jax.models.config import WanConfig
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
@@ -33,12 +33,17 @@ BATCH = ('data', 'fsdp')  # What the leading axis of a batch is divided over.
 
 # Specs of activations.
 TOKENS_BFPD = (BATCH, None, 'context', None)
-QUERIES_BFPHK = (BATCH, None, 'context', 'tensor', None)
+TOKENS_BFPHK = (BATCH, None, 'context', 'tensor', None)
+# Of self-attention, see `heads_axes`: devices exchange their tokens' heads for
+# all tokens of some heads, or each keeps its tokens and sees all keys.
+HEADS = 'heads'
+QUERIES_BFPHK = (BATCH, None, 'context', HEADS, None)
 # Whole sequences: every device's queries see all keys. So a cache is written
 # at any slot without asking who has it.
-KEYS_BFPHK = (BATCH, None, None, 'tensor', None)
-KEYS_BSHK = (BATCH, None, 'tensor', None)
-KEYS_NBSHK = (None, BATCH, None, 'tensor', None)
+KEYS_BFPHK = (BATCH, None, None, HEADS, None)
+KEYS_BSHK = (BATCH, None, HEADS, None)
+KEYS_NBSHK = (None, BATCH, None, HEADS, None)
+TEXT_NBSHK = (None, BATCH, None, 'tensor', None)
 
 # Path of a parameter -> its spec. Exactly one rule fits each.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -160,19 +165,20 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 def param_spec(path: str) -> PartitionSpec:
   """Spec of a parameter, by its path such as 'layers/ffn_in/kernel'.
 
-  Factors of a matrix are divided as its rows and columns, never by rank.
+  Factors of a matrix are divided as its rows and columns, never by rank, and
+  its scales as its columns.
 
   Raises:
     ValueError: unless exactly one rule fits.
   """
-  matrix = lora.matrix(path) or path
+  matrix = lora.matrix(path) or quantised.matrix(path) or path
   fits = [spec for rule, spec in PARAM_RULES if re.fullmatch(rule, matrix)]
   if len(fits) != 1:
     raise ValueError(f'{len(fits)} sharding rules fit {path!r}, not 1')
   (spec,) = fits
   if path.endswith(lora.DOWN):
     spec = (*spec[:-1], None)
-  elif path.endswith(lora.UP):
+  elif path.endswith(lora.UP) or quantised.matrix(path):
     spec = (*spec[:-2], None, spec[-1])
   return PartitionSpec(*spec)
 
@@ -367,88 +373,20 @@ def constrain(x: jax.Array, spec: tuple) -> jax.Array:
   An axis that does not divide its dimension is left out: the prompt of no
   caption is one sample.
   """
-  mesh = _mesh()
+  mesh = traced_mesh()
   if mesh is None:
     return x
-  return jax.lax.with_sharding_constraint(x, _dividing(x.shape, spec, mesh))
+  return jax.lax.with_sharding_constraint(x, dividing(x.shape, spec, mesh))
 
 
 def constrain_params(tree: Any) -> Any:
   """Gradients laid out as their parameters; the identity without a mesh."""
-  mesh = _mesh()
+  mesh = traced_mesh()
   if mesh is None:
     return tree
   return jax.tree.map(
     jax.lax.with_sharding_constraint, tree, shardings(tree, mesh)
   )
-
-
-def split_queries(
-  attend: Callable[..., jax.Array],
-  q_BFPHK: jax.Array,
-  keys_BSHK: jax.Array,
-  values_BSHK: jax.Array,
-  *,
-  rotation: Any = None,
-  length: jax.Array | None = None,
-  mask_FPS: jax.Array | None = None,
-) -> jax.Array:
-  """attend(...) with every device's own queries and heads over whole keys.
-
-  Done by hand: a TPU kernel cannot be divided by XLA, and a loop over queries
-  would be divided badly.
-
-  Args:
-    attend: from the arguments below, in their order, to an array like q.
-    q_BFPHK: queries.
-    keys_BSHK: keys.
-    values_BSHK: values.
-    rotation: of the queries, two arrays [F, P, K / 2], or None.
-    length: int32 scalar or None.
-    mask_FPS: bool or None.
-  """
-  arguments = (q_BFPHK, keys_BSHK, values_BSHK, rotation, length, mask_FPS)
-  mesh = _mesh()
-  if mesh is None:
-    return attend(*arguments)
-  queries = _dividing(q_BFPHK.shape, QUERIES_BFPHK, mesh)
-  batch, _, tokens, heads, _ = queries
-  keys = PartitionSpec(batch, None, heads)
-  by_token = PartitionSpec(None, tokens)
-  specs = (queries, keys, keys, by_token, PartitionSpec(), by_token)
-  return jax.shard_map(
-    attend,
-    in_specs=tuple(
-      jax.tree.map(lambda _, spec=spec: spec, argument)
-      for argument, spec in zip(arguments, specs, strict=True)
-    ),
-    out_specs=queries,
-    # A stage of sampling's own is divided by hand already.
-    axis_names=set(AXES),
-    # Pallas kernels do not say over which axes their results vary.
-    check_vma=False,
-  )(*arguments)
-
-
-def map_keys(
-  function: Callable[[jax.Array], jax.Array], x_BSHK: jax.Array
-) -> jax.Array:
-  """function(x), shaped like x, of every device's own samples and heads.
-
-  For what XLA cannot divide: it would gather the keys of all samples on every
-  device first.
-  """
-  mesh = _mesh()
-  if mesh is None:
-    return function(x_BSHK)
-  spec = _dividing(x_BSHK.shape, KEYS_BSHK, mesh)
-  return jax.shard_map(
-    function,
-    in_specs=(spec,),
-    out_specs=spec,
-    axis_names=set(AXES),
-    check_vma=False,
-  )(x_BSHK)
 
 
 def whole_everywhere(tree: Any, mesh: Mesh | None) -> Any:
@@ -466,16 +404,40 @@ def whole_everywhere(tree: Any, mesh: Mesh | None) -> Any:
   return jax.tree.map(place, tree)
 
 
-def _mesh():
+def heads_axes(num_heads: int, mesh: Any) -> tuple[str, ...]:
+  """What the heads of self-attention are divided over.
+
+  In sampling over `context` too where they divide: a device then holds that
+  part of the past alone, and tokens of queries and new keys are exchanged for
+  heads. Else, and in training, it has its tokens' queries and gathers the keys.
+
+  Args:
+    num_heads: of the network.
+    mesh: with these axes; with others as well it is one of sampling.
+  """
+  both = ('tensor', 'context')
+  ways = math.prod(mesh.shape[axis] for axis in both)
+  if set(mesh.axis_names) > set(AXES) and num_heads % ways == 0:
+    return both
+  return both[:1]
+
+
+def traced_mesh() -> Any:
   """The mesh that is being traced under, if it has the axes here, or None."""
   mesh = jax.sharding.get_abstract_mesh()
   return mesh if set(AXES) <= set(mesh.axis_names) else None
 
 
-def _dividing(
+def dividing(
   shape: tuple[int, ...], spec: PartitionSpec | tuple, mesh: Mesh
 ) -> PartitionSpec:
   """The spec without what does not divide its dimension."""
+
+  if HEADS in spec:
+    over = heads_axes(shape[spec.index(HEADS)], mesh)
+    # Of these heads, all tokens.
+    axes = {HEADS: over, 'context': None if 'context' in over else 'context'}
+    spec = tuple(axes.get(a, a) if isinstance(a, str) else a for a in spec)
 
   def kept(size, axes):
     names = (axes,) if isinstance(axes, str) else axes or ()

@@ -51,6 +51,6 @@ class StackedTextKV(nn.Module):
     v = project('v')
     heads = (*k.shape[:-1], cfg.num_heads, cfg.head_dim)
     k, v = (
-      sharding.constrain(x.reshape(heads), sharding.KEYS_NBSHK) for x in (k, v)
+      sharding.constrain(x.reshape(heads), sharding.TEXT_NBSHK) for x in (k, v)
     )
     return TextKV(k=k, v=v)

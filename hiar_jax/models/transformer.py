@@ -25,7 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from hiar_jax.models import attention, quantised, rope, sharding
+from hiar_jax.models import (
+  attention,
+  divided_attention,
+  quantised,
+  rope,
+  sharding,
+)
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.dense import PRODUCT, Dense
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
@@ -139,7 +145,7 @@ class SelfAttention(nn.Module):
     k = rope.rotate(k.reshape(sequence), rotation)
     v = v.reshape(sequence)
     lay_out = functools.partial(attention.kernel_layout, backend=cfg.attention)
-    k, v = (sharding.map_keys(lay_out, x) for x in (k, v))
+    k, v = (divided_attention.map_keys(lay_out, x) for x in (k, v))
     keys, values = k, v
     if past is not None:
       past_k, past_v = (quantised.restore(x, k.dtype) for x in (past.k, past.v))
@@ -157,7 +163,7 @@ class SelfAttention(nn.Module):
     if length is not None:
       length = length + k.shape[1]
     by_frame = (num_frames, tokens, -1)
-    out = sharding.split_queries(
+    out = divided_attention.split_queries(
       functools.partial(_attend, config=cfg, visible=visible),
       q,
       keys,
@@ -166,6 +172,7 @@ class SelfAttention(nn.Module):
       length=length,
       mask_FPS=mask_FPS,
     )
+    out = sharding.constrain(out, sharding.TOKENS_BFPHK)
     out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
     return out, KV(k=k, v=v)
 
@@ -201,11 +208,12 @@ class CrossAttention(nn.Module):
     norm_q = self.param('norm_q', nn.initializers.ones, (cfg.dim,))
     q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BFPD), norm_q, cfg.eps)
     q = q.reshape(*x_BFPD.shape[:3], cfg.num_heads, cfg.head_dim)
-    out = sharding.split_queries(
+    out = divided_attention.split_queries(
       functools.partial(_attend, config=cfg),
-      sharding.constrain(q, sharding.QUERIES_BFPHK),
+      sharding.constrain(q, sharding.TOKENS_BFPHK),
       text.k,
       text.v,
+      spec=sharding.TOKENS_BFPHK,
     )
     return _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
 

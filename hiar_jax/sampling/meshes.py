@@ -6,7 +6,8 @@ A mesh of the axis `stage` and those of training. The network of a stage is
 divided over `tensor` and `context` by the table of `models.sharding`: of
 `tensor` every device has some heads and a part of the feed-forward width, and
 of the weights and the pasts that share; of `context` some tokens of each frame,
-whose queries see all keys. Each stage has the weights once.
+which for attention are exchanged for some heads of all tokens where the heads
+divide, and else see all keys. Each stage has the weights once.
 """
 
 import contextlib
@@ -153,7 +154,8 @@ def places(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
     by_heads = divides(mesh) and _is_keys(path) and a.ndim >= 5
     if by_heads and a.shape[-2] % mesh.shape['tensor'] == 0:
       rest = (None for _ in range(a.ndim - 2 - len(spec)))
-      spec = PartitionSpec(*spec, *rest, 'tensor', None)
+      heads = sharding.heads_axes(a.shape[-2], mesh)
+      spec = PartitionSpec(*spec, *rest, heads, None)
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(one, tree, specs)

@@ -8,7 +8,7 @@ import jax
 
 from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import flops
+from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.sampling import memory, meshes, shared_pipeline, streaming
 
@@ -52,15 +52,18 @@ def estimate_memory(
     beside = passes * memory.new_bytes(model, config, batch_size)
   elif num_stages > devices:
     beside = caches
-  # Each of the devices of a pass has some heads, and some of the work.
-  heads = 1
+  # Each of the devices of a pass has some weights, some heads, and some of the
+  # work.
+  parts = heads = 1
   if engine.mesh is not None and meshes.divides(engine.mesh):
-    heads = engine.mesh.shape['tensor']
+    parts = engine.mesh.shape['tensor']
+    over = sharding.heads_axes(model.num_heads, engine.mesh)
+    heads = math.prod(engine.mesh.shape[axis] for axis in over)
   return memory.Memory(
-    weights=memory.weights_bytes(params, model) // heads,
+    weights=memory.weights_bytes(params, model) // parts,
     caches=caches // heads,
     temporaries=one_pass // meshes.num_parts(engine.mesh) + beside // heads,
-    prompts=engine.bank_size * memory.prompt_bytes(model, batch_size) // heads,
+    prompts=engine.bank_size * memory.prompt_bytes(model, batch_size) // parts,
   )
 
 

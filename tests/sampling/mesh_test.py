@@ -53,6 +53,7 @@ def blocks(made, count=5):
   [
     ('batched', 'stage=2,tensor=2,context=2', {}),
     ('batched', 'stage=4,tensor=2', {'positions': 'bounded'}),
+    ('batched', 'stage=2,context=2', {'past_dtype': 'int8'}),
     ('shared', 'stage=3,tensor=2', {}),
     ('block_first', 'tensor=2,context=2', {'positions': 'bounded'}),
   ],
@@ -72,10 +73,33 @@ def test_every_device_has_its_part_of_weights_and_pasts():
   assert {s.data.shape for s in kernel.addressable_shards} == {
     (*whole[:2], whole[2] // 2)
   }
-  k = made._state.past.k
-  assert {s.data.shape for s in k.addressable_shards} == {
-    (k.shape[0] // 2, *k.shape[1:4], CONFIG.num_heads // 2, k.shape[-1])
-  }
+  assert heads_a_device(made._state.past) == CONFIG.num_heads // 2
+
+
+def heads_a_device(past):
+  (shape,) = {s.data.shape for s in past.k.addressable_shards}
+  whole = past.k.shape
+  assert (*shape[:4], shape[5]) == (whole[0] // 2, *whole[1:4], whole[5])
+  return shape[4]
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'heads', 'exchanged'),
+  [('stage=2,context=2', 1, True), ('stage=2,tensor=2,context=2', 1, False)],
+)
+def test_tokens_are_exchanged_for_heads_where_these_divide(
+  sizes, heads, exchanged
+):
+  mesh = meshes.make(meshes.parse(sizes))
+  made = stream('batched', mesh)
+  next(made)
+  assert heads_a_device(made._state.past) == heads
+  run = lambda params, x, text: DENOISER.flow(params, x, 0.5, text)[0]
+  x = np.zeros((1, 3, *toy_network.FRAME_SHAPE), np.float32)
+  with meshes.under(mesh):
+    text = jax.jit(DENOISER.project_text)(made._params, encode(['a']))
+    program = jax.jit(run).lower(made._params, x, text).compile().as_text()
+  assert ('all-to-all' in program) == exchanged
 
 
 @pytest.mark.parametrize(
