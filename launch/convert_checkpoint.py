@@ -23,6 +23,7 @@ Arrays go from file to file one at a time. Torch is needed for pickles (.pt,
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -152,7 +153,7 @@ def _written(out: pathlib.Path) -> dict[pathlib.Path, int]:
 
 
 def _to_ours(
-  out: pathlib.Path, loras: list[tuple[str, float]], bar: _Bar
+  out: pathlib.Path, loras: Sequence[lora_files.Given], bar: _Bar
 ) -> None:
   release = releases.locate(_WEIGHTS.value)
   if _BASE.value is not None:
@@ -171,7 +172,9 @@ def _to_ours(
   sections = None
   if release.transformer is not None:
     given = _FAMILY.value and families.get(_FAMILY.value)
-    family = released_family.find(_WEIGHTS.value, release, given or None)
+    family, loras = released_family.find(
+      *(_WEIGHTS.value, release, given or None), loras=loras
+    )
     if _ORDER.value is not None:
       family = dataclasses.replace(family, order=_ORDER.value)
     sections = family.sections()

@@ -21,7 +21,7 @@ from absl import flags
 
 from hiar_jax.evaluation import measures
 from hiar_jax.runtime import config_flag, errors
-from hiar_jax.sampling import loading, video_pipeline
+from hiar_jax.sampling import choice_flags, loading, video_pipeline
 from hiar_jax.weights import student_files
 
 _CONFIG = config_flag.define(required=True)
@@ -38,6 +38,7 @@ _WAYS = flags.DEFINE_list(
   ['step_first', 'step_first:shared', 'block_first'],
   'rows of the table: an order, or an order and a context with a colon',
 )
+_HELD = choice_flags.HeldFlags()
 _OUT = flags.DEFINE_string('out', None, 'also writes the numbers as JSON')
 
 
@@ -62,6 +63,7 @@ def main(argv):
       seed=_SEED.value,
       order=order,
       context=context or None,
+      **_HELD.past,
     )
     rows[way] = scores.score([video.frames for video in videos], prompts)
   print(
@@ -75,14 +77,16 @@ def main(argv):
 def _load(config, reads: Sequence[str]) -> video_pipeline.VideoPipeline:
   if _FOLDER.value is not None:
     config_flag.refuse_overrides_but('measures', *reads)
-    return loading.load(_FOLDER.value)
+    return loading.load(_FOLDER.value, **_HELD.weights)
   # Order and context are those of --ways.
   own = {*loading.READS, 'codec.path', 'measures'} - {'generate'}
   config_flag.refuse_overrides_but(*own, *reads)
   weights, codec = student_files.find(
     config, codec=config_flag.overrides().get('codec.path')
   )
-  return loading.from_config(config.to_dict(), weights=weights, codec=codec)
+  return loading.from_config(
+    config.to_dict(), weights=weights, codec=codec, **_HELD.weights
+  )
 
 
 if __name__ == '__main__':

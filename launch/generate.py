@@ -287,6 +287,7 @@ def _load(watch: stopwatch.Stopwatch) -> video_pipeline.VideoPipeline:
         weights=weights,
         codec=codec,
         mesh=_CHOICES.mesh,
+        **_CHOICES.held,
         **given,
       )
       pipeline = _CHOICES.apply(pipeline)

@@ -1,4 +1,7 @@
-"""Products with weights, and with the adapters that may stand beside them.
+"""Products with weights, and with what may stand beside them.
+
+That are adapters (models/lora.py), or the scales of weights in 8 bits
+(models/quantised.py).
 
 Weights are masters in float32 and computed with in `dtype`. Their gradient is a
 float32 sum from the products on: rounded to bfloat16 first, it would be so on
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from hiar_jax.models import lora
+from hiar_jax.models import lora, quantised
 
 # What remat calls the results: it does not look into what has a gradient of its
 # own, and so finds no products there.
@@ -24,6 +27,8 @@ PRODUCT = 'product'
 
 class Dense(nn.Module):
   """x kernel + bias, and x lora_down lora_up if the parameters have these.
+
+  The kernel may be in 8 bits, with its scales beside it.
 
   Attributes:
     features: O.
@@ -43,7 +48,12 @@ class Dense(nn.Module):
     kernel = self.param('kernel', self.kernel_init, shape)
     bias = self.param('bias', nn.initializers.zeros, shape[1:])
     x = x.astype(self.dtype)
-    out = affine(x, kernel, bias, self.precision)
+    scale, in_8_bits = quantised.of_module(self, 'kernel')
+    if scale is None:
+      out = affine(x, kernel, bias, self.precision)
+    else:
+      stored = quantised.Stored(kernel, scale)
+      out = stored_affine(x, stored, bias, in_8_bits, self.precision)
     if not self.has_variable('params', lora.DOWN):
       return out
     for name in (lora.DOWN, lora.UP):
@@ -56,6 +66,18 @@ def affine(
 ) -> jax.Array:
   """x kernel + bias in the dtype of x; gradients of the two in their own."""
   return checkpoint_name(_add(product(x, kernel, precision), bias), PRODUCT)
+
+
+def stored_affine(
+  x: jax.Array,
+  kernel: quantised.Stored,
+  bias: jax.Array,
+  in_8_bits: bool,
+  precision: Any = None,
+) -> jax.Array:
+  """`affine` with a kernel in 8 bits, which has no gradient."""
+  out = quantised.product(x, kernel, in_8_bits=in_8_bits, precision=precision)
+  return _add(out, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

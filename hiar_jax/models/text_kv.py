@@ -6,7 +6,7 @@ import flax.struct
 import jax
 from flax import linen as nn
 
-from hiar_jax.models import dense, sharding
+from hiar_jax.models import dense, quantised, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.norms import rms_norm
 
@@ -40,6 +40,13 @@ class StackedTextKV(nn.Module):
     def whole_rank(name):
       kernel = self.param(f'{name}_kernel', init, shape)
       bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[:2])
+      scale, in_8_bits = quantised.of_module(self, f'{name}_kernel')
+      if scale is not None:
+        stored = quantised.Stored(kernel, scale)
+        project_one = lambda one: dense.stored_affine(
+          x_BLD, one[0], one[1], in_8_bits
+        )
+        return jax.lax.map(project_one, (stored, bias))
       if cfg.is_unrolled:  # A small network: one product is faster.
         return jax.vmap(dense.affine, (None, 0, 0))(x_BLD, kernel, bias)
       # Layer by layer: divided kernels are gathered one at a time, of a 14B

@@ -8,8 +8,55 @@ from typing import Any
 from absl import flags
 
 from hiar_jax import rollout
+from hiar_jax.models import quantised
 from hiar_jax.sampling import choices, loading, meshes
-from hiar_jax.weights import families
+from hiar_jax.weights import families, held
+
+
+class HeldFlags:
+  """Those of what weights and past are held in. Made once a program."""
+
+  def __init__(self):
+    self._weights_dtype = flags.DEFINE_enum(
+      'weights_dtype',
+      None,
+      held.DTYPES,
+      "that weights are held in; default: their config's",
+    )
+    self._products_dtype = flags.DEFINE_enum(
+      'products_dtype',
+      None,
+      quantised.KINDS,
+      'of matrix products with weights in the same 8 bits; default: the dtype '
+      'of the passes',
+    )
+    self._past_dtype = flags.DEFINE_enum(
+      'past_dtype',
+      None,
+      quantised.KINDS,
+      'that keys and values of the past are held in; default: the dtype of the '
+      'passes',
+    )
+
+  @property
+  def weights(self) -> dict[str, Any]:
+    """Arguments of `held.Held`, `loading.load` and `from_config`.
+
+    Raises:
+      ValueError: if the flags do not go together.
+    """
+    made = {
+      'weights_dtype': self._weights_dtype.value,
+      'products_dtype': self._products_dtype.value,
+    }
+    held.Held(**made)
+    return made
+
+  @property
+  def past(self) -> dict[str, Any]:
+    """What was chosen of the past, as arguments of `choices.Choices`."""
+    past_dtype = self._past_dtype.value
+    return {} if past_dtype is None else {'past_dtype': past_dtype}
 
 
 class ChoiceFlags:
@@ -45,6 +92,7 @@ class ChoiceFlags:
       'pipeline, parts of heads and weights, parts of the tokens, and those '
       'that decode beside them; default: one device',
     )
+    self._held = HeldFlags()
     trained = "default: the weights'"
     self._steps = flags.DEFINE_list(
       'steps',
@@ -95,6 +143,7 @@ class ChoiceFlags:
     }
     if self._steps.value:
       made['steps'] = _steps(self._steps.value)
+    made |= self._held.past
     choices.Choices(**made)
     return made
 
@@ -109,6 +158,11 @@ class ChoiceFlags:
       meshes.make(meshes.parse(self._mesh.value))
     return self._mesh.value
 
+  @property
+  def held(self) -> dict[str, Any]:
+    """See `HeldFlags.weights`."""
+    return self._held.weights
+
   def load(self, name: str, **options: Any) -> Any:
     """`loading.load` of --pipeline, run as chosen."""
     return loading.load(
@@ -117,6 +171,7 @@ class ChoiceFlags:
       family=self._family.value,
       vae=self._vae.value,
       mesh=self.mesh,
+      **self.held,
       **options,
       **self.made,
     )

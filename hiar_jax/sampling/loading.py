@@ -3,7 +3,6 @@
 pipe = loading.load('bouncing')
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from hiar_jax.weights import (
   conversion,
   conversion_cache,
   families,
+  held,
   hub,
   layouts,
   lora_files,
@@ -67,6 +67,8 @@ def load(
   text_cache: str | pathlib.Path | None = None,
   loras: Sequence[lora_files.Given] = (),
   mesh: jax.sharding.Mesh | str | None = None,
+  weights_dtype: str | None = None,
+  products_dtype: str | None = None,
   **chosen: Any,
 ) -> VideoPipeline:
   """Reads a pipeline with its trained weights.
@@ -93,6 +95,8 @@ def load(
     text_cache: likewise.
     loras: likewise.
     mesh: likewise.
+    weights_dtype: likewise.
+    products_dtype: likewise.
     **chosen: order, window, sink, height, width, ..., instead of what the
       weights were trained for: see `choices.Choices`.
 
@@ -102,14 +106,21 @@ def load(
     FileNotFoundError: if a file is missing from the folder.
   """
   compiled_programs.keep()
-  choices.Choices(**chosen)  # What is wrong is said before files are read.
+  # What is wrong is said before files are read.
+  says = [str(held.Held(weights_dtype, products_dtype))]
+  if past := choices.Choices(**chosen).past_dtype:
+    says.append(f'past in {past}')
   known = None if family is None else families.get(family)
   folder = None if base is not None else _own_folder(name_or_path)
   if folder is None:
     needs = ['transformer'] if vae is not None else ['transformer', 'vae']
     if text_encoder in text_umt5.CHOICES:
       needs += ['text_encoder', 'tokenizer']
-    folder, known = _converted(name_or_path, base, needs, known, loras)
+    folder, known, loras = _converted(
+      name_or_path, base, needs, known, loras, says
+    )
+  elif any(says):
+    print(f'note: {name_or_path}: {_listed(says)}', file=sys.stderr)
   config = safetensors_io.read_json(folder / layouts.CONFIG_FILE)
   if config.get(layouts.IS_BASE_MODEL) and (known is None or known.is_base):
     print(f'note: {_BASE_MODEL_NOTE.format(name_or_path)}', file=sys.stderr)
@@ -128,6 +139,8 @@ def load(
     text_cache=text_cache,
     loras=loras,
     mesh=mesh,
+    weights_dtype=weights_dtype,
+    products_dtype=products_dtype,
   )
   pipeline = choices.apply(pipeline, **chosen)
   return pipeline if 'tiles' in chosen else tiling.fitting(pipeline)
@@ -156,8 +169,12 @@ def _converted(
   needs: Sequence[str],
   family: families.Family | None,
   loras: Sequence[lora_files.Given],
-) -> tuple[pathlib.Path, families.Family]:
-  """The converted folder of published weights, and what they are."""
+  says: Sequence[str],
+) -> tuple[pathlib.Path, families.Family, Sequence[lora_files.Given]]:
+  """The converted folder of published weights, what they are, and their LoRAs.
+
+  `says` is told beside that.
+  """
   names = releases.split_names(name)
   for one in names if len(names) == 1 else ():
     _check_named(one)
@@ -165,11 +182,19 @@ def _converted(
 
   def look(release: releases.Release) -> None:
     known.append(
-      released_family.find(name, release, family, has_lora=bool(loras))
+      released_family.find(
+        *(name, release, family),
+        loras=loras,
+        also=_listed(says),
+      )
     )
 
   folder = conversion_cache.cached(name, base=base, needs=needs, check=look)
-  return folder, known[0]
+  return folder, *known[0]
+
+
+def _listed(says: Sequence[str]) -> str:
+  return ', '.join(filter(None, says))
 
 
 def _check_named(name: Path) -> None:
@@ -203,6 +228,8 @@ def from_config(
   text_cache: str | pathlib.Path | None = None,
   loras: Sequence[lora_files.Given] = (),
   mesh: jax.sharding.Mesh | str | None = None,
+  weights_dtype: str | None = None,
+  products_dtype: str | None = None,
 ) -> VideoPipeline:
   """Builds a pipeline from a config and two files.
 
@@ -221,6 +248,9 @@ def from_config(
     mesh: of `meshes.make`, or a text such as 'stage=4,tensor=2': the weights
       are put where its passes take them, array by array, and a device has no
       more of them than its part; None: one device.
+    weights_dtype: what they are held in, instead of the config's, see
+      `held.Held`; LoRA files are added before.
+    products_dtype: likewise.
 
   Raises:
     ValueError: if a section is missing, a value is out of range, or a file is
@@ -232,6 +262,7 @@ def from_config(
   missing = [name for name in needed if name not in config]
   if missing:
     raise ValueError(f'the config has no {missing}; generation needs them')
+  how = held.Held(weights_dtype, products_dtype)
   denoiser = Denoiser(WanConfig(**config['model']))
   _check_parts(config, denoiser, weights, codec)
   added = lora_files.open_all(loras, denoiser.config)
@@ -251,15 +282,14 @@ def from_config(
   rollout_config = rollout.RolloutConfig(**given, **config['rollout'])
   # The shapes alone: random weights would take longer than reading real ones.
   abstract = jax.eval_shape(lambda: denoiser.init(jax.random.key(0)))
-  dtype = config.get('weights_dtype', 'float32')
+  abstract = how.shapes(abstract, config.get('weights_dtype', 'float32'))
   decoders: list[jax.Device] = []
   if isinstance(mesh, str):
     sizes = meshes.parse(mesh)
     mesh, decoders = meshes.make(sizes), meshes.decoders(sizes)
   meshes.check_model(denoiser.config, mesh)
   # Onto the devices array by array: the whole is not held twice.
-  abstract = meshes.abstract_params(denoiser, abstract, dtype, mesh)
-  merge = functools.partial(lora_files.merge_stacked, added)
+  abstract = meshes.abstract_params(denoiser, abstract, mesh)
   # Before the codec: a folder that is not there has neither.
   networks.open_whole(weights)
   opened = _load_codec(codec, config)
@@ -283,7 +313,7 @@ def from_config(
     params=networks.load_weights(
       weights,
       abstract,
-      change=merge if added else None,
+      change=lora_files.Merge(added) if added else None,
     ),
     encoder=taught.TaughtEncoder(
       encoder, config.get('prompts', {}).get('source')
@@ -291,7 +321,7 @@ def from_config(
     codec=opened,
     rollout=rollout_config,
     schedule=config['schedule'],
-    identity=_identity(config, weights, codec, added),
+    identity=_identity(config, weights, codec, added, how),
     mesh=mesh,
     **config['generate'],
   )
@@ -302,8 +332,9 @@ def _identity(
   weights: Path,
   codec: Path,
   loras: Sequence[lora_files.LoRA],
+  how: held.Held,
 ) -> str:
-  """Differs between weights, by a part of them."""
+  """Differs between weights, by a part of them, and what they are held in."""
   digest = hashlib.sha256(networks.open_weights(weights).digest().encode())
   if 'vae' in config:
     digest.update(networks.open_weights(codec).digest().encode())
@@ -312,6 +343,7 @@ def _identity(
       digest.update(file.read(_DIGEST_BYTES))
   for one in loras:
     digest.update(f'{one.digest()} {one.scale}'.encode())
+  digest.update(str(how).encode())
   return digest.hexdigest()
 
 

@@ -170,15 +170,12 @@ def lay_out(tree: Any, mesh: Mesh | None, specs: Any = None) -> Any:
   )
 
 
-def abstract_params(
-  denoiser: Denoiser, shapes: Any, dtype: Any, mesh: Mesh | None
-) -> Any:
+def abstract_params(denoiser: Denoiser, shapes: Any, mesh: Mesh | None) -> Any:
   """Weights to be read, each array at the place where passes take it.
 
   Args:
     denoiser: whose they are.
-    shapes: of them, a tree of ShapeDtypeStructs.
-    dtype: to read them in.
+    shapes: of them as they are held, a tree of ShapeDtypeStructs.
     mesh: of `make`; None: one device.
   """
   alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -193,7 +190,7 @@ def abstract_params(
     whole = NamedSharding(mesh, PartitionSpec())
     where = jax.tree.map(lambda _: whole, shapes)
   return jax.tree.map(
-    lambda a, place: jax.ShapeDtypeStruct(a.shape, dtype, sharding=place),
+    lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
     shapes,
     where,
   )

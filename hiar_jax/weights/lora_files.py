@@ -36,6 +36,7 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.weights import (
   finite,
   foreign,
+  hub,
   identity,
   networks,
   safetensors_io,
@@ -182,7 +183,7 @@ def open_lora(
   """Opens a file and checks that all of it is for a network.
 
   Args:
-    path: safetensors, or a torch pickle.
+    path: safetensors, or a torch pickle; or a hub's 'owner/name:file'.
     model: of the network.
     scale: how much of it is added; 1 is as it was trained.
 
@@ -191,7 +192,9 @@ def open_lora(
     ValueError: if it is no LoRA, one of another kind or of another network, or
       has names that match nothing.
   """
-  path = pathlib.Path(path).expanduser()
+  name, path = str(path), pathlib.Path(path).expanduser()
+  if not path.exists() and hub.is_name(name):
+    path = hub.download(name)
   if not path.is_file():
     raise FileNotFoundError(f'no LoRA at {path}')
   if not np.isfinite(scale):
@@ -230,11 +233,21 @@ def open_lora(
 
 def open_all(loras: Sequence[Given], model: WanConfig) -> list[LoRA]:
   """Opens files that are given as a path, or as a path and a scale."""
-  opened = []
-  for one in loras:
-    path, scale = (one, 1.0) if isinstance(one, str | os.PathLike) else one
-    opened.append(open_lora(path, model, scale=float(scale)))
-  return opened
+  return [
+    open_lora(path, model, scale=scale) for path, scale in with_scales(loras)
+  ]
+
+
+def with_scales(
+  loras: Sequence[Given],
+) -> list[tuple[str | os.PathLike, float]]:
+  """Each as a path and a scale."""
+  return [
+    (one, 1.0)
+    if isinstance(one, str | os.PathLike)
+    else (one[0], float(one[1]))
+    for one in loras
+  ]
 
 
 def parse_flag(value: str) -> tuple[str, float]:
@@ -268,17 +281,25 @@ def merge(
   return array.astype(np.float32) + sum(added)
 
 
-def merge_stacked(
-  loras: Sequence[LoRA], path: str, array: np.ndarray, dtype: np.dtype
-) -> np.ndarray:
-  """As `merge`, of an array of all layers; layer by layer, in a dtype."""
-  stacked = {p for one in loras for p, i in one.places if i is not None}
-  if path not in stacked:
-    return merge(loras, path, None, array)
-  merged = np.empty(array.shape, dtype)
-  for index in range(len(array)):
-    merged[index] = merge(loras, path, index, array[index])
-  return merged
+class Merge:
+  """What is added to the arrays of a network, by their paths."""
+
+  def __init__(self, loras: Sequence[LoRA]):
+    self._loras = loras
+    self._places = {place for one in loras for place in one.places}
+
+  def __contains__(self, path: str) -> bool:
+    return any(path == own for own, _ in self._places)
+
+  def is_stacked(self, path: str) -> bool:
+    """Whether it is added layer by layer."""
+    return any(p == path and i is not None for p, i in self._places)
+
+  def __call__(
+    self, path: str, index: int | None, array: np.ndarray
+  ) -> np.ndarray:
+    """See `merge`."""
+    return merge(self._loras, path, index, array)
 
 
 # --- Names.

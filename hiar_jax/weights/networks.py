@@ -7,7 +7,7 @@ Weights are shipped as safetensors, one file of nested names such as
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,12 @@ import safetensors
 import safetensors.numpy
 
 from hiar_jax.runtime import files
-from hiar_jax.weights import finite, orbax_weights, safetensors_io
+from hiar_jax.weights import (
+  finite,
+  orbax_weights,
+  placing,
+  safetensors_io,
+)
 
 
 def save_weights(
@@ -58,18 +63,19 @@ def load_weights(
   path: str | os.PathLike,
   abstract_params: Any,
   *,
-  change: Callable[[str, np.ndarray, np.dtype], np.ndarray] | None = None,
+  change: placing.Change | None = None,
 ) -> Any:
   """Reads stored weights into the structure of `abstract_params`.
 
-  One array at a time: beside the result, memory is needed for the largest.
+  Part by part, see `placing`: beside the result, memory is needed for the
+  largest array at most.
 
   Args:
     path: see `open_weights`.
     abstract_params: nested dict of arrays or ShapeDtypeStructs; values are
-      cast to its dtypes and, where it has shardings, put onto the devices.
-    change: of an array by its path, told the dtype that it is cast to; None:
-      none.
+      cast to its dtypes and, where it has shardings, put onto the devices. A
+      matrix in 8 bits has its scales beside it, see `quantised.shapes`.
+    change: what is done to some on the way.
 
   Returns:
     Nested dict of NumPy arrays, or jax.Arrays where there is a sharding.
@@ -81,23 +87,12 @@ def load_weights(
   """
   wanted = _flatten_params(abstract_params)
   reader = open_whole(path)
-  check_structure(pathlib.Path(path), shapes(reader.entries), shapes(wanted))
-  if isinstance(reader, orbax_weights.Reader):
-    loaded = reader.load(wanted)
-    counts = {k: (finite.count(a), a.size) for k, a in loaded.items()}
-    if change is not None:
-      for name, leaf in wanted.items():
-        array = np.asarray(loaded[name])
-        if (changed := change(name, array, leaf.dtype)) is not array:
-          loaded[name] = _place(changed, leaf)
-  else:
-    loaded, counts = {}, {}
-    for name, leaf in wanted.items():
-      array = reader.read(name)
-      counts[name] = finite.count(array), array.size
-      if change is not None:
-        array = change(name, array, leaf.dtype)
-      loaded[name] = _place(array, leaf)
+  check_structure(
+    pathlib.Path(path),
+    shapes(reader.entries),
+    shapes(placing.stored_names(wanted)),
+  )
+  loaded, counts = placing.load(reader, wanted, change)
   finite.check(path, counts)
   return _unflatten(loaded)
 
@@ -225,17 +220,3 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
       node = node.setdefault(parent, {})
     node[last] = value
   return tree
-
-
-def _place(array: np.ndarray, like: Any) -> np.ndarray | jax.Array:
-  array = array.astype(like.dtype, copy=False)
-  sharding = getattr(like, 'sharding', None)
-  if sharding is None:
-    return array
-  if not sharding.is_fully_addressable:
-    # `device_put` would send all of it to the other processes, to compare.
-    return jax.make_array_from_callback(
-      array.shape, sharding, lambda index: array[index]
-    ).block_until_ready()
-  # Waited for: the next array would be read before this one is let go.
-  return jax.device_put(array, sharding).block_until_ready()

@@ -133,6 +133,29 @@ class Reader:
     row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
     return self._read(entry, start * row, (stop - start, *entry.shape[1:]))
 
+  def read_part(self, name: str, part: Sequence[slice]) -> np.ndarray:
+    """Reads a part of an array, and of the file little else.
+
+    Args:
+      name: of the array.
+      part: a slice of every axis, without steps.
+    """
+    shape = self.entries[name].shape
+    whole = [s.indices(n) == (0, n, 1) for s, n in zip(part, shape)]
+    if all(whole[1:]):
+      return self.read(name, *part[:1])
+    if len(shape) < 3:
+      return self._cut(name, 0, shape, part)
+    start, stop, _ = part[0].indices(shape[0])
+    size = math.prod(shape[1:])
+    # Of a stack one layer is mapped at a time.
+    return np.stack(
+      [
+        self._cut(name, i * size, shape[1:], part[1:])
+        for i in range(start, stop)
+      ]
+    )
+
   def digest(self) -> str:
     """Differs between weights: a hash of names, shapes and some numbers.
 
@@ -146,6 +169,21 @@ class Reader:
         file.seek(entry.offset)
         digest.update(file.read(min(entry.num_bytes, _DIGEST_BYTES)))
     return digest.hexdigest()
+
+  def _cut(
+    self, name: str, first: int, shape: tuple, part: Sequence[slice]
+  ) -> np.ndarray:
+    """A part of an array that begins at a number of the entry's."""
+    entry = self.entries[name]
+    offset = entry.offset + first * entry.dtype.itemsize
+    try:
+      mapped = np.memmap(entry.file, entry.dtype, 'r', offset, shape)
+    except ValueError as error:
+      raise ValueError(
+        f'{entry.file} was cut while it was being read'
+      ) from error
+    # A copy: as long as it is mapped, what was read counts as memory.
+    return np.array(mapped[tuple(part)])
 
   def _read(self, entry: Entry, skip: int, shape: tuple) -> np.ndarray:
     # Read, not mapped: mapped pages would count as this process's memory.
