@@ -13,7 +13,8 @@ Values are those of each release's own inference configuration:
   Self-Forcing        github.com/guandeh17/Self-Forcing, arXiv:2506.08009
   Causal-Forcing, ++  github.com/thu-ml/Causal-Forcing, arXiv:2602.02214,
                       arXiv:2605.15141
-  CausVid             github.com/tianweiy/CausVid, arXiv:2412.07772
+  CausVid             github.com/tianweiy/CausVid, arXiv:2412.07772; of 14B
+                      that of github.com/ModelTC/LightX2V
   LongLive            github.com/NVlabs/LongLive, arXiv:2509.22622
 """
 
@@ -127,6 +128,12 @@ FAMILIES = {
     # Its steps are not warped: timesteps as they stand.
     Family('causvid', 'CausVid', steps=(1000, 757, 522), shift=1.0),
     Family('causvid-4step', 'CausVid, 4 warped steps', shift=8.0),
+    Family(
+      'causvid-14b',
+      'CausVid, 14B',
+      steps=(999, 934, 862, 756, 603, 410, 250, 140, 74),
+      shift=1.0,
+    ),
     Family('longlive', 'LongLive', window=12, sink=3, lora='lora.pt'),
     Family(
       'wan2.1',
@@ -166,7 +173,7 @@ _OTHERS = (
     'which a student of few steps is distilled',
   ),
   (
-    r'bidirectional-checkpoint|step-?distill|cfg-?distill',
+    r'bidirectional-checkpoint|step-?distill|cfg-?distill|causvid-?bidirect',
     'a bidirectional student of few steps, which makes a whole clip at once '
     'and no blocks',
   ),
@@ -178,8 +185,8 @@ _VARIANTS = {
   ),
   'causvid*': (
     (r'4-?step', 'causvid-4step'),
-    # Others' students of that size have steps of their own.
-    (r'^(?!.*14b)', 'causvid'),
+    (r'14b', 'causvid-14b'),
+    (r'', 'causvid'),
   ),
 }
 

@@ -32,7 +32,11 @@ PICKLES = ('.pt', '.pth', '.bin', '.ckpt')
 # What a training run of Self-Forcing, CausVid or HiAR keeps its network under,
 # best first: the average is what is sampled from.
 AVERAGE = 'generator_ema'
-MEMBERS = (AVERAGE, 'generator', 'model', 'state_dict', 'module')
+MEMBERS = (
+  *(AVERAGE, 'generator', 'model', 'state_dict', 'module'),
+  # LongLive's trainer keeps the LoRA of its network beside that of its critic.
+  'generator_lora',
+)
 
 _WRAPPERS = re.compile(
   r'(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.'

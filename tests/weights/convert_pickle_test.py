@@ -14,6 +14,7 @@ from hiar_jax.weights import (
   foreign,
   identity,
   layouts,
+  lora_files,
   releases,
   safetensors_io,
 )
@@ -93,6 +94,31 @@ def test_training_checkpoint_comes_back_bit_by_bit(tmp_path, wan_state):
     same(read(file), state)
   with pytest.raises(ValueError, match="has no 'student'; it has .'generator'"):
     foreign.StateDict(path, member='student')
+
+
+def test_the_lora_of_a_trainers_pickle_is_that_of_its_network(
+  tmp_path, wan_state
+):
+  name = 'blocks.1.ffn.2'
+  outputs, inputs = wan_state[f'{name}.weight'].shape
+
+  def factors(value):
+    stem = f'base_model.model.{name}'
+    return {
+      f'{stem}.lora_A.weight': torch.full((3, inputs), value),
+      f'{stem}.lora_B.weight': torch.full((outputs, 3), value),
+    }
+
+  path = tmp_path / 'lora.pt'
+  torch.save(
+    {'generator_lora': factors(0.5), 'critic_lora': factors(7.0), 'step': 7},
+    path,
+  )
+  opened = lora_files.open_lora(path, fake_release.CONFIGS['transformer'])
+  # Alpha is the rank where nothing says another.
+  np.testing.assert_allclose(
+    opened.added('layers/ffn_out/kernel', 1), np.full((inputs, outputs), 0.75)
+  )
 
 
 def test_wans_own_pickles_are_found_and_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from hiar_jax.sampling import loading
@@ -29,6 +30,8 @@ _LATENTS = (4, 4)
       'CausVid/autoregressive_checkpoint_warp_4step_cfg2/model.pt',
       'causvid-4step',
     ),
+    ('Wan2.1-T2V-14B-CausVid/model.pt', 'causvid-14b'),
+    ('Wan21_CausVid_14B_T2V_lora_rank32.safetensors', 'causvid-14b'),
     ('Efficient-Large-Model/LongLive/models/longlive_base.pt', 'longlive'),
     ('Wan2_1-T2V-1_3B_fp8_e4m3fn.safetensors', 'wan2.1'),
     ('Wan2.1-T2V-14B/diffusion_pytorch_model.safetensors.index.json', 'wan2.1'),
@@ -48,7 +51,7 @@ def test_a_release_is_told_by_what_it_is_called(name, family):
   'name',
   [
     *('model.pt', 'causal_forcing.pt', '/home/hiar_jax/weights/last/model.pt'),
-    *('hiar/runs/student/last/model.pt', 'Wan2.1-T2V-14B-CausVid/model.pt'),
+    'hiar/runs/student/last/model.pt',
   ],
 )
 def test_what_names_do_not_tell_is_asked_for(name):
@@ -70,6 +73,10 @@ def test_a_config_json_tells_of_the_base_alone_and_after_the_names():
     ('Causal-Forcing/chunkwise/ar_diffusion.pt', 'of many steps'),
     ('tianweiy/CausVid/bidirectional_checkpoint2/model.pt', 'a bidirectional'),
     ('Wan2.1-T2V-14B-StepDistill-CfgDistill/model.pt', 'a bidirectional'),
+    (
+      'Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors',
+      'a bidirectional',
+    ),
   ],
 )
 def test_what_makes_no_blocks_in_few_steps_is_refused_by_name(name, message):
@@ -85,7 +92,54 @@ def released(tmp_path_factory):
   state = fake_release.state_dict('transformer', 'wan')
   for name in ('self_forcing_dmd', 'framewise-2step', 'longlive_base', 'mine'):
     fake_release.write(root / f'{name}.safetensors', state)
+  folder = root / 'LongLive' / 'models'
+  fake_release.write(folder / 'longlive_base.safetensors', state)
+  # Told by what it holds: named as a pickle, and none.
+  fake_release.write(folder / 'lora.pt', longlive_lora(state))
+  causvid = 'Wan21_CausVid_14B_T2V_lora_rank32.safetensors'
+  fake_release.write(root / 'loras' / causvid, causvid_lora(state))
+  fake_release.write(root / 'loras' / 'style.safetensors', causvid_lora(state))
   return root
+
+
+def longlive_lora(state):
+  """As PEFT names it, alpha its rank: every matrix of every block."""
+  rng = np.random.default_rng(2)
+  arrays = {}
+  for name, array in state.items():
+    if name.startswith('blocks.') and array.ndim == 2:
+      stem = f'base_model.model.{name.removesuffix(".weight")}'
+      draw = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)
+      arrays[f'{stem}.lora_A.weight'] = draw(4, array.shape[1])
+      arrays[f'{stem}.lora_B.weight'] = draw(array.shape[0], 4)
+  return arrays
+
+
+def causvid_lora(state):
+  """As it was extracted: factors of matrices, differences of the rest."""
+  rng = np.random.default_rng(3)
+  draw = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)
+  arrays = {}
+  for name, array in state.items():
+    stem, _, last = f'diffusion_model.{name}'.rpartition('.')
+    if last == 'bias':
+      arrays[f'{stem}.diff_b'] = draw(*array.shape)
+    elif array.ndim == 2 and last == 'weight':
+      arrays[f'{stem}.lora_down.weight'] = draw(2, array.shape[1])
+      arrays[f'{stem}.lora_up.weight'] = draw(array.shape[0], 2)
+    elif last == 'weight':
+      arrays[f'{stem}.diff'] = draw(*array.shape)
+    elif last == 'modulation':
+      arrays[f'{stem}.diff_m'] = draw(*array.shape)
+  return arrays
+
+
+def added(arrays, stem):
+  """What a LoRA file adds to a matrix, [O, I]."""
+  for up, down in (('lora_B', 'lora_A'), ('lora_up', 'lora_down')):
+    if f'{stem}.{up}.weight' in arrays:
+      return arrays[f'{stem}.{up}.weight'] @ arrays[f'{stem}.{down}.weight']
+  raise AssertionError(stem)
 
 
 @pytest.fixture
@@ -104,9 +158,15 @@ def load(released, tmp_path_factory, monkeypatch):
     'cached',
     lambda *a, **kwargs: whole(*a, options=small, **kwargs),
   )
-  return lambda name, **kwargs: loading.load(
-    released / f'{name}.safetensors', base=released / 'base', **kwargs
-  )
+
+  def load(name, **kwargs):
+    path = released / name
+    if path.is_dir():
+      return loading.load(path, **kwargs)
+    path = path.with_name(f'{path.name}.safetensors')
+    return loading.load(path, base=released / 'base', **kwargs)
+
+  return load
 
 
 def test_a_student_is_run_as_its_name_tells_and_a_line_says_so(load, capsys):
@@ -126,6 +186,65 @@ def test_each_family_has_its_own_window_sink_and_steps(load, capsys):
   few = load('framewise-2step').rollout
   assert (few.frames_per_block, few.num_steps) == (1, 2)
   assert few.of_block(0).num_steps == 4 and few.of_block(1).num_steps == 2
+
+
+def test_longlive_is_its_base_with_the_lora_that_lies_beside_it(
+  load, released, capsys
+):
+  plain = load('longlive_base')
+  capsys.readouterr()
+  pipe = load('LongLive/models/longlive_base')
+  said = capsys.readouterr().err
+  assert said.count('\n') == 1
+  assert (
+    'LongLive: block_first' in said and 'lora.pt beside it is merged' in said
+  )
+  state = fake_release.state_dict('transformer', 'wan')
+  for name, path in (
+    ('self_attn.q', 'self_attention/q'),
+    ('ffn.0', 'ffn_in'),
+  ):
+    mine, base = (p.params['layers'] for p in (pipe, plain))
+    for key in path.split('/'):
+      mine, base = mine[key], base[key]
+    expected = added(
+      longlive_lora(state), f'base_model.model.blocks.1.{name}'
+    ).T
+    np.testing.assert_allclose(
+      mine['kernel'][1] - base['kernel'][1], expected, atol=1e-5
+    )
+
+
+def test_the_lora_of_a_student_makes_the_base_that_student(
+  load, released, capsys
+):
+  loras = released / 'loras'
+  causvid = loras / 'Wan21_CausVid_14B_T2V_lora_rank32.safetensors'
+  pipe = load('base', loras=[causvid, (loras / 'style.safetensors', 0.5)])
+  said = capsys.readouterr().err
+  assert 'CausVid, 14B: block_first' in said
+  assert "by the name 'Wan21_CausVid_14B_T2V_lora_rank32.safetensors'" in said
+  assert pipe.rollout.num_steps == 9
+  state = fake_release.state_dict('transformer', 'wan')
+  arrays = causvid_lora(state)
+  stem = 'diffusion_model.blocks.1.cross_attn.o'
+  read = pipe.params['layers']['cross_attention']['o']
+  for mine, own, more in (
+    (
+      read['kernel'][1],
+      state['blocks.1.cross_attn.o.weight'].T,
+      added(arrays, stem).T,
+    ),
+    (
+      read['bias'][1],
+      state['blocks.1.cross_attn.o.bias'],
+      arrays[f'{stem}.diff_b'],
+    ),
+  ):
+    np.testing.assert_allclose(mine, own + 1.5 * more, atol=1e-5)
+  # A student stays what it is, whatever is added to it.
+  load('self_forcing_dmd', loras=[causvid])
+  assert 'Self-Forcing: block_first' in capsys.readouterr().err
 
 
 def test_a_student_whose_name_tells_nothing_is_asked_for(load, released):
