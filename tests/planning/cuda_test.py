@@ -129,7 +129,7 @@ def test_the_tiny_vae_has_a_plan():
       'h100:1x1x1', frames=3, latent_height=8, latent_width=8
     )
   assert found.fits and 'tiny VAE decode, 3 latent' in found.table()
-  # A frame of each memory block: 3 of 256 channels, ..., 64, twice as wide each.
+  # A frame of each memory block: 3 of 256 channels, then fewer, twice as wide.
   frame = 4 * 8 * 8
   assert found.state == 3 * frame * (256 + 128 * 4 + 64 * 16)
 
