@@ -18,11 +18,13 @@ class Array:
     dtype: such as 'bf16'.
     shape: its sizes.
     on_chip: whether it lies in a memory of the chip's own (a TPU's VMEM).
+    layout: as the compiler writes it, such as '{1,0:T(8,128)}'.
   """
 
   dtype: str
   shape: tuple[int, ...]
   on_chip: bool = False
+  layout: str = ''
 
   @property
   def size(self) -> int:
@@ -32,6 +34,20 @@ class Array:
   def num_bytes(self) -> int:
     bits = re.match(r'[a-z]+(\d+)', self.dtype)
     return self.size * max(int(bits[1]) if bits else 8, 8) // 8
+
+  @property
+  def held_bytes(self) -> int:
+    """With the innermost axes filled up to whole tiles."""
+    order = re.match(r'\{([\d,]+)', self.layout)
+    tile = re.search(r'T\((\d+),(\d+)\)', self.layout)
+    if order is None or tile is None or not self.size:
+      return self.num_bytes
+    padded = self.num_bytes
+    # The innermost axis is the second of a tile.
+    for axis, step in zip(_ints(order[1]), (int(tile[2]), int(tile[1]))):
+      size = self.shape[axis]
+      padded = padded // size * (-(-size // step) * step)
+    return padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +210,7 @@ def trips(program: Program, loop: Instruction) -> int | None:
 def arrays(text: str) -> tuple[Array, ...]:
   """All arrays that a shape names, as the compiler writes it."""
   return tuple(
-    Array(dtype, _ints(sizes.replace('<=', '')), 'S(1)' in layout)
+    Array(dtype, _ints(sizes.replace('<=', '')), 'S(1)' in layout, layout)
     for dtype, sizes, layout in _ARRAY.findall(text)
   )
 

@@ -80,6 +80,7 @@ class PartPlan:
         ('state between calls', gigabytes(self.state)),
         ('other arguments', gigabytes(other)),
         ('temporaries', temporaries),
+        *planning_stream.largest_rows(program.hlo),
         ('FLOPs', f'{self.flops / 1e12:.3g} T, {self.flops_from}'),
         (
           'time at peak rate (modelled)',

@@ -31,7 +31,7 @@ from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops
 from hiar_jax.models.config import WanConfig
-from hiar_jax.planning import chips, roofline, traffic
+from hiar_jax.planning import chips, hlo, peak, roofline, traffic
 from hiar_jax.rollout import RolloutConfig
 from hiar_jax.sampling import block_stream, executors, pipeline, streaming
 
@@ -143,6 +143,7 @@ class Plan:
       ('caches', gigabytes(self.caches)),
       ('other arguments', gigabytes(self.other)),
       ('temporaries', temporaries),
+      *largest_rows(self.hlo),
       (f'FLOPs a {self.unit} and chip', f'{flops.total / 1e12:.3g} T: {parts}'),
       (
         f'{self.unit} at peak rate (modelled)',
@@ -180,6 +181,13 @@ def compiler_estimate(
     # It counts the body of a loop once, and a kernel as nothing.
     estimate += ', not to be used: less than at peak rate'
   return estimate
+
+
+def largest_rows(text: str) -> list[tuple[str, str]]:
+  """A row of what is largest at a program's peak, if there is a program."""
+  if not text:
+    return []
+  return [('- the largest (estimated)', peak.largest(hlo.parse(text)))]
 
 
 def markdown(rows: list[tuple[str, str]]) -> str:

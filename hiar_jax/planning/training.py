@@ -68,6 +68,7 @@ class TrainingPlan:
     refusal: see planning.Plan.
     proposal: see `propose`, where this does not fit.
     at_best: work of one chip.
+    hlo: the compiled program.
   """
 
   part: str
@@ -81,6 +82,7 @@ class TrainingPlan:
   refusal: str = ''
   proposal: str = ''
   at_best: roofline.Roofline | None = None
+  hlo: str = dataclasses.field(default='', repr=False)
 
   @property
   def kind(self) -> str:
@@ -137,6 +139,7 @@ class TrainingPlan:
       ('fits', fits),
       *((name, gigabytes(size)) for name, size in self.held.items()),
       ('temporaries', temporaries),
+      *planning_stream.largest_rows(self.hlo),
       (
         'FLOPs, all chips',
         f'{sum(self.flops.values()) / 1e15:.4g} P: {flops}',
@@ -207,6 +210,7 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
     at_best=program.at_best(topology, unknown_trips=unknown_trips),
     compile_seconds=program.compile_seconds,
     refusal=program.refusal,
+    hlo=program.hlo,
   )
   if plan.fits or part == 'trajectory':
     return plan
