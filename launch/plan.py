@@ -19,6 +19,7 @@ work together: give the topology of one host, or of all with `together`.
   hiar-jax plan --config=hiar_1_3b --topology v5p:2x2x1 --part=trajectory
 """
 
+import dataclasses
 import os
 
 # Before jax is loaded: with libtpu installed it would look for a TPU.
@@ -34,8 +35,9 @@ from hiar_jax.planning import programs
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning import training as planning_training
 from hiar_jax.runtime import config_flag, errors
-from hiar_jax.sampling import streaming
+from hiar_jax.sampling import choice_flags, meshes, streaming
 from hiar_jax.training import distillation_phase, network_files, phase_parts
+from hiar_jax.weights import held
 
 _CONFIG = config_flag.define(required=True)
 _TOPOLOGY = flags.DEFINE_string(
@@ -84,6 +86,13 @@ _TILES = flags.DEFINE_integer(
 _DECODE = flags.DEFINE_integer(
   'decode', 1, 'with --part=vae: chips that share the rows', 1
 )
+_HELD = choice_flags.HeldFlags()
+_MESH = flags.DEFINE_string(
+  'mesh',
+  None,
+  'of a stream: how the chips are divided, such as stage=2,tensor=2; default: '
+  'into stages alone',
+)
 
 
 def main(argv):
@@ -96,15 +105,26 @@ def main(argv):
   config_flag.refuse_overrides_but(*_READS.get(_PART.value, _READS_OF_TRAINING))
   settings = config.plan.to_dict()
   topology = _TOPOLOGY.value or settings['topology']
+  chosen = {k: v for k, v in _HELD.weights.items() if v is not None}
+  past = _HELD.past.get('past_dtype')
+  if _PART.value != 'stream' and (chosen or past or _MESH.value):
+    raise ValueError(
+      '--weights_dtype, --products_dtype, --past_dtype and --mesh go with '
+      '--part=stream'
+    )
   if _PART.value == 'stream':
+    settings |= chosen
     plan = planning_stream.plan_tick(
       Denoiser(WanConfig(**config.model)),
-      phase_parts.rollout_config(config),
+      dataclasses.replace(phase_parts.rollout_config(config), past_dtype=past),
       **(settings | {'topology': topology, 'mode': _MODE.value}),
+      mesh=None if _MESH.value is None else meshes.parse(_MESH.value),
     )
+    weights = held.Held(settings['weights_dtype'], chosen.get('products_dtype'))
     print(
-      f'{config.name}, {settings["batch_size"]} video, weights in '
-      f'{settings["weights_dtype"]}, attention {config.model.attention!r}\n'
+      f'{config.name}, {settings["batch_size"]} video, {weights}'
+      f'{"" if past is None else f", past in {past}"}, attention '
+      f'{config.model.attention!r}\n'
     )
   elif _PART.value == 'vae':
     plan = planning_parts.plan_vae_decode(

@@ -101,7 +101,7 @@ def _flags_of(program):
   source = (_ROOT / 'launch' / f'{program}.py').read_text()
   for module in re.findall(r'(\w+)\.define_flags\(\)', source):
     source += (_ROOT / 'hiar_jax' / 'runtime' / f'{module}.py').read_text()
-  if 'ChoiceFlags()' in source:
+  if re.search(r'\b(Choice|Held)Flags\(\)', source):
     choices = _ROOT / 'hiar_jax' / 'sampling' / 'choice_flags.py'
     source += choices.read_text()
     # Those of whole numbers are rows of a table there.

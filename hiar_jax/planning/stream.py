@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import (
@@ -29,11 +28,18 @@ from jax.sharding import (
 
 from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import flops
+from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import chips, hlo, peak, roofline, traffic
 from hiar_jax.rollout import RolloutConfig
-from hiar_jax.sampling import block_stream, executors, pipeline, streaming
+from hiar_jax.sampling import (
+  block_stream,
+  executors,
+  meshes,
+  pipeline,
+  streaming,
+)
+from hiar_jax.weights import held
 
 _NUM_TICKS = 2  # One block in the steady state.
 _GB = 1e9
@@ -203,18 +209,30 @@ def gigabytes(num_bytes: float) -> str:
   return f'{num_bytes / _GB:.2f} GB'
 
 
-def stage_mesh(topology: str, num_stages: int) -> Mesh:
+def stage_mesh(
+  topology: str, num_stages: int, sizes: meshes.SamplingMesh | None = None
+) -> Mesh:
   """All chips of a topology as the pipeline's mesh.
 
   Args:
     topology: see `chips.describe`.
     num_stages: denoising steps.
+    sizes: how they are divided; None: into stages alone.
 
   Raises:
-    ValueError: see `chips.describe`; also if the stages do not divide over it.
+    ValueError: see `chips.describe`; also if the stages do not divide over it,
+      or the sizes do not make up the chips.
   """
   description = chips.describe(topology)
   num_chips = len(description.devices)
+  if sizes is not None:
+    if sizes.num_denoising != num_chips or sizes.decode:
+      raise ValueError(
+        f'{sizes} is of {sizes.num_denoising + sizes.decode} devices that '
+        f'denoise or decode; a plan takes the {num_chips} of {topology!r} to '
+        'denoise'
+      )
+    return meshes.make(sizes, description.devices)
   if num_stages % num_chips:
     raise ValueError(
       f'{num_stages} stages do not divide over the {num_chips} chips of '
@@ -230,7 +248,9 @@ def plan_tick(
   *,
   batch_size: int,
   weights_dtype: str,
+  products_dtype: str | None = None,
   mode: str = 'batched',
+  mesh: meshes.SamplingMesh | None = None,
 ) -> Plan:
   """Compiles one block of the stream for a topology.
 
@@ -239,17 +259,19 @@ def plan_tick(
     config: how blocks are denoised; its context is that of the mode.
     topology: see `stage_mesh`; the stages are divided over all its chips.
     batch_size: videos at a time.
-    weights_dtype: in which the weights are held.
+    weights_dtype: in which the weights are held, see `held.Held`.
+    products_dtype: likewise.
     mode: see `streaming.Engine`; on one chip all of them, on several 'batched'.
+    mesh: how the chips are divided; None: into stages alone.
 
   Raises:
     ValueError: see `stage_mesh`; also for a mode that does not serve.
   """
-  engine = _engine(denoiser, config, topology, mode)
-  chips_used = 1 if engine.mesh is None else engine.mesh.size
-  arguments = _block_arguments(
-    engine, topology, batch_size, jnp.dtype(weights_dtype)
-  )
+  how = held.Held(weights_dtype, products_dtype)
+  engine = _engine(denoiser, config, topology, mode, mesh)
+  devices = 1 if engine.mesh is None else engine.mesh.size
+  chips_used = devices // meshes.num_parts(engine.mesh)
+  arguments = _block_arguments(engine, topology, batch_size, how)
   params, past = arguments[0], arguments[4]
   unit, turns, passes = 'tick', _NUM_TICKS, config.num_steps // chips_used
   if engine.stages is None:
@@ -262,14 +284,15 @@ def plan_tick(
     # What leaves the mesh is no part of a tick.
     run = engine.stages.run if engine.mesh else _of(engine, streaming.run_turns)
   each = pass_flops(denoiser.config, config)
-  scale = passes * batch_size
+  scale = passes * batch_size / meshes.num_parts(engine.mesh)
   # All weights stay on the chip, those that the tick does not use as well.
   run = jax.jit(run, donate_argnums=4, keep_unused=True)
-  program = compile_program(run, arguments)
+  with meshes.under(engine.mesh):
+    program = compile_program(run, arguments)
   weights, caches = bytes_per_chip(params), bytes_per_chip((past.k, past.v))
   return Plan(
     topology=topology,
-    num_chips=chips_used,
+    num_chips=devices,
     stages_per_chip=config.num_steps // chips_used,
     mode=mode,
     unit=unit,
@@ -294,10 +317,10 @@ def _of(engine: streaming.Engine, run: Any) -> Callable[..., Any]:
 
 
 def _engine(
-  denoiser: Any, config: Any, topology: str, mode: str
+  denoiser: Any, config: Any, topology: str, mode: str, sizes: Any = None
 ) -> streaming.Engine:
-  mesh = stage_mesh(topology, config.num_steps)
-  if mesh.size > 1 and mode != 'batched':
+  mesh = stage_mesh(topology, config.num_steps, sizes)
+  if sizes is None and mesh.size > 1 and mode != 'batched':
     raise ValueError(
       f'mode {mode!r} is one of a single chip, and {topology!r} has {mesh.size}'
     )
@@ -378,18 +401,16 @@ def compile_program(run: Any, arguments: tuple) -> Program:
 
 
 def _block_arguments(
-  engine: streaming.Engine, topology: str, batch_size: int, weights_dtype: Any
+  engine: streaming.Engine, topology: str, batch_size: int, how: held.Held
 ) -> tuple:
   """Abstract, placed arguments of the program that makes a block."""
   denoiser, config, stages = engine.denoiser, engine.config, engine.stages
   model = denoiser.config
-  params = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, weights_dtype),
-    jax.eval_shape(
-      lambda key: denoiser.unstack_layers(denoiser.init(key)),
-      jax.random.key(0),
-    ),
+  params = how.shapes(
+    jax.eval_shape(denoiser.init, jax.random.key(0)), model.dtype
   )
+  if meshes.num_parts(engine.mesh) == 1:
+    params = jax.eval_shape(denoiser.unstack_layers, params)
   states = jax.ShapeDtypeStruct(
     (batch_size, model.text_len, model.text_dim), model.dtype
   )
@@ -401,12 +422,31 @@ def _block_arguments(
   device = SingleDeviceSharding(chips.describe(topology).devices[0])
 
   def place(tree: Any, *axes: str | None) -> Any:
-    sharding: jax.sharding.Sharding = device
+    where = jax.tree.map(lambda _: device, tree)
     if engine.mesh is not None:
-      sharding = NamedSharding(engine.mesh, PartitionSpec(*axes))
+      specs = jax.tree.map(lambda _: PartitionSpec(*axes), tree)
+      where = meshes.places(tree, engine.mesh, specs)
     return jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+      tree,
+      where,
     )
+
+  def place_text(bank: Any) -> Any:
+    if not meshes.divides(engine.mesh):
+      return place(bank)
+    assert engine.mesh is not None
+    heads = NamedSharding(
+      engine.mesh, PartitionSpec(*(None,) * 4, 'tensor', None)
+    )
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=heads), bank
+    )
+
+  def place_params(params: Any) -> Any:
+    if not meshes.divides(engine.mesh) or isinstance(params['layers'], tuple):
+      return place(params)
+    return sharding.abstract(params, engine.mesh)
 
   if stages is None:
     begin: Callable[..., Any] = rollout.stacked_pasts
@@ -419,12 +459,13 @@ def _block_arguments(
     )
     slots = jax.ShapeDtypeStruct((1, 1), np.int32)
     block = jax.ShapeDtypeStruct((), np.int32)
-    return tuple(map(place, (params, bank, slots, keys, pasts, block)))
+    rest = tuple(map(place, (slots, keys, pasts, block)))
+    return (place_params(params), place_text(bank), *rest)
   slots = jax.ShapeDtypeStruct((_NUM_TICKS, config.num_steps), np.int32)
   state = jax.eval_shape(stages.init_state, params, text)
   return (
-    place(params),
-    place(bank),
+    place_params(params),
+    place_text(bank),
     place(slots, None, executors.STAGE),
     place(keys),
     pipeline.PipelineState(

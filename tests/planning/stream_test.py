@@ -15,6 +15,7 @@ from hiar_jax.models.flops import PassFlops
 from hiar_jax.planning import chips, traffic
 from hiar_jax.planning import parts as planning_parts
 from hiar_jax.planning import stream as planning_stream
+from hiar_jax.sampling import meshes
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 # Sizes apart from each other, so that a shape tells what it is of.
@@ -51,6 +52,27 @@ def tiny_plan() -> planning_stream.Plan:
       batch_size=1,
       weights_dtype='bfloat16',
     )
+
+
+@needs_compiler
+def test_a_plan_divides_passes_over_chips():
+  def plan(**options):
+    with jax.default_matmul_precision('default'):
+      return planning_stream.plan_tick(
+        *(Denoiser(MODEL), ROLLOUT, 'v5e:2x1'),
+        **dict(batch_size=1, mode='block_first', **options),
+      )
+
+  mesh = meshes.SamplingMesh(tensor=2)
+  whole = plan(weights_dtype='bfloat16', mesh=mesh)
+  # Two heads, one on each; kernels divided by hand over all axes.
+  assert whole.num_chips == 2 and whole.fits
+  past = 6 * MODEL.tokens_per_frame * MODEL.dim * MODEL.num_layers
+  assert whole.caches == 2 * 2 * past // 2
+  eight = plan(weights_dtype='int8', products_dtype='int8', mesh=mesh)
+  assert eight.weights < 0.7 * whole.weights
+  with pytest.raises(ValueError, match='a plan takes the 2 of'):
+    plan(weights_dtype='bfloat16', mesh=meshes.SamplingMesh(tensor=4))
 
 
 def test_the_full_size_pass_has_the_papers_flops():
