@@ -161,6 +161,19 @@ def test_the_tpu_kernel_may_be_mapped_over_stages_of_their_own_length():
   assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize('cached', [False, True])
+@pytest.mark.parametrize('num_queries', [4680, 32760, 768, 6])
+def test_blocks_of_the_tpu_kernel_divide_what_it_is_given(num_queries, cached):
+  sizes = attention.splash_blocks(num_queries, 32760, cached=cached)
+  padded = -(-num_queries // sizes['block_q']) * sizes['block_q']
+  assert padded % sizes['block_q_dkv'] == padded % sizes['block_q_dq'] == 0
+  assert sizes['block_kv'] % sizes['block_kv_compute'] == 0
+  if cached and num_queries == 4680:
+    # The scores of a block of queries by one of keys, in float32.
+    scores = 4 * sizes['block_q'] * sizes['block_kv_compute']
+    assert padded < 1.04 * num_queries and scores < 6 * 2**20
+
+
 @pytest.mark.parametrize('backend', ['chunked', 'splash', 'auto'])
 def test_the_network_is_the_same_with_every_back_end(backend):
   params, text = toy_network.params(), toy_network.text(2)
