@@ -170,3 +170,63 @@ def test_the_weights_that_come_with_the_package_are_seen_to_change(tmp_path):
     assert server.stop() == 0
   finally:
     server.close()
+
+
+_PLAYER = """(async () => {
+  const socket = new WebSocket(`ws://${location.host}/v1/stream`);
+  socket.binaryType = 'arraybuffer';
+  const video = document.createElement('video');
+  video.muted = true;
+  document.body.append(video);
+  const source = new MediaSource(), waiting = [];
+  video.src = URL.createObjectURL(source);
+  const seen = window.seen = {video, source, frames: 0, errors: []};
+  let buffer = null;
+  const feed = () => {
+    if (buffer && !buffer.updating && waiting.length) {
+      try { buffer.appendBuffer(waiting.shift()); }
+      catch (error) { seen.errors.push(String(error)); }
+    }
+  };
+  socket.onopen = () => socket.send(JSON.stringify(
+    {type: 'start', prompt: 'red', format: 'mp4'}));
+  socket.onmessage = ({data}) => {
+    if (typeof data === 'string') {
+      const event = JSON.parse(data);
+      if (event.type === 'started') {
+        seen.mime = event.mime;
+        buffer = source.addSourceBuffer(event.mime);
+        buffer.onupdateend = feed;
+        video.play();
+      }
+      return;
+    }
+    const view = new DataView(data);
+    seen.frames += view.getUint32(32);
+    waiting.push(data.slice(view.getUint16(6)));
+    feed();
+  };
+})()"""
+
+
+def test_a_browser_plays_segments_as_they_come(tmp_path):
+  with (
+    running.fake() as server,
+    browser.opened(server.url, downloads=tmp_path) as page,
+  ):
+    # The page itself shows pictures, and lets no media in.
+    page.call('Page.setBypassCSP', enabled=True)
+    page.call('Page.reload')
+    page.wait_until('window.live && live.hello')
+    page.evaluate(_PLAYER)
+    page.wait_until('window.seen && seen.mime')
+    if not page.evaluate('MediaSource.isTypeSupported(seen.mime)'):
+      pytest.skip('this browser has no H.264')
+    page.wait_until('seen.frames >= 40 && seen.video.currentTime > 1')
+    assert not page.evaluate('seen.errors.length')
+    assert not page.evaluate('seen.video.error && seen.video.error.message')
+    assert page.evaluate('seen.video.videoWidth') == 48
+    # One range: there are no gaps to stop in.
+    assert page.evaluate('seen.video.buffered.length') == 1
+    seconds = page.evaluate('seen.video.buffered.end(0)')
+    assert abs(16 * seconds - page.evaluate('seen.frames')) <= 8
