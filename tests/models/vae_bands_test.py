@@ -84,6 +84,35 @@ def test_bands_side_by_side_are_the_whole(devices, tiles):
     assert {s.data.shape[:2] for s in a.addressable_shards} == {(tiles, 2)}
 
 
+def test_devices_side_by_side_send_each_other_nothing():
+  mesh = vae_bands.make_mesh(jax.devices(), 2)
+  bands = vae_bands.Bands(1, mesh)
+  own = NamedSharding(mesh, PartitionSpec(None, vae_bands.AXIS))
+
+  def put(tree, place):
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree
+    )
+
+  shapes = jax.eval_shape(
+    lambda: vae_bands.init_decode_cache(CFG, 1, 4, 3, bands)
+  )
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  cache = put(shapes, everywhere) | {'bands': put(shapes['bands'], own)}
+  program = (
+    decode.lower(
+      *(CFG, put(params(), everywhere), cache, put(latents(1, 2, 4), everywhere)),
+      first=False,
+      bands=bands,
+    )
+    .compile()
+    .as_text()
+  )
+  assert 'convolution' in program
+  for word in ('all-gather', 'all-reduce', 'permute(', 'all-to-all'):
+    assert word not in program, word
+
+
 def test_bands_match_wan(wan):
   cfg, given, arrays = wan
   z = arrays['in/z'][:, :3]
