@@ -111,7 +111,8 @@ def test_all_meshes_make_the_frames_of_one_device(folder, tmp_path):
   for told in two:
     # Half of what is divided; vectors that are whole everywhere are few.
     assert told['read'] < 0.55 * total
-    assert told['largest'] <= largest / 8
+    # What is no matrix of a layer may be whole.
+    assert told['largest'] < largest / 6
   one, *others = (np.load(out).astype(int) for out in outs)
   off = [int(np.abs(other - one).max()) for other in others]
   print(eight, two, f'levels off at most: {off}')
