@@ -25,7 +25,9 @@ from hiar_jax.training import exit_pass
 from hiar_jax.training import flops as training_flops
 
 _DAY = 86400.0
-_COPIES = 2  # Of the recorded keys and values, see `estimated_bytes`.
+# Token streams and feed-forward widths that a layer holds at a time, with its
+# gradient and without, see `estimated_bytes`.
+_TRAINED, _SCORED = 8, 3.5
 
 
 def part_flops(training: Training, part: str) -> dict[str, float]:
@@ -266,8 +268,7 @@ def propose(training: Training, topology: str, compiled_bytes: float) -> str:
   scale = max(1.0, compiled_bytes / estimated_bytes(training))
   numbers, tried = training.steps.config, []
   ways = [numbers.exit_pass]
-  # The forward KL holds the activations of whole videos either way.
-  if numbers.past_gradient == 'detached' and not numbers.forward_kl_weight:
+  if numbers.past_gradient == 'detached':
     ways = list(exit_pass.WAYS)
   for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
     if len(devices) % (tensor * context):
@@ -303,10 +304,11 @@ def propose(training: Training, topology: str, compiled_bytes: float) -> str:
 def estimated_bytes(training: Training) -> float:
   """Bytes of one chip in the generator's step, roughly; its mesh is filled up.
 
-  Parameters and optimisers exactly. For each sample at a time: the cache, the
-  context that the exit pass sees and its gradients, the inputs of the layers,
-  and one layer's own temporaries; attention is taken to hold no scores. The
-  number of copies is fitted to the one program that was compiled (docs/tpu.md).
+  Parameters and optimisers exactly, and the most of what its phases hold, which
+  follow each other: the exit pass beside the ring, the teacher beside the ring,
+  the forward KL. Each holds the inputs of its layers where it has a gradient,
+  and what one layer holds; attention is taken to hold no scores. How much a
+  layer holds is fitted to phases that were compiled alone (docs/tpu.md).
   """
   steps, sizes = training.steps, training.mesh
   model = steps.student.config
@@ -327,14 +329,28 @@ def estimated_bytes(training: Training) -> float:
   samples = max(1, training.batch_size // ways)
   tokens = training.num_frames * model.tokens_per_frame
   cached = steps.rollout.past_frames * model.tokens_per_frame
-  keys = 2 * width * model.num_layers * model.dim / sizes.tensor
+  ring = 2 * width * model.num_layers * cached * model.dim / sizes.tensor
+
+  def layer(network, streams):
+    wide = network.dim + network.ffn_dim / sizes.tensor
+    return streams * width * tokens * wide / sizes.context
+
+  def trained(tokens_at_a_time):
+    share = tokens_at_a_time / tokens
+    inputs = width * model.num_layers * tokens * model.dim / sizes.context
+    return share * (inputs + layer(model, _TRAINED))
+
   kept = tokens
-  if steps.config.exit_pass == 'blocks' and not steps.config.forward_kl_weight:
+  if steps.config.exit_pass == 'blocks':
     kept = steps.rollout.frames_per_block * model.tokens_per_frame
-  inputs = width * model.num_layers * kept * model.dim / sizes.context
-  layer = 6 * width * tokens * (model.dim + model.ffn_dim / sizes.tensor)
-  return held + samples * (
-    keys * (cached + _COPIES * tokens / sizes.context)
-    + inputs
-    + layer / sizes.context
-  )
+  teacher = steps.teacher.config
+  # Gathered whole, one beside the next.
+  matrices = 6 * teacher.dim**2 + 2 * teacher.dim * teacher.ffn_dim
+  weights = 2 * width * matrices / sizes.tensor
+  phases = [
+    samples * (ring + trained(kept)),
+    samples * (ring + layer(teacher, _SCORED)) + weights,
+  ]
+  if steps.config.forward_kl_weight:
+    phases.append(samples * trained(tokens))
+  return held + max(phases)

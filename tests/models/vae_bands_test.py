@@ -101,7 +101,12 @@ def test_devices_side_by_side_send_each_other_nothing():
   cache = put(shapes, everywhere) | {'bands': put(shapes['bands'], own)}
   program = (
     decode.lower(
-      *(CFG, put(params(), everywhere), cache, put(latents(1, 2, 4), everywhere)),
+      *(
+        CFG,
+        put(params(), everywhere),
+        cache,
+        put(latents(1, 2, 4), everywhere),
+      ),
       first=False,
       bands=bands,
     )
