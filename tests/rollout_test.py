@@ -295,7 +295,9 @@ class LevelsAsKV:
     del params, text
     if isinstance(past, Picked):
       past = past.cut_out()
-    seen = np.asarray(past.k)[0, 0, : int(past.length), 0, 0]
+    seen = np.asarray(past.k)[
+      0, 0, : int(past.filled) * past.tokens_per_frame, 0, 0
+    ]
     self.passes.append((float(sigma), seen))
     tokens = x.shape[1] * self.config.tokens_per_frame
     shape = (*past.k.shape[:2], tokens, *past.k.shape[3:])

@@ -21,8 +21,9 @@ def split_queries(
   values_BSHK: jax.Array,
   *,
   rotation: Any = None,
-  length: jax.Array | None = None,
   mask_FPS: jax.Array | None = None,
+  rows_RBSHK: Any = None,
+  common: Any = None,
   spec: tuple = sharding.QUERIES_BFPHK,
 ) -> jax.Array:
   """attend(...) with every device's own queries and heads over whole keys.
@@ -36,11 +37,15 @@ def split_queries(
     keys_BSHK: keys.
     values_BSHK: values.
     rotation: of the queries, two arrays [F, P, K / 2], or None.
-    length: int32 scalar or None.
     mask_FPS: bool or None.
+    rows_RBSHK: more keys and values, in rows of which each is a layer's.
+    common: arrays that are whole on every device.
     spec: of the queries.
   """
-  arguments = (q_BFPHK, keys_BSHK, values_BSHK, rotation, length, mask_FPS)
+  arguments = (
+    *(q_BFPHK, keys_BSHK, values_BSHK),
+    *(rotation, mask_FPS, rows_RBSHK, common),
+  )
   mesh = sharding.traced_mesh()
   if mesh is None:
     return attend(*arguments)
@@ -48,7 +53,8 @@ def split_queries(
   batch, _, tokens, heads, _ = queries
   keys = PartitionSpec(batch, None, heads)
   by_token = PartitionSpec(None, tokens)
-  specs = (queries, keys, keys, by_token, PartitionSpec(), by_token)
+  rows = PartitionSpec(None, batch, None, heads)
+  specs = (queries, keys, keys, by_token, by_token, rows, PartitionSpec())
   return jax.shard_map(
     attend,
     in_specs=tuple(

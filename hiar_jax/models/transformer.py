@@ -16,6 +16,7 @@ and a mesh divides the tokens of every frame.
 # B batch, F frames, P tokens per frame, T = F*P tokens, D width, H heads,
 # K head width, N layers, L text tokens, S past tokens, h w rows and columns
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from flax import linen as nn
 from hiar_jax.models import (
   attention,
   divided_attention,
+  past_attention,
   quantised,
   rope,
   sharding,
@@ -82,18 +84,32 @@ def _attend(
   keys_BSHK,
   values_BSHK,
   rotation,
-  length,
   mask_FPS,
+  rows,
+  common,
   *,
   config,
   visible=None,
+  sizes=(),
 ):
-  """Attention of queries by frame; `rotation` and the masks may be None."""
+  """Attention of queries by frame; what there is not is None.
+
+  What is `common` is the number of keys that are seen; beside `rows`, it is the
+  `past_attention.Place` in them.
+  """
   batch, _, _, *heads = q_BFPHK.shape
   backend = config.attention
   q = q_BFPHK.reshape(batch, -1, *heads)
   if rotation is not None:
     q = rope.rotate(q, [r.reshape(-1, r.shape[-1]) for r in rotation])
+  if rows is not None:
+    out = past_attention.attend_past(
+      *(q, keys_BSHK, values_BSHK, rows, common),
+      sizes=sizes,
+      tokens_per_frame=config.tokens_per_frame,
+      backend=backend,
+    )
+    return out.reshape(q_BFPHK.shape)
   if visible is not None:
     return attention.attend_visible(
       q.reshape(q_BFPHK.shape),
@@ -101,15 +117,30 @@ def _attend(
       values_BSHK,
       visible,
       tokens_per_frame=config.tokens_per_frame,
-      length=length,
+      length=common,
       backend=backend,
     )
   if mask_FPS is not None:
     mask_FPS = mask_FPS.reshape(-1, mask_FPS.shape[-1])
   out = attention.attend(
-    q, keys_BSHK, values_BSHK, length=length, mask_TS=mask_FPS, backend=backend
+    q, keys_BSHK, values_BSHK, length=common, mask_TS=mask_FPS, backend=backend
   )
   return out.reshape(q_BFPHK.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+  """Who sees whom, as far as it is known when a program is traced.
+
+  Attributes:
+    visible: see `attention.attend_visible`; None: all see all.
+    same_frames: see `WanTransformer`.
+    sizes: of a cache, see `past_attention.prefixes`.
+  """
+
+  visible: attention.Visible | None = None
+  same_frames: tuple[int, int] | None = None
+  sizes: tuple[int, ...] = ()
 
 
 class SelfAttention(nn.Module):
@@ -121,13 +152,12 @@ class SelfAttention(nn.Module):
   def __call__(
     self,
     x_BFPD: jax.Array,
-    past: Any,
+    past: KV | past_attention.Place | None,
     rotation: Any,
     length: jax.Array | None,
     mask_FPS: Any,
-    sink_rotation: tuple[jax.Array, ...] | None,
-    visible: attention.Visible | None,
-    same_frames: tuple[int, int] | None,
+    rows: KV | None,
+    masks: Masks,
   ) -> Any:
     cfg = self.config
     batch, num_frames, tokens, _ = x_BFPD.shape
@@ -147,46 +177,34 @@ class SelfAttention(nn.Module):
     lay_out = functools.partial(attention.kernel_layout, backend=cfg.attention)
     k, v = (divided_attention.map_keys(lay_out, x) for x in (k, v))
     keys, values = k, v
-    if past is not None:
+    common: Any = length
+    if isinstance(past, KV):
       past_k, past_v = (quantised.restore(x, k.dtype) for x in (past.k, past.v))
-      if same_frames is not None:
-        past_k = _carry_gradient(past_k, k, same_frames, tokens)
-        past_v = _carry_gradient(past_v, v, same_frames, tokens)
-      # Own tokens first: the valid keys are then a prefix.
-      sink = []
-      if sink_rotation is not None:
-        sink_tokens = sink_rotation[0].shape[0]
-        sink = [rope.rotate(past_k[:, :sink_tokens], sink_rotation)]
-        past_k = past_k[:, sink_tokens:]
-      keys = jnp.concatenate([k, *sink, past_k], 1)
+      if masks.same_frames is not None:
+        past_k = _carry_gradient(past_k, k, masks.same_frames, tokens)
+        past_v = _carry_gradient(past_v, v, masks.same_frames, tokens)
+      keys = jnp.concatenate([k, past_k], 1)
       values = jnp.concatenate([v, past_v], 1)
-    if length is not None:
-      length = length + k.shape[1]
+      if length is not None:
+        common = length + k.shape[1]
+    elif past is not None:
+      common = past
     by_frame = (num_frames, tokens, -1)
     out = divided_attention.split_queries(
-      functools.partial(_attend, config=cfg, visible=visible),
+      functools.partial(
+        _attend, config=cfg, visible=masks.visible, sizes=masks.sizes
+      ),
       q,
       keys,
       values,
       rotation=[r.reshape(by_frame) for r in rotation],
-      length=length,
       mask_FPS=mask_FPS,
+      rows_RBSHK=rows,
+      common=common,
     )
     out = sharding.constrain(out, sharding.TOKENS_BFPHK)
     out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
     return out, KV(k=k, v=v)
-
-
-def _sink_rotation(past, cfg):
-  """Of each token of a sink whose frames are to be seen later; or None."""
-  shift = getattr(past, 'sink_shift', None)
-  if shift is None:
-    return None
-  tokens = past.sink * cfg.tokens_per_frame
-  return tuple(
-    jnp.broadcast_to(a, (tokens, a.shape[-1]))
-    for a in rope.frame_shift(shift, cfg.head_dim)
-  )
 
 
 def _carry_gradient(past, own, same_frames, tokens):
@@ -222,8 +240,7 @@ class Layer(nn.Module):
   """One transformer layer; the carry of the scan is the token stream."""
 
   config: WanConfig
-  visible: attention.Visible | None
-  same_frames: tuple[int, int] | None
+  masks: Masks
 
   @nn.compact
   def __call__(
@@ -234,16 +251,13 @@ class Layer(nn.Module):
     modulation_BF6D,
     length,
     mask,
-    picked,
-    sink_rotation,
+    rows,
+    place,
   ):
     cfg = self.config
     past, text = scanned
-    if picked is not None:
-      past = jax.tree.map(
-        lambda a: sharding.constrain(a, sharding.KEYS_NBSHK[1:]),
-        picked.layer(past),
-      )
+    if place is not None:  # What is scanned is the layer's index.
+      past = place.replace(row=place.row + past)
     own = self.param(
       'modulation',
       nn.initializers.normal(cfg.dim**-0.5),
@@ -266,9 +280,8 @@ class Layer(nn.Module):
       rotation,
       length,
       mask,
-      sink_rotation,
-      self.visible,
-      self.same_frames,
+      rows,
+      self.masks,
     )
     x_BFPD = x_BFPD + gated(y, gate1)
     y = nn.LayerNorm(epsilon=cfg.eps, dtype=jnp.float32, name='cross_norm')(
@@ -376,25 +389,27 @@ class WanTransformer(nn.Module):
     )(nn.silu(time))
     modulation = modulation.reshape(*time.shape[:2], 6, cfg.dim)
 
-    length: jax.Array | None = None
-    picked: Picked | None = None
-    past_kv: Any = None
-    if isinstance(past, Picked):
-      length, picked = past.length, past
-      past_kv = jnp.arange(cfg.num_layers)  # Where each layer's keys are.
-    elif isinstance(past, KVCache):
-      length, past_kv = past.length, KV(past.k, past.v)
+    def keys(kv):
+      return jax.tree.map(
+        lambda a: sharding.constrain(a, sharding.KEYS_NBSHK), kv
+      )
+
+    masks, past_kv = Masks(same_frames=same_frames), None
+    length = rows = place = None
+    if isinstance(past, KVCache | Picked):
+      assert frame_mask is None, 'all frames see all of a cache'
+      sizes = past_attention.prefixes(past.slots, num_frames)
+      masks, rows = Masks(sizes=sizes), keys(past.rows.kv)
+      place = past_attention.first_place(past, sizes, cfg)
+      past_kv = jnp.arange(cfg.num_layers)
     elif past is not None:
-      past_kv = past
+      past_kv = keys(past)
       if past_frames is not None:
         length = past_frames * cfg.tokens_per_frame
-    if isinstance(past_kv, KV):
-      past_kv = jax.tree.map(
-        lambda a: sharding.constrain(a, sharding.KEYS_NBSHK), past_kv
-      )
-    mask = visible = None
+    mask = None
     if isinstance(frame_mask, np.ndarray):
       visible = attention.visible_keys(frame_mask)
+      masks = dataclasses.replace(masks, visible=visible)
     elif frame_mask is not None:
       mask = attention.expand_frame_mask(frame_mask, cfg.tokens_per_frame)
       mask = mask.reshape(num_frames, cfg.tokens_per_frame, -1)
@@ -408,10 +423,7 @@ class WanTransformer(nn.Module):
         prevent_cse=cfg.is_unrolled or layers is not None,
       )
     rotation = rope.rotations(positions_F, cfg.grid, cfg.head_dim)
-    inputs = (
-      *(rotation, modulation, length, mask, picked),
-      _sink_rotation(past, cfg),
-    )
+    inputs = (rotation, modulation, length, mask, rows, place)
     if layers is None:
       scan = nn.scan(
         layer,
@@ -421,10 +433,10 @@ class WanTransformer(nn.Module):
         length=cfg.num_layers,
         unroll=cfg.unroll,
       )
-      scanned = scan(cfg, visible, same_frames, name='layers')
+      scanned = scan(cfg, masks, name='layers')
       x, new_kv = scanned(x, (past_kv, text), *inputs)
     else:
-      kvs, each = [], layer(cfg, visible, same_frames, parent=None)
+      kvs, each = [], layer(cfg, masks, parent=None)
       for i, params in enumerate(layers):
         own = jax.tree.map(lambda a, i=i: a[i], (past_kv, text))
         x, kv = each.apply({'params': params}, x, own, *inputs)

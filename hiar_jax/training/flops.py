@@ -20,9 +20,9 @@ def distillation_flops(
   generator   rollout + exit pass + fake score + real score + forward KL
   critic      rollout + critic
 
-  The rollout is counted with its mean exit step, at the full window, because
-  the cache's empty slots are computed too; the last block is not committed. Of
-  the passes over all blocks only what their masks let them see.
+  The rollout is counted with its mean exit step; the last block is not
+  committed. Of every pass what it sees, and neither empty slots of the cache
+  nor what masks hide.
 
   Args:
     steps: networks and numbers.
@@ -36,7 +36,6 @@ def distillation_flops(
   num_frames = num_blocks * config.frames_per_block
   loss_blocks = min(num_blocks, steps.config.loss_blocks)
   frames = loss_blocks * config.frames_per_block
-  block = flops.forward_flops(student, config.frames_per_block, config.window)
   leave = _masked(
     student,
     attention.own_then_past_mask(
@@ -45,7 +44,7 @@ def distillation_flops(
   )
   score = flops.forward_flops(steps.critic.config, frames, frames)
   guided = 1 if steps.config.critic_guidance == 1.0 else 2
-  parts = {'rollout': _rollout_passes(steps, num_blocks) * block}
+  parts = {'rollout': _rollout(steps, num_blocks)}
   if part == 'critic':
     parts['critic'] = trained(
       steps.critic.config, frames, score, steps.adapters, recompute
@@ -107,15 +106,29 @@ def trained(
   return total
 
 
-def _rollout_passes(steps, num_blocks):
-  """Passes of a block, of a rollout to its mean exit step."""
+def _rollout(steps, num_blocks):
+  """Of a rollout to its mean exit step."""
   num_steps = steps.rollout.num_steps
-  sweeps = (num_steps + 1) / 2
+  denoised = committed = (num_steps + 1) / 2
   if steps.config.order == 'block_first':
-    return sweeps * num_blocks + num_blocks - 1
-  if steps.rollout.context == 'shared':  # Always to its end.
-    return num_steps * num_blocks + num_blocks - 1
-  return sweeps * (2 * num_blocks - 1)
+    committed = 1
+  elif steps.rollout.context == 'shared':  # Always to its end.
+    denoised, committed = num_steps, 1
+  return _swept(steps, num_blocks, denoised, committed)
+
+
+def _swept(steps, num_blocks, denoised, committed):
+  """Of blocks that are denoised and, but for the last, committed so often."""
+  config, model = steps.rollout, steps.student.config
+  frames = max(1, round(num_blocks)) * config.frames_per_block
+  mask = attention.block_causal_mask(frames, **_blocks(config))
+  seen = mask.sum(1)[:: config.frames_per_block]
+  passes = np.full(len(seen), denoised + committed)
+  passes[-1] = denoised
+  return sum(
+    flops.forward_flops(model, config.frames_per_block, float(count)) * times
+    for count, times in zip(seen, passes, strict=True)
+  ) * (num_blocks / len(seen))
 
 
 def _forward_kl(steps, num_blocks, recompute):
@@ -132,8 +145,8 @@ def _forward_kl(steps, num_blocks, recompute):
     mask = attention.block_causal_mask(num_frames, **blocks)
     return with_gradient(_masked(student, mask))
   mask = attention.own_then_past_mask(num_frames, **blocks)
-  block = flops.forward_flops(student, config.frames_per_block, config.window)
-  return (2 * num_blocks - 1) * block + with_gradient(_masked(student, mask))
+  swept = _swept(steps, num_blocks, denoised=1, committed=1)
+  return swept + with_gradient(_masked(student, mask))
 
 
 def _blocks(config: rollout.RolloutConfig) -> dict[str, int]:

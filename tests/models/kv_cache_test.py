@@ -28,9 +28,12 @@ def kv_of_frames(first: int, num_frames: int) -> KV:
 
 def frames_in(cache) -> list[int]:
   """Frames in the valid slots, sorted."""
-  slots = np.asarray(cache.k)[:, :, : int(cache.length)]
+  slots = np.asarray(cache.k)[
+    :, :, : int(cache.filled) * cache.tokens_per_frame
+  ]
   np.testing.assert_array_equal(
-    np.asarray(cache.v)[:, :, : int(cache.length)], -slots
+    np.asarray(cache.v)[:, :, : int(cache.filled) * cache.tokens_per_frame],
+    -slots,
   )
   slots = slots.reshape(2, -1, TOKENS, 2, CONFIG.head_dim)
   frames = slots[0, :, 0, 0, 0]
@@ -64,7 +67,7 @@ def test_a_first_block_of_another_size_shifts_the_ring():
 
 def test_a_window_of_one_block_has_no_past_and_counts_on():
   cache = write(init_cache(CONFIG, 1, 0), kv_of_frames(0, 3))
-  assert int(cache.length) == 0
+  assert int(cache.filled) * cache.tokens_per_frame == 0
   assert int(cache.frames) == 3
 
 
@@ -106,7 +109,7 @@ def test_a_sink_that_does_not_fit_is_refused_with_both_numbers(sink):
     init_cache(CONFIG, 1, 3, sink)
 
 
-def test_a_layer_of_a_picked_cache_is_that_of_the_one_cut_out():
+def test_the_rows_of_a_picked_cache_are_the_layers_of_the_one_cut_out():
   k = jnp.arange(2 * 3 * 1 * 4 * 1 * 2, dtype=jnp.float32)
   k = k.reshape(2, 3, 1, 4, 1, 2)
   caches = KVCache(
@@ -118,7 +121,9 @@ def test_a_layer_of_a_picked_cache_is_that_of_the_one_cut_out():
     tokens_per_frame=2,
   )
   picked = Picked(caches, jnp.int32(1))
-  np.testing.assert_array_equal(picked.layer(2).k, k[1, 2])
-  np.testing.assert_array_equal(picked.layer(jnp.int32(0)).v, -k[1, 0])
-  np.testing.assert_array_equal(picked.cut_out().k, k[1])
-  assert (int(picked.length), int(picked.position)) == (4, 12)
+  rows, alone = picked.rows, picked.cut_out().rows
+  own = slice(int(rows.first), int(rows.first) + 3)
+  np.testing.assert_array_equal(rows.kv.k[own], alone.kv.k)
+  np.testing.assert_array_equal(rows.kv.v[own], -k[1])
+  assert (int(rows.filled), int(alone.filled), alone.first) == (2, 2, 0)
+  assert int(picked.position) == 12
