@@ -134,21 +134,25 @@ class Sampler:
   ) -> KV:
     """C: K/V of a block told to be at `level`; not `wanted` (traced): zeros."""
     if wanted is not True:
-      own: Any = past
-      if isinstance(past, Picked):
-        own = jax.eval_shape(past.cut_out)
-      shape = list(own.k.shape)
-      shape[-3] = x.shape[1] * own.tokens_per_frame
-      dtype = self.denoiser.config.dtype
       return jax.lax.cond(
         wanted,
         lambda: jax.tree.map(jnp.asarray, self.commit_kv(x, past, level)),
-        lambda: KV(*(jnp.zeros(shape, dtype) for _ in 'kv')),
+        lambda: self.no_kv(x, past),
       )
     # Level 0 is replaced by the level that clean context is told to have.
     level = jnp.where(level == 0, self.config.context_level, level)
     _, kv = self.denoiser.flow(self.params, x, level, self.text, past=past)
     return kv
+
+  def no_kv(self, x: jax.Array, past: Past) -> KV:
+    """Zeros where a pass over a block would give its K/V."""
+    own: Any = past
+    if isinstance(past, Picked):
+      own = jax.eval_shape(past.cut_out)
+    shape = list(own.k.shape)
+    shape[-3] = x.shape[1] * own.tokens_per_frame
+    dtype = self.denoiser.config.dtype
+    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   def anchor(self, past: KVCache, frames: jax.Array) -> KVCache:
     """The past after given clean latents, committed block by block.
@@ -188,7 +192,7 @@ def sweep(
   *,
   first_step: jax.Array | int,
   num_steps: int,
-  commit_last: bool = True,
+  commit_last: jax.Array | bool = True,
 ) -> tuple[jax.Array, KVCache]:
   """Runs `num_steps` steps of every block in causal order, one commit each.
 
@@ -201,7 +205,7 @@ def sweep(
     first_step: may be traced.
     num_steps: static.
     commit_last: whether the last block is committed as well; none of these
-      blocks reads it.
+      blocks reads it. May be traced.
 
   Returns:
     Blocks at level t_{first_step + num_steps}, and the past after those that
@@ -222,7 +226,9 @@ def sweep(
     # config says: their order has one of its own.
     seen = x if num_steps == 1 else None
     context, level = context_of(sampler, x_next, x0s[-1], after, seen)
-    wanted = True if commit_last else block != blocks[-1]
+    wanted = commit_last
+    if wanted is not True:
+      wanted |= block != blocks[-1]
     kv = sampler.commit_kv(context, past, level, wanted)
     return past.write(kv, wanted), x_next
 

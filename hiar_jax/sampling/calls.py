@@ -149,35 +149,38 @@ def sample(
     clean = start.latents[:, first : first + config.frames_per_block]
     step = np.int32(start.step)
     x.append(_noised(clean, keys_B, step, np.int32(block), **static))
-  under_way: collections.deque[jax.Array] = collections.deque()
+  under_way: collections.deque[tuple[jax.Array, int]] = collections.deque()
 
-  def finish(sweep, all_but):
+  def finish(all_but):
     while len(under_way) > all_but:
-      under_way.popleft().block_until_ready()
-      report(sweep.num_steps + 1)
+      done, passes = under_way.popleft()
+      done.block_until_ready()
+      report(passes)
 
   for sweep in sweeps:
     static['config'] = config.of_block(0 if sweep.is_first else 1)
     # The working past is donated, block after block; the anchored one stays.
     past = _copy(anchored)
     for block in sweep.blocks:
+      commit = sweep.commits(block)
       if shared:
         x[block], past = _shared_block(
-          params, text, past, keys_B, np.int32(block), **static
+          *(params, text, past, keys_B, np.int32(block), np.bool_(commit)),
+          **static,
         )
       else:
         x[block], past = _sweep_block(
           *(params, text, past, x[block], keys_B),
-          *(np.int32(sweep.first_step), np.int32(block)),
+          *(np.int32(sweep.first_step), np.int32(block), np.bool_(commit)),
           num_steps=sweep.num_steps,
           **static,
         )
-      under_way.append(x[block])
+      under_way.append((x[block], sweep.num_steps + commit))
       # One ahead: the device does not wait for the host, nor the report for
       # the end.
-      finish(sweep, all_but=1)
+      finish(all_but=1)
     # The next sweep donates the blocks.
-    finish(sweep, all_but=0)
+    finish(all_but=0)
     if sweep.anchors:
       anchored = past
   given = [] if initial is None else [_for_each(initial, len(keys_B))]
@@ -241,10 +244,14 @@ class _Sweep:
   anchors: bool = False
   is_first: bool = False
 
+  def commits(self, block: int) -> bool:
+    """Whether anyone reads what a block leaves."""
+    return self.anchors or block != self.blocks[-1]
+
   @property
   def passes(self) -> int:
-    """Network passes: the steps and a commit of each block."""
-    return len(self.blocks) * (self.num_steps + 1)
+    """Network passes: the steps of each block, and the commits."""
+    return sum(self.num_steps + self.commits(block) for block in self.blocks)
 
 
 def _is_shared(request: Request, config: rollout.RolloutConfig) -> bool:
@@ -362,7 +369,18 @@ def _begin_shared(params, states_BLD, initial, *, denoiser, config):
   donate_argnames=('past', 'x'),
 )
 def _sweep_block(
-  params, text, past, x, keys_B, step, block, *, num_steps, denoiser, config
+  params,
+  text,
+  past,
+  x,
+  keys_B,
+  step,
+  block,
+  commit,
+  *,
+  num_steps,
+  denoiser,
+  config,
 ):
   x, past = rollout.sweep(
     rollout.Sampler(denoiser, params, text, config),
@@ -372,6 +390,7 @@ def _sweep_block(
     past,
     first_step=step,
     num_steps=num_steps,
+    commit_last=commit,
   )
   return x[0], past
 
@@ -381,10 +400,12 @@ def _sweep_block(
   static_argnames=('denoiser', 'config'),
   donate_argnames='past',
 )
-def _shared_block(params, text, past, keys_B, block, *, denoiser, config):
+def _shared_block(
+  params, text, past, keys_B, block, commit, *, denoiser, config
+):
   sampler = rollout.Sampler(denoiser, params, text, config)
   noise = _noise(keys_B, denoiser, config)
-  x, past, _ = rollout.shared_block(sampler, noise, past, block)
+  x, past, _ = rollout.shared_block(sampler, noise, past, block, commit)
   return x, past
 
 
