@@ -162,7 +162,7 @@ class Pipeline(Stages):
 
   @property
   def _branches(self) -> bool:
-    """Whether a stage runs the code of D or C alone, and not a pass for both.
+    """Whether a stage runs the code of D, C or none, and not a pass for both.
 
     A commit ends at the last layer's keys and values. Stages in one batch run
     the same code, and so must the devices that share a stage, because their
@@ -185,9 +185,9 @@ class Pipeline(Stages):
   ) -> tuple[jax.Array, jax.Array, KV, jax.Array]:
     """What one stage does in one tick: D if tick - stage is even, else C.
 
-    Before its first block a stage works on whatever its buffers hold; that
-    reaches neither its past (`live`) nor a later stage's block (parity).
-    `past()` gives the past.
+    Before its first block a stage waits or, in a batch, works on whatever its
+    buffers hold; that reaches neither its past (`live`) nor a later stage's
+    block (parity). `past()` gives the past.
 
     Returns:
       What it holds then, what it sends, the K/V of the pass, and `live`:
@@ -211,8 +211,12 @@ class Pipeline(Stages):
     def commit():
       return hold, hold, sampler.commit_kv(hold, past(), context_level)
 
+    def wait():
+      return hold, hold, sampler.no_kv(hold, past())
+
     if self._branches:
-      context, sent, kv = jax.lax.cond(is_denoise, denoise, commit)
+      turn = jnp.where(age < 0, 2, jnp.where(is_denoise, 0, 1))
+      context, sent, kv = jax.lax.switch(turn, (denoise, commit, wait))
     else:
       x = jnp.where(is_denoise, arrived, hold)
       level = jnp.where(is_denoise, sampler.levels[stage], context_level)
