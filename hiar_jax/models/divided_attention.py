@@ -22,7 +22,7 @@ def split_queries(
   *,
   rotation: Any = None,
   mask_FPS: jax.Array | None = None,
-  rows_RBSHK: Any = None,
+  rows: Any = None,
   common: Any = None,
   spec: tuple = sharding.QUERIES_BFPHK,
 ) -> jax.Array:
@@ -38,13 +38,13 @@ def split_queries(
     values_BSHK: values.
     rotation: of the queries, two arrays [F, P, K / 2], or None.
     mask_FPS: bool or None.
-    rows_RBSHK: more keys and values, in rows of which each is a layer's.
+    rows: more keys and values, [..., B, S, H, K], each row those of a layer.
     common: arrays that are whole on every device.
     spec: of the queries.
   """
   arguments = (
     *(q_BFPHK, keys_BSHK, values_BSHK),
-    *(rotation, mask_FPS, rows_RBSHK, common),
+    *(rotation, mask_FPS, rows, common),
   )
   mesh = sharding.traced_mesh()
   if mesh is None:
@@ -53,8 +53,9 @@ def split_queries(
   batch, _, tokens, heads, _ = queries
   keys = PartitionSpec(batch, None, heads)
   by_token = PartitionSpec(None, tokens)
-  rows = PartitionSpec(None, batch, None, heads)
-  specs = (queries, keys, keys, by_token, by_token, rows, PartitionSpec())
+  lead = len(jax.tree.leaves(rows)[0].shape) - 4 if rows is not None else 0
+  of_rows = PartitionSpec(*[None] * lead, batch, None, heads)
+  specs = (queries, keys, keys, by_token, by_token, of_rows, PartitionSpec())
   return jax.shard_map(
     attend,
     in_specs=tuple(

@@ -39,16 +39,17 @@ class KV:
 class Rows:
   """Where a network finds the keys and values of its layers.
 
-  Not cut out: it would be a copy, 5.2 GB for every pass of 1.3B.
+  Not cut out: it would be a copy, 5.2 GB for every pass of 1.3B. Nor reshaped:
+  XLA for CPUs would copy what a branch takes.
 
   Attributes:
-    kv: [R, B, S, H, K] each, a row for each layer of one cache or of several.
-    first: int32 scalar, the first layer's row.
+    kv: [N, B, S, H, K] each, or [L, N, B, S, H, K] of L caches.
+    lead: indices before that of the layer, int32 scalars.
     filled: int32 scalar, frames that are there; a prefix of the slots.
   """
 
   kv: KV
-  first: jax.Array | int
+  lead: tuple[jax.Array, ...]
   filled: jax.Array
 
 
@@ -92,7 +93,7 @@ class KVCache:
   @property
   def rows(self) -> Rows:
     """What a network reads."""
-    return Rows(KV(self.k, self.v), 0, self.filled)
+    return Rows(KV(self.k, self.v), (), self.filled)
 
   @property
   def sink_shift(self) -> jax.Array | None:
@@ -209,9 +210,7 @@ class Picked:
   def rows(self) -> Rows:
     """What a network reads."""
     kv = KV(self.caches.k, self.caches.v)
-    kv = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kv)
-    first = self.index * self.caches.k.shape[1]
-    return Rows(kv, first, self._own(self.caches.filled))
+    return Rows(kv, (self.index,), self._own(self.caches.filled))
 
   @property
   def sink(self) -> int:

@@ -30,14 +30,14 @@ class Place:
   """Where the past of a layer is, and how much of it there is.
 
   Attributes:
-    row: int32 scalar, of the rows of keys and values.
+    row: int32 scalars, the indices of its keys and values before [B, S, H, K].
     filled: int32 scalar, frames that are there.
     branch: from `branch_of`.
     sink_rotation: by which the first tokens are to be read later than they are,
       two arrays [t, K / 2]: none as long as the past is not full; None: never.
   """
 
-  row: jax.Array | int
+  row: tuple[jax.Array | int, ...]
   filled: jax.Array
   branch: jax.Array
   sink_rotation: Any
@@ -69,10 +69,16 @@ def branch_of(filled: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   return jnp.sum(_most(filled) > jnp.array(sizes[:-1], jnp.int32))
 
 
-def first_place(
+def place_of(
   past: KVCache | Picked, sizes: tuple[int, ...], config: WanConfig
 ) -> Place:
-  """Where the past of the first layer is; `sizes` are from `prefixes`."""
+  """Where pasts of layers are, their own indices aside.
+
+  Args:
+    past: of all layers.
+    sizes: from `prefixes`.
+    config: of the network.
+  """
   rows, shift, rotation = past.rows, past.sink_shift, None
   if shift is not None:
     tokens = past.sink * config.tokens_per_frame
@@ -81,7 +87,7 @@ def first_place(
       for a in rope.frame_shift(shift, config.head_dim)
     )
   branch = branch_of(rows.filled, sizes)
-  return Place(rows.first, rows.filled, branch, rotation)
+  return Place(rows.lead, rows.filled, branch, rotation)
 
 
 @jax.custom_batching.custom_vmap
@@ -113,7 +119,7 @@ def attend_past(
     q_BTHK: queries.
     k_BTHK: own keys.
     v_BTHK: own values.
-    rows: pasts, [R, B, S, H, K] each, of which one is this layer's.
+    rows: pasts, [..., B, S, H, K] each, of which one is this layer's.
     place: which, and how much of it there is.
     sizes: from `prefixes`.
     tokens_per_frame: of the keys.
@@ -158,8 +164,10 @@ def attend_past(
   return jax.lax.platform_dependent(cuda=branches[-1], default=shortest)
 
 
-def _cut(rows_RBSHK: jax.Array, row: Any, size: int) -> jax.Array:
+def _cut(rows: jax.Array, row: tuple[Any, ...], size: int) -> jax.Array:
   """The first tokens of a row, [B, size, H, K]."""
-  shape = (1, rows_RBSHK.shape[1], size, *rows_RBSHK.shape[3:])
-  start = (row, *[0] * (len(shape) - 1))
-  return jax.lax.dynamic_slice(rows_RBSHK, start, shape)[0]
+  batch, _, *heads = rows.shape[len(row) :]
+  shape = (batch, size, *heads)
+  start = (*row, *[0] * len(shape))
+  cut = jax.lax.dynamic_slice(rows, start, (*[1] * len(row), *shape))
+  return cut.reshape(shape)

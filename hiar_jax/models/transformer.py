@@ -199,7 +199,7 @@ class SelfAttention(nn.Module):
       values,
       rotation=[r.reshape(by_frame) for r in rotation],
       mask_FPS=mask_FPS,
-      rows_RBSHK=rows,
+      rows=rows,
       common=common,
     )
     out = sharding.constrain(out, sharding.TOKENS_BFPHK)
@@ -257,7 +257,7 @@ class Layer(nn.Module):
     cfg = self.config
     past, text = scanned
     if place is not None:  # What is scanned is the layer's index.
-      past = place.replace(row=place.row + past)
+      past = place.replace(row=(*place.row, past))
     own = self.param(
       'modulation',
       nn.initializers.normal(cfg.dim**-0.5),
@@ -390,9 +390,11 @@ class WanTransformer(nn.Module):
     modulation = modulation.reshape(*time.shape[:2], 6, cfg.dim)
 
     def keys(kv):
-      return jax.tree.map(
-        lambda a: sharding.constrain(a, sharding.KEYS_NBSHK), kv
-      )
+      def laid_out(a):
+        lead = (None,) * (a.ndim - len(sharding.KEYS_BSHK))
+        return sharding.constrain(a, (*lead, *sharding.KEYS_BSHK))
+
+      return jax.tree.map(laid_out, kv)
 
     masks, past_kv = Masks(same_frames=same_frames), None
     length = rows = place = None
@@ -400,7 +402,7 @@ class WanTransformer(nn.Module):
       assert frame_mask is None, 'all frames see all of a cache'
       sizes = past_attention.prefixes(past.slots, num_frames)
       masks, rows = Masks(sizes=sizes), keys(past.rows.kv)
-      place = past_attention.first_place(past, sizes, cfg)
+      place = past_attention.place_of(past, sizes, cfg)
       past_kv = jnp.arange(cfg.num_layers)
     elif past is not None:
       past_kv = keys(past)

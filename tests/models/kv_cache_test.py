@@ -122,8 +122,7 @@ def test_the_rows_of_a_picked_cache_are_the_layers_of_the_one_cut_out():
   )
   picked = Picked(caches, jnp.int32(1))
   rows, alone = picked.rows, picked.cut_out().rows
-  own = slice(int(rows.first), int(rows.first) + 3)
-  np.testing.assert_array_equal(rows.kv.k[own], alone.kv.k)
-  np.testing.assert_array_equal(rows.kv.v[own], -k[1])
-  assert (int(rows.filled), int(alone.filled), alone.first) == (2, 2, 0)
+  np.testing.assert_array_equal(rows.kv.k[rows.lead], alone.kv.k)
+  np.testing.assert_array_equal(rows.kv.v[rows.lead], -k[1])
+  assert (int(rows.filled), int(alone.filled), alone.lead) == (2, 2, ())
   assert int(picked.position) == 12

@@ -44,7 +44,7 @@ def arrays(*leading):
 
 def ours(q, k, v, rows, filled, sink_rotation=None, **options):
   place = past_attention.Place(
-    row=1,
+    row=(1,),
     filled=filled,
     branch=past_attention.branch_of(filled, SIZES),
     sink_rotation=sink_rotation,

@@ -66,7 +66,7 @@ def test_a_ring_in_8_bits_has_the_rounded_frames_of_the_plain_one(kind):
   expected = jax.tree.map(lambda *a: jnp.stack(a), ring.write(new), empty)
   jax.tree.map(np.testing.assert_array_equal, written, expected)
   rows = kv_cache.Picked(written, jnp.int32(0)).rows
-  layer = jax.tree.map(lambda a: a[rows.first + 1], rows.kv)
+  layer = jax.tree.map(lambda a: a[*rows.lead, 1], rows.kv)
   np.testing.assert_array_equal(layer.k.scale, written.k.scale[0, 1])
 
 
