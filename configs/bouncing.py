@@ -5,6 +5,8 @@
   hiar-jax encode videos --config=bouncing:teacher_start
   hiar-jax train --config=bouncing:teacher_start
   hiar-jax train --config=bouncing:teacher
+  hiar-jax encode videos --config=bouncing:teacher_last
+  hiar-jax train --config=bouncing:teacher_last
   hiar-jax trajectories --config=bouncing
   hiar-jax train --config=bouncing:student_start
   hiar-jax train --config=bouncing:distill
@@ -26,6 +28,7 @@ PHASES = (
   'codec',
   'teacher_start',
   'teacher',
+  'teacher_last',
   'student_start',
   'distill',
   'self_forcing',
@@ -43,6 +46,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     'self_forcing': 'distill',
     'codec_start': 'codec',
     'teacher_start': 'teacher',
+    'teacher_last': 'teacher',
   }.get(phase, phase)
   c.workdir = f'{_RUNS}/{phase}'
   c.seed = 0
@@ -51,8 +55,10 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     height=64,
     width=64,
     num_frames=81,
+    small_radius=(9.0, 10.5),
     slow_speed=(0.3, 0.45),
-    fast_speed=(0.8, 1.1),
+    fast_speed=(0.75, 1.0),
+    free_caption_rate=0.25,
   )
   c.world_seed = 1
   c.prompts = dict(source='bouncing')
@@ -92,22 +98,25 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     return _codec(c, phase)
   if phase in ('teacher_start', 'teacher'):
     return _teacher(c, phase)
+  c.world_seed = 5
+  if phase == 'teacher_last':
+    return _teacher(c, phase)
 
   c.schedule = dict(shift=5.0, indices=(1000, 750, 500, 250))
   c.rollout = dict(
     frames_per_block=3, window=21, sink=0, stepping='ode', context='matched'
   )
-  c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
+  c.teacher_weights = f'{_RUNS}/teacher_last/weights.safetensors'
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
-    num=768,
+    num=1024,
     num_frames=21,
     shard_size=32,
     batch_size=8,
     seed=1,
     num_steps=24,
     shift=5.0,
-    guidance=2.0,
+    guidance=3.0,
     points='student',
   )
   c.generate = dict(order='step_first', fps=16.0)
@@ -163,11 +172,18 @@ def _teacher(c, phase):
     c.seed = 1
     c.start_weights = f'{_RUNS}/teacher_start/weights.safetensors'
     c.optimiser = _muon(6e-3, 1.5e-3, warmup=100)
+  if phase == 'teacher_last':  # With other videos, and more of its noise.
+    c.iterations = 3400
+    c.seed = 3
+    c.start_weights = f'{_RUNS}/teacher/weights.safetensors'
+    c.latents.update(dir=f'{_RUNS}/latents_last', num=2560)
+    c.timestep_shift = 3.0
+    c.optimiser = _muon(5e-3, 1.5e-3, warmup=50)
   return c
 
 
 def _student_start(c):
-  c.iterations = 1000
+  c.iterations = 1400
   c.start_context = 'matched'
   c.ema_decay = 0.98
   c.optimiser = _muon(2e-3, 1e-3, warmup=20)

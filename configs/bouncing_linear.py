@@ -40,7 +40,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.generate.fps = 12.0
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories.update(
-    dict(dir=f'{_RUNS}/trajectories', num=1024, num_frames=21)
+    dict(dir=f'{_RUNS}/trajectories', num=1024, num_frames=21, guidance=2.0)
   )
   if phase == 'student_start':
     c.iterations = 800

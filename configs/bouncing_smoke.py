@@ -4,7 +4,8 @@
     hiar-jax train --config=bouncing_smoke:$phase
   done
   hiar-jax encode videos --config=bouncing_smoke:teacher_start
-  for phase in teacher_start teacher; do
+  hiar-jax encode videos --config=bouncing_smoke:teacher_last
+  for phase in teacher_start teacher teacher_last; do
     hiar-jax train --config=bouncing_smoke:$phase
   done
   hiar-jax trajectories --config=bouncing_smoke

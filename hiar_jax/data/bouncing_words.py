@@ -21,7 +21,7 @@ BACKGROUNDS = {
   'dark red': (96, 16, 20),
   'dark purple': (64, 20, 88),
 }
-SHAPES = ('disc', 'square', 'triangle', 'ring')
+SHAPES = ('disc', 'square', 'triangle')
 SIZES = ('small', 'large')
 MOTIONS = ('slowly', 'fast')
 
@@ -29,8 +29,8 @@ CAPTION = 'a {size} {colour} {shape} drifting {motion} over {background}'
 EXAMPLES = (
   'a large red disc drifting fast over dark blue',
   'a large cyan square drifting slowly over black',
-  'a large yellow ring drifting fast over dark purple',
-  'a large magenta triangle drifting fast over dark green',
+  'a large yellow triangle drifting fast over dark purple',
+  'a large magenta disc drifting slowly over dark green',
   'a small white disc drifting fast over dark red',
   'a large orange square drifting fast over grey',
 )

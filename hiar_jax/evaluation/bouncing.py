@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.data import bouncing, bouncing_words
+from hiar_jax.data import bouncing, bouncing_words, small_worlds
 from hiar_jax.evaluation import bouncing_frames, tables
 
 # Fewer have no quarters to compare.
@@ -37,7 +37,7 @@ class VideoScore:
     visible: share of the frames with an object of plausible area.
     background_error: mean over the frames, 0..1.
     colour_error: mean over the frames with an object, 0..1.
-    shape: the one of bouncing.SHAPES that fits the video best.
+    shape: the one of small_worlds.SHAPES that fits the video best.
     shape_correct: share of the frames in which the prompt's shape fits best.
     motion: median step of the centre, px per frame; NaN without an object.
     motion_correct: 1.0 if it moves at all, as fast as the prompt says, or
@@ -239,9 +239,9 @@ def evaluate_video(
     bouncing_frames.shape_errors(video_FHWC, frames, cfg), axis=0
   )
   votes = np.bincount(
-    best_F, weights=frames.visible_F, minlength=len(bouncing.SHAPES)
+    best_F, weights=frames.visible_F, minlength=len(small_worlds.SHAPES)
   )
-  seen = bouncing.SHAPES[int(np.argmax(votes))]
+  seen = small_worlds.SHAPES[int(np.argmax(votes))]
 
   db_F = bouncing_frames.ideal_db(
     video_FHWC,
@@ -254,7 +254,7 @@ def evaluate_video(
   if asked.shape is None:
     shape_correct_F = np.full(len(video_FHWC), np.nan)
   else:
-    is_asked_F = best_F == bouncing.SHAPES.index(asked.shape)
+    is_asked_F = best_F == small_worlds.SHAPES.index(asked.shape)
     # A frame without an object does not show the shape asked for.
     shape_correct_F = (is_asked_F & frames.visible_F).astype(np.float64)
 

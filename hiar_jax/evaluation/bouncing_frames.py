@@ -12,7 +12,7 @@ import functools
 import numpy as np
 import scipy.ndimage
 
-from hiar_jax.data import bouncing
+from hiar_jax.data import bouncing, small_worlds
 
 # The least contrast of an object, in units of the colour error: half of what
 # the least distinct pair of the world's colours has.
@@ -57,7 +57,7 @@ def measure_frames(
   _, h, w, _ = video_FHWC.shape
   areas = [
     _unit_area(shape) * radius**2
-    for shape in bouncing.SHAPES
+    for shape in small_worlds.SHAPES
     for radius in (cfg.small_radius[0], cfg.large_radius[1])
   ]
   least, most = min(areas) / TOLERANCE, max(areas) * TOLERANCE
@@ -116,7 +116,7 @@ def shape_errors(
         video_FHWC,
         frames,
       )
-      for shape in bouncing.SHAPES
+      for shape in small_worlds.SHAPES
     ]
   )
 

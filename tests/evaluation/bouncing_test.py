@@ -5,7 +5,7 @@ import pytest
 import scipy.ndimage
 
 from hiar_jax.codecs import linear, pixels
-from hiar_jax.data import bouncing
+from hiar_jax.data import bouncing, small_worlds
 from hiar_jax.evaluation import bouncing as evaluation_bouncing
 from hiar_jax.evaluation import bouncing_frames
 
@@ -156,7 +156,7 @@ def test_a_wrong_background_is_told():
 
 
 @pytest.mark.parametrize('radius', [8.5, 14.0])
-@pytest.mark.parametrize('shape', bouncing.SHAPES)
+@pytest.mark.parametrize('shape', small_worlds.SHAPES)
 def test_every_shape_is_told_from_the_others(shape, radius):
   score = evaluation_bouncing.evaluate_video(
     make_video(shape, radius=radius), PROMPT

@@ -153,7 +153,7 @@ def test_the_weights_that_come_with_the_package_are_seen_to_change(tmp_path):
       red, _, blue = _pixels(page)
       assert red > 40 or blue > 40
       for prompt in (
-        'a large yellow ring drifting fast over dark purple',
+        'a large yellow triangle drifting fast over dark purple',
         'a large cyan square drifting slowly over black',
       ):
         _set(page, 'prompt', prompt)
