@@ -111,7 +111,7 @@ def _cached(name: str, batch: int, blocks: int, window: int, sink: int):
       v, kv = flow(params, x, _sigma(golden[f'in/t_{verb}']), text, past=past)
       out[f'flow_{verb}{block}'] = to_model(v)
     seen = _in_frame_order(past, kv)
-    length = past.length + kv.k.shape[2]
+    length = past.filled * past.tokens_per_frame + kv.k.shape[2]
     past = past.write(kv)
     total = past.frames * past.tokens_per_frame
     out[f'after_block{block}/ends'] = np.asarray([total, length])
