@@ -52,9 +52,12 @@ def blocks(made, count=5):
   ('mode', 'sizes', 'changes'),
   [
     ('batched', 'stage=2,tensor=2,context=2', {}),
-    ('batched', 'stage=4,tensor=2', {'positions': 'bounded'}),
+    pytest.param(
+      *('batched', 'stage=4,tensor=2', {'positions': 'bounded'}),
+      marks=pytest.mark.slow,
+    ),
     ('batched', 'stage=2,context=2', {'past_dtype': 'int8'}),
-    ('shared', 'stage=3,tensor=2', {}),
+    pytest.param(*('shared', 'stage=3,tensor=2', {}), marks=pytest.mark.slow),
     ('block_first', 'tensor=2,context=2', {'positions': 'bounded'}),
   ],
 )
