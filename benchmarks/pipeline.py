@@ -153,6 +153,7 @@ def _maker(case: Case, options):
   """
   import jax
   import numpy as np
+  import plain_codec
 
   from hiar_jax import noise_schedule, rollout
   from hiar_jax.denoiser import Denoiser
@@ -217,17 +218,8 @@ def _maker(case: Case, options):
     return make
 
   if case.kind == 'stream':
-
-    class PlainCodec:
-      def init_decode_state(self, batch_size):
-        return ()
-
-      def decode_stream(self, state, latents):
-        return latents, state
-
-    jax.tree_util.register_static(PlainCodec)
     engine = streaming.Engine(denoiser, config, case.mode)
-    codec = PlainCodec()  # One for all videos: programs are found by it.
+    codec = plain_codec.PlainCodec()
 
     def make():
       started = time.perf_counter()

@@ -49,6 +49,7 @@ def _ours(options):
   """case -> latents [F, h, w, C]; writes what the other side needs."""
   import jax
   import jax.numpy as jnp
+  import plain_codec
 
   from hiar_jax import noise_schedule, rollout
   from hiar_jax.codecs import pixels
@@ -116,18 +117,8 @@ def _ours(options):
   print(f'{sum(a.size for a in weights.values()) / 1e6:.2f} M parameters')
   params = denoiser.unstack_layers(jax.tree.map(jnp.asarray, params))
 
-  class Plain:
-    """Hands latents out as they are."""
-
-    def init_decode_state(self, batch_size):
-      return ()
-
-    def decode_stream(self, state, latents):
-      return latents, state
-
-  jax.tree_util.register_static(Plain)
   pixels.from_float = lambda latents: latents
-  codec = Plain()
+  codec = plain_codec.PlainCodec()
 
   def call(order, context='matched'):
     request = calls.Request(options.num_blocks, order=order)
