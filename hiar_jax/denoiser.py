@@ -140,13 +140,10 @@ class Denoiser:
     null_text: TextKV,
     scale: float,
   ) -> jax.Array:
-    """Classifier-free guidance, uncond + scale (cond - uncond).
+    """The flow under guidance, see `guide`.
 
     Both run as one batch, in which a sample's two stand side by side, so that
-    samples stay on their devices. `scale` is the usual convention: 1 is no
-    guidance; the DMD papers' "cond + 3 (cond - uncond)" is scale 4.
-
-    Source: Ho & Salimans 2022 (arXiv:2207.12598).
+    samples stay on their devices.
     """
     sigma = jnp.broadcast_to(
       jnp.asarray(sigma, jnp.float32).reshape(-1, 1), (x_BFhwC.shape[0], 1)
@@ -163,18 +160,15 @@ class Denoiser:
       jax.tree.map(pairs, text, null_text),
     )
     flow = flow.reshape(-1, 2, *flow.shape[1:])
-    cond, uncond = flow[:, 0], flow[:, 1]
-    return uncond + scale * (cond - uncond)
+    return guide(flow[:, 0], flow[:, 1], scale)
 
-  def guided_x0(
-    self,
-    params: dict,
-    x_BFhwC: jax.Array,
-    sigma: jax.Array,
-    text: TextKV,
-    null_text: TextKV,
-    scale: float,
-  ) -> jax.Array:
-    """Clean latents under guidance; see `guided_flow`."""
-    flow = self.guided_flow(params, x_BFhwC, sigma, text, null_text, scale)
-    return noise_schedule.flow_to_x0(x_BFhwC, flow, sigma)
+
+def guide(cond: jax.Array, uncond: jax.Array, scale: float) -> jax.Array:
+  """Classifier-free guidance, uncond + scale (cond - uncond).
+
+  `scale` is the usual convention: 1 is no guidance; the DMD papers'
+  "cond + 3 (cond - uncond)" is scale 4.
+
+  Source: Ho & Salimans 2022 (arXiv:2207.12598).
+  """
+  return uncond + scale * (cond - uncond)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from hiar_jax import noise_schedule, rollout
-from hiar_jax.denoiser import Denoiser
+from hiar_jax.denoiser import Denoiser, guide
 from hiar_jax.models import attention, lora
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
@@ -351,8 +351,9 @@ class Distillation:
   def _score(self, network, params, guidance, x, sigma, states, negative):
     """A network's clean estimate, led away from the negative states.
 
-    Guidance's two passes are one after the other, see `Denoiser.guided_flow`:
-    both at once would hold twice as much of a large teacher's activations.
+    Guidance's two passes are one after the other, not a batch as in
+    `Denoiser.guided_flow`: both at once would hold twice as much of a large
+    teacher's activations.
     """
 
     def flow(states):
@@ -364,7 +365,7 @@ class Distillation:
     else:
       negative = jnp.broadcast_to(negative, states.shape)
       cond, uncond = jax.lax.map(flow, jnp.stack([states, negative]))
-      guided = uncond + guidance * (cond - uncond)
+      guided = guide(cond, uncond, guidance)
     return noise_schedule.flow_to_x0(x, guided, sigma)
 
   def _forward_kl(self, params, batch, step):
