@@ -79,14 +79,9 @@ def displacements(before_HW: np.ndarray, after_HW: np.ndarray) -> np.ndarray:
 
   moved, corners_N2, still_N = moved[~near], corners_N2[~near], still_N[~near]
   if len(moved):
-    cost_SN = np.stack(
-      [
-        _costs(inner, _cut(after, corner + shift, size))[moved]
-        for shift in _SHIFTS_S2
-      ]
-    )
-    cost_SN += _FAR * still_N * np.linalg.norm(_SHIFTS_S2, axis=1)[:, None]
-    shift_N2 = _SHIFTS_S2[np.argmin(cost_SN, axis=0)]
+    cost_NS = _shift_costs(before, after, corners_N2)
+    cost_NS += _FAR * still_N[:, None] * np.linalg.norm(_SHIFTS_S2, axis=1)
+    shift_N2 = _SHIFTS_S2[np.argmin(cost_NS, axis=1)]
     step_N2, left_N = _refine(before, after, corners_N2, shift_N2)
     found = left_N < _FOUND * still_N
     length_N = np.linalg.norm(shift_N2 + step_N2, axis=1)
@@ -110,6 +105,25 @@ def _costs(inner, other):
   )
   mean = blocks.mean(axis=(1, 3))
   return (np.square(blocks).mean(axis=(1, 3)) - mean * mean).ravel()
+
+
+def _shift_costs(before, after, corners_N2):
+  """What each block costs, as in `_costs`, at every shift: [N, S]."""
+  at_S = tuple((_SHIFTS_S2 + RADIUS).T)
+  costs = np.empty((len(corners_N2), len(_SHIFTS_S2)), np.float32)
+  # So many at once that their differences stay in the cache.
+  for start in range(0, len(corners_N2), 16):
+    part = slice(start, start + 16)
+    old = _pick(before, corners_N2[part], 0)
+    places = np.lib.stride_tricks.sliding_window_view(
+      _pick(after, corners_N2[part], RADIUS), (BLOCK, BLOCK), axis=(1, 2)
+    )
+    apart = old[:, None, None] - places
+    apart = apart.reshape(*apart.shape[:3], BLOCK**2)
+    square = np.einsum('nyxk,nyxk->nyx', apart, apart) / BLOCK**2
+    mean = apart @ np.full(BLOCK**2, 1 / BLOCK**2, np.float32)
+    costs[part] = (square - mean * mean)[:, *at_S]
+  return costs
 
 
 def _refine(before, after, corners_N2, shift_N2):
