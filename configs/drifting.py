@@ -1,5 +1,6 @@
 """The drifting world: 24x24 videos of what only the context can carry on.
 
+  hiar-jax train --config=drifting:teacher_start
   hiar-jax train --config=drifting:teacher
   hiar-jax trajectories --config=drifting
   hiar-jax train --config=drifting:student_start
@@ -17,7 +18,13 @@ import ml_collections
 
 from hiar_jax.training.loop_config import LoopConfig
 
-PHASES = ('teacher', 'student_start', 'distill', 'self_forcing')
+PHASES = (
+  'teacher_start',
+  'teacher',
+  'student_start',
+  'distill',
+  'self_forcing',
+)
 _RUNS = 'runs/drifting'
 _CHANNELS = 16
 _FRAMES = 15
@@ -29,7 +36,9 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
     raise ValueError(f'phase {phase!r} is not one of {PHASES}')
   c = ml_collections.ConfigDict()
   c.name = 'drifting'
-  c.phase = 'distill' if phase == 'self_forcing' else phase
+  c.phase = {'self_forcing': 'distill', 'teacher_start': 'teacher'}.get(
+    phase, phase
+  )
   c.workdir = f'{_RUNS}/{phase}'
   c.seed = 0
 
@@ -76,8 +85,8 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.checkpoint_every = 250
   # What does not change the result: checkpoints kept, services, samples.
   c.loop = dataclasses.asdict(LoopConfig())
-  if phase == 'teacher':
-    return _teacher(c)
+  if phase in ('teacher_start', 'teacher'):
+    return _teacher(c, phase)
 
   c.schedule = dict(shift=5.0, indices=(1000, 750, 500, 250))
   c.rollout = dict(
@@ -90,7 +99,7 @@ def get_config(phase: str = 'distill') -> ml_collections.ConfigDict:
   c.teacher_weights = f'{_RUNS}/teacher/weights.safetensors'
   c.trajectories = dict(
     dir=f'{_RUNS}/trajectories',
-    num=192,
+    num=512,
     num_frames=_FRAMES,
     shard_size=32,
     batch_size=16,
@@ -120,7 +129,7 @@ def _muon(learning_rate: float, adam_learning_rate: float, warmup: int):
   )
 
 
-def _teacher(c):
+def _teacher(c, phase):
   c.iterations = 4500
   c.start_weights = ''
   c.videos = dict(source='drifting')
@@ -128,11 +137,16 @@ def _teacher(c):
   c.timestep_shift = 2.5
   c.ema_decay = 0.999
   c.optimiser = _muon(1e-2, 2.5e-3, warmup=100)
+  if phase == 'teacher':  # Goes on, with other noise.
+    c.iterations = 10000
+    c.seed = 1
+    c.start_weights = f'{_RUNS}/teacher_start/weights.safetensors'
+    c.optimiser = _muon(6e-3, 1.5e-3, warmup=100)
   return c
 
 
 def _student_start(c):
-  c.iterations = 400
+  c.iterations = 1000
   c.start_context = 'random'
   c.ema_decay = 0.98
   c.optimiser = _muon(2e-3, 1e-3, warmup=20)
@@ -140,7 +154,7 @@ def _student_start(c):
 
 
 def _distill(c, phase):
-  c.iterations = 160
+  c.iterations = 480
   c.rollout_blocks = (5, 5)
   c.student_weights = f'{_RUNS}/student_start/weights.safetensors'
   adamw = dict(name='adamw', b1=0.0, b2=0.99, weight_decay=0.01, warmup=10)
@@ -151,13 +165,13 @@ def _distill(c, phase):
     past_gradient='detached',
     loss_blocks=5,
     guidance=2.0,
-    forward_kl_weight=1.0,
+    forward_kl_weight=0.1,
     forward_kl_steps=1,
     forward_kl_target='velocity',
     forward_kl_attention='bidirectional',
     generator_every=4,
     ema_decay=0.95,
-    ema_start=40,
+    ema_start=80,
   )
   if phase == 'self_forcing':
     c.distill.order = 'block_first'

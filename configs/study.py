@@ -19,8 +19,10 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.dir = _RUNS
   c.train = drifting.get_config('distill')
+  teacher_start = drifting.get_config('teacher').start_weights
   # What the arms share, by the first file that is missing.
   c.before = (
+    ('train --config=drifting:teacher_start', teacher_start),
     ('train --config=drifting:teacher', c.train.teacher_weights),
     ('trajectories --config=drifting', ''),
     ('train --config=drifting:student_start', c.train.student_weights),
