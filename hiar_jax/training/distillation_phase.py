@@ -122,7 +122,7 @@ def build(config: Config) -> Phase:
     steps.generator_step,
     state,
     mesh,
-    static_argnames=('num_blocks', 'most_before', 'forward_kl_step'),
+    static_argnames=('num_blocks', 'most_before'),
   )
   critic = sharding.jit_step(
     steps.critic_step,
@@ -146,7 +146,7 @@ def build(config: Config) -> Phase:
         batch,
         keys[0],
         **lengths,
-        forward_kl_step=int(draw.integers(numbers.forward_kl_steps)),
+        forward_kl_step=np.int32(draw.integers(numbers.forward_kl_steps)),
       )
     state, critic_metrics = critic(
       state, frozen, {'text': batch['text']}, keys[1], **lengths

@@ -3,7 +3,9 @@
 x0, eps, flow: [B, F, h, w, C]; sigma: [B or 1, F or 1].
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,17 +96,19 @@ def forward_kl_pair(
   trajectory: Sequence[jax.Array] | jax.Array,
   point_sigmas: Sequence[float],
   student_sigmas: Sequence[float],
-  step: int,
+  step: int | jax.Array,
   target: str,
-) -> tuple[jax.Array, float, jax.Array]:
+) -> tuple[jax.Array, float | jax.Array, jax.Array]:
   """What the student gets and must answer at one step of a trajectory.
 
   Args:
-    trajectory: S + 1 latents of a teacher ODE trajectory, noise first.
+    trajectory: S + 1 latents of a teacher ODE trajectory, noise first; one
+      array for a traced step.
     point_sigmas: the S + 1 levels at which those points lie.
     student_sigmas: the S + 1 levels given to the student. Equal to
       `point_sigmas` unless the public code's mixed form is wanted (spec 9).
-    step: i, the step that the student must make.
+    step: i, the step that the student must make; a traced one is not compared
+      with the length of the trajectory.
     target: 'velocity' (eq. 10): the chord (x_{i+1} - x_i) / (s_{i+1} - s_i);
       'chord_x0': x_i - s_i * chord at the points' levels; 'final_x0': the
       trajectory's end; 'euler': x_{i+1}, as the student's Euler end point.
@@ -120,27 +124,40 @@ def forward_kl_pair(
     raise ValueError(
       f'forward_kl target {target!r} is not one of {FORWARD_KL_TARGETS}'
     )
-  if not 0 <= step < num_steps:
+  if isinstance(step, int) and not 0 <= step < num_steps:
     raise ValueError(f'step {step} is outside of 0..{num_steps - 1}')
-  x, x_next = trajectory[step], trajectory[step + 1]
+  points: Any = trajectory  # An array, where the step is traced.
+  x, x_next = points[step], points[step + 1]
   if target == 'velocity':
-    width = student_sigmas[step + 1] - student_sigmas[step]
-    answer = (x_next - x) / width
+    answer = (x_next - x) / number_at(_widths(student_sigmas), step)
   elif target == 'chord_x0':
-    chord = (x_next - x) / (point_sigmas[step + 1] - point_sigmas[step])
-    answer = x - point_sigmas[step] * chord
+    chord = (x_next - x) / number_at(_widths(point_sigmas), step)
+    answer = x - number_at(point_sigmas, step) * chord
   elif target == 'final_x0':
-    answer = trajectory[num_steps]
+    answer = points[num_steps]
   else:
     answer = x_next
-  return x, student_sigmas[step], answer
+  return x, number_at(student_sigmas, step), answer
+
+
+def number_at(
+  numbers: Sequence[float], index: int | jax.Array
+) -> float | jax.Array:
+  """One of some numbers; a float32 scalar if the index is traced."""
+  if isinstance(index, int):
+    return numbers[index]
+  return jnp.asarray(numbers, jnp.float32)[index]
+
+
+def _widths(sigmas: Sequence[float]) -> list[float]:
+  return [after - before for before, after in itertools.pairwise(sigmas)]
 
 
 def forward_kl(
   flow: jax.Array,
   x: jax.Array,
-  sigma: float,
-  sigma_next: float,
+  sigma: float | jax.Array,
+  sigma_next: float | jax.Array,
   answer: jax.Array,
   target: str,
 ) -> jax.Array:

@@ -204,7 +204,11 @@ def _record(sampler, loop, num_blocks, given, before, most, *, known):
 
 
 def cached_flow(
-  sampler: Sampler, x_BFhwC: jax.Array, step: int, *, past_gradient: str
+  sampler: Sampler,
+  x_BFhwC: jax.Array,
+  step: int | jax.Array,
+  *,
+  past_gradient: str,
 ) -> jax.Array:
   """Flow of given noisy frames, each block seeing its own clean estimates.
 
@@ -214,7 +218,7 @@ def cached_flow(
   Args:
     sampler: as above.
     x_BFhwC: all frames at level t_step; a multiple of a block.
-    step: static.
+    step: may be traced.
     past_gradient: as in `exit_pass.parallel`.
   """
   frozen = _without_gradient(sampler)

@@ -98,7 +98,7 @@ class Distillation:
     num_blocks: int,
     before: jax.Array | None = None,
     most_before: int | None = None,
-    forward_kl_step: int = 0,
+    forward_kl_step: int | jax.Array = 0,
   ) -> tuple[training_state.DistillState, Metrics]:
     """One update of the student: reverse KL + weight * forward KL.
 
@@ -111,7 +111,8 @@ class Distillation:
       num_blocks: of the rollout that the losses see, static.
       before: blocks of the rollout before these, at least 1; None: none.
       most_before: the most that those can be, static.
-      forward_kl_step: which of the first K steps, static.
+      forward_kl_step: which of the first K steps; may be traced, so that one
+        program serves all of them.
     """
     blocks = dict(num_blocks=num_blocks, before=before, most_before=most_before)
     self._check(frozen, **blocks)
@@ -396,6 +397,7 @@ class Distillation:
           sink=self.rollout.sink,
         )
       flow, _ = self.student.flow(params, x, sigma, text, frame_mask=mask)
+    sigma_next = losses.number_at(levels, step + 1)
     return losses.forward_kl(
-      flow, x, sigma, levels[step + 1], answer, self.config.forward_kl_target
+      flow, x, sigma, sigma_next, answer, self.config.forward_kl_target
     )

@@ -134,6 +134,8 @@ def test_codec_is_fitted_once(tmp_path):
 
 
 def test_host_draws_follow_from_seed_and_iteration(inputs, monkeypatch):
+  traced = []
+
   def generator_step(
     steps,
     state,
@@ -145,6 +147,7 @@ def test_host_draws_follow_from_seed_and_iteration(inputs, monkeypatch):
     most_before=None,
     forward_kl_step,
   ):
+    traced.append(num_blocks)
     return state, {'generator': num_blocks, 'forward_kl_step': forward_kl_step}
 
   def critic_step(
@@ -171,6 +174,8 @@ def test_host_draws_follow_from_seed_and_iteration(inputs, monkeypatch):
   run = list(draws(0, range(24)))
   assert {m['critic'] for m in run} == {2, 3, 4}
   assert {m['forward_kl_step'] for m in run[::3]} == {0, 1}
+  # A program for each length, and none for each step of the forward KL.
+  assert sorted(traced) == [2, 3, 4]
   assert all(m['generator'] == m['critic'] for m in run[::3])
   assert all(m.keys() == {'critic'} for i, m in enumerate(run) if i % 3)
   assert list(draws(0, range(12, 24))) == run[12:]

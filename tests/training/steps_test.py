@@ -321,7 +321,7 @@ def test_a_cut_that_must_be_recoded_needs_a_codec():
 def forward_kl(**kwargs):
   """params -> the forward KL of step 1, which is soon compiled on its own."""
   steps = distillation(**kwargs)
-  return lambda params: steps._forward_kl(params, batch(), 1)
+  return lambda params, step=1: steps._forward_kl(params, batch(), step)
 
 
 def test_forward_kl_differs_by_who_sees_whom():
@@ -333,6 +333,24 @@ def test_forward_kl_differs_by_who_sees_whom():
     assert np.isfinite(values[mode]) and 0 < largest < np.inf
   # Both sides, a noisy past, the student's own clean past.
   assert np.diff(sorted(values.values())).min() > 1e-3, values
+
+
+@pytest.mark.parametrize(
+  'numbers',
+  [
+    dict(forward_kl_target='velocity'),
+    dict(forward_kl_target='chord_x0'),
+    dict(forward_kl_attention='cached'),
+  ],
+)
+def test_one_program_takes_the_forward_kl_of_every_step(numbers):
+  function, params = forward_kl(**numbers), networks()[0]
+  run = jax.jit(function)
+  values = [run(params, np.int32(i)) for i in range(ROLLOUT.num_steps)]
+  assert run._cache_size() == 1 and len(set(map(float, values))) == len(values)
+  own = jax.jit(function, static_argnums=1)
+  for step in (0, ROLLOUT.num_steps - 1):
+    np.testing.assert_allclose(values[step], own(params, step), rtol=2e-6)
 
 
 def test_forward_kl_targets_are_the_chord_in_other_spaces():
