@@ -7,14 +7,13 @@ inside one call, where no exception can reach it.
 import contextlib
 import faulthandler
 import os
-import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-import jax
+from hiar_jax.runtime import follower
 
 STATUS = 124  # As of timeout(1).
 
@@ -22,10 +21,9 @@ STATUS = 124  # As of timeout(1).
 class Watchdog:
   """Demands that an iteration finishes every `seconds`.
 
-  The loop does not wait for the device, so a thread does: it follows the
-  iterations in the order in which they were started. A second one looks at the
-  time. If even threads stand still (a call that hangs with the GIL), a timer in
-  C ends the process, a limit later.
+  The loop does not wait for the device, so a thread does, see `Follower`. A
+  second one looks at the time. If even threads stand still (a call that hangs
+  with the GIL), a timer in C ends the process, a limit later.
   """
 
   def __init__(
@@ -53,33 +51,29 @@ class Watchdog:
     self._end = _dump_and_exit if end is None else end
     self._done, self._since = start, time.monotonic()
     self._paused = False
-    self._started: queue.SimpleQueue[tuple[int, Any] | None] = (
-      queue.SimpleQueue()
-    )
     self._over = threading.Event()
-    self._threads = []
+    self._follower = self._thread = None
     if seconds is not None:
-      self._threads = [
-        threading.Thread(target=self._follow, name='follower', daemon=True),
-        threading.Thread(
-          target=self._look, args=(seconds,), name='watchdog', daemon=True
-        ),
-      ]
+      self._follower = follower.Follower(self._finished)
+      self._thread = threading.Thread(
+        target=self._look, args=(seconds,), name='watchdog', daemon=True
+      )
 
   def __enter__(self) -> Self:
     self._since = time.monotonic()
     if self._seconds is not None:
       self._set_timer(self._seconds)
-    for thread in self._threads:
-      thread.start()
+    for thread in (self._follower, self._thread):
+      if thread is not None:
+        thread.start()
     return self
 
   def __exit__(self, *unused_error: object) -> None:
-    if not self._threads:
+    if self._follower is None or self._thread is None:
       return
     self._over.set()
-    self._started.put(None)
-    self._threads[1].join()
+    self._follower.close()
+    self._thread.join()
     faulthandler.cancel_dump_traceback_later()
 
   def step(self, iteration: int, values: Any) -> None:
@@ -89,8 +83,8 @@ class Watchdog:
       iteration: its number, from 1.
       values: arrays that are ready when it has finished, and not donated.
     """
-    if self._threads:
-      self._started.put((iteration, values))
+    if self._follower is not None:
+      self._follower.step(iteration, values)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -101,14 +95,8 @@ class Watchdog:
     finally:
       self._since, self._paused = time.monotonic(), False
 
-  def _follow(self):
-    while (item := self._started.get()) is not None:
-      iteration, values = item
-      try:
-        jax.block_until_ready(values)
-      except RuntimeError:  # The loop meets the same error, and reports it.
-        return
-      self._done, self._since = iteration, time.monotonic()
+  def _finished(self, iteration: int) -> None:
+    self._done, self._since = iteration, time.monotonic()
 
   def _look(self, seconds: float) -> None:
     while not self._over.wait(min(seconds / 4, 10.0)):

@@ -172,7 +172,7 @@ class _Book:
   def add(self, iteration, elements, values):
     """Notes an iteration; does not wait for it."""
     self._guard.add(iteration, elements, values)
-    self._log.progress(iteration)
+    self._log.progress(iteration, values)
 
   def settle(self, iteration, state, batches, *, must_save):
     """Does what is due after it."""

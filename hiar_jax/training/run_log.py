@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import math
 import pathlib
+import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Self
@@ -21,11 +22,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hiar_jax.runtime import metrics, profiling
+from hiar_jax.runtime import follower, metrics, profiling
 from hiar_jax.training import loop_config
 
 METRICS = 'metrics.jsonl'
 SPEED = 'speed.jsonl'
+# Seconds that the end waits for iterations under way: after an error the device
+# may hang.
+_PATIENCE = 1.0
 
 
 class RunLog:
@@ -63,7 +67,10 @@ class RunLog:
     self._stack = contextlib.ExitStack()
     self._files: list[metrics.MetricsFile] = []
     self._services: list[TensorBoard | WeightsAndBiases] = []
-    self._progress = None
+    self._progress: metrics.Progress | None = None
+    self._follower: follower.Follower | None = None
+    # The bar is moved by the loop and by the thread that follows the device.
+    self._lock, self._shown = threading.Lock(), restored_step
     self._speed = profiling.Speed(
       restored_step, flops, peak, videos=videos, tokens=tokens
     )
@@ -84,6 +91,9 @@ class RunLog:
           config['iterations'], start=restored_step, label=config['phase']
         )
       )
+      self._follower = follower.Follower(self._finished)
+      self._follower.start()
+      stack.callback(self._stop_following)
       self._stack = stack.pop_all()
 
   def __enter__(self) -> Self:
@@ -92,10 +102,31 @@ class RunLog:
   def __exit__(self, *error: Any) -> None:
     self._stack.__exit__(*error)
 
-  def progress(self, step: int) -> None:
-    """Moves the bar."""
-    if self._progress is not None:
-      self._progress.update(step)
+  def progress(self, step: int, values: Any) -> None:
+    """Moves the bar once an iteration that was started has finished.
+
+    Args:
+      step: its number, from 1.
+      values: arrays that are ready then, and not donated.
+    """
+    if self._follower is not None:
+      self._follower.step(step, values)
+
+  def _finished(self, step: int) -> None:
+    self._show(step, None)
+
+  def _stop_following(self) -> None:
+    assert self._follower is not None
+    self._follower.close(_PATIENCE)
+    with self._lock:  # What finishes later meets a bar that is closed.
+      self._progress = None
+
+  def _show(self, step: int, values: Mapping[str, float] | None) -> None:
+    with self._lock:
+      if self._progress is None or (values is None and step <= self._shown):
+        return
+      self._shown = max(step, self._shown)
+      self._progress.update(self._shown, values)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line of metrics and one of speed, and shows the scalars."""
@@ -109,7 +140,7 @@ class RunLog:
       service.write(step, scalars | {f'speed/{k}': v for k, v in speed.items()})
     # Most updates are not skipped, and a line is short.
     shown = {k: v for k, v in scalars.items() if v or 'skipped' not in k}
-    self._progress.update(step, shown)
+    self._show(step, shown)
 
   def sheet(self, step: int, name: str, path: pathlib.Path) -> None:
     """Shows a picture that lies in a file."""

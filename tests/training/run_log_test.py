@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import types
 
 import numpy as np
@@ -21,7 +22,7 @@ def open_log(folder, step=0, **settings):
 
 def test_speed_is_kept_apart_from_what_was_computed(tmp_path):
   with open_log(tmp_path) as log:
-    log.progress(3)
+    log.progress(3, {})
     log.write(4, {'loss': 0.5, 'skipped': 0})
   lines = {
     name: json.loads((tmp_path / name).read_text())
@@ -32,6 +33,40 @@ def test_speed_is_kept_apart_from_what_was_computed(tmp_path):
   assert speed['step'] == 4 and speed['iterations_per_second'] > 0
   assert speed['host_memory_gib'] > 0.01
   assert not (tmp_path / 'tensorboard').exists()
+
+
+class _Values:
+  """Stands for arrays that a device finishes when the test says so."""
+
+  def __init__(self):
+    self._ready = threading.Event()
+
+  def finish(self):
+    self._ready.set()
+
+  def block_until_ready(self):
+    self._ready.wait()
+    return self
+
+
+def test_the_bar_shows_what_has_finished_and_not_what_was_started(
+  tmp_path, capsys
+):
+  under_way = _Values()
+  with open_log(tmp_path) as log:
+    for step in range(1, 8):
+      log.progress(step, {'loss': under_way if step > 2 else 0.5})
+  under_way.finish()
+  assert capsys.readouterr().err.startswith('teacher 2/9  ')
+
+
+def test_the_bar_goes_no_step_back_after_a_line(tmp_path, capsys):
+  under_way = _Values()
+  with open_log(tmp_path) as log:
+    log.progress(3, under_way)
+    log.write(4, {'loss': 0.5})
+    under_way.finish()
+  assert capsys.readouterr().err.startswith('teacher 4/9  ')
 
 
 def events(folder):
