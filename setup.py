@@ -104,6 +104,8 @@ setuptools.setup(
     # What `loop.tensorboard` writes with, and the viewer.
     'tensorboard': ['tensorboardx>=2.6', 'tensorboard>=2.18'],
     'wandb': ['wandb>=0.18'],
+    # Judges of videos, with PyTorch.
+    'learnt': ['pyiqa>=0.1.13', 'timm>=1.0'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],

@@ -68,6 +68,9 @@ COMMANDS = {
     Command(
       'evaluate videos', 'evaluate_videos', 'a report on folders of any videos'
     ),
+    Command(
+      'evaluate learnt', 'evaluate_learnt', 'what learnt judges say of them'
+    ),
   ),
 }
 

@@ -89,6 +89,13 @@ _PROMPTS_FILE = flags.DEFINE_string(
   'objects with `prompt`',
 )
 _OUT = flags.DEFINE_string('out', 'video.mp4', 'the file to write')
+_NAME_BY = flags.DEFINE_enum(
+  'name_by',
+  'number',
+  ['number', 'prompt'],
+  "of several videos: out-0.mp4, out-1.mp4, ..., or as VBench's evaluation "
+  'wants them, PROMPT-0.mp4, PROMPT-1.mp4, ... in the folder of --out',
+)
 _NUM_BLOCKS = flags.DEFINE_integer(
   'num_blocks',
   28,
@@ -210,7 +217,11 @@ def main(argv: Sequence[str]) -> None:
   if not _NUM_BLOCKS.value:
     raise ValueError('flag --num_blocks=0, without end, goes with --stream')
   chosen = seeds.of_videos(_seed(), len(prompts), _NUM_VIDEOS.value)
-  paths = _paths(len(chosen))
+  paths = _paths(
+    video_files.names(
+      *(_path(_OUT.value).name, prompts, _NUM_VIDEOS.value), by=_NAME_BY.value
+    )
+  )
   pipeline = _load(watch)
   num_blocks, start = _start(pipeline)
   request = calls.Request(
@@ -348,7 +359,7 @@ def _stream(prompts: list[str], watch: stopwatch.Stopwatch) -> None:
       '--prompt_at'
     )
   (seed,) = seeds.of_videos(_seed(), 1)
-  (path,) = _paths(1)
+  (path,) = _paths([_path(_OUT.value).name])
   pipeline = _load(watch)
   given, scale = _initial_frames(pipeline), _scale(pipeline)
   # All at once: an encoder that is released is read once.
@@ -455,17 +466,15 @@ def _path(value: str) -> pathlib.Path:
   return pathlib.Path(value).expanduser()
 
 
-def _paths(count: int) -> list[pathlib.Path]:
+def _paths(names: list[str]) -> list[pathlib.Path]:
   """Where the videos go, once it is sure that they can go there."""
-  out = _path(_OUT.value)
+  folder = _path(_OUT.value).parent
   if not distributed.is_writer():
     # It makes the same video, and has no use for it.
     unused = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, unused, ignore_errors=True)
-    out = pathlib.Path(unused) / out.name
-  paths = [out]
-  if count > 1:
-    paths = [out.with_stem(f'{out.stem}-{i}') for i in range(count)]
+    folder = pathlib.Path(unused)
+  paths = [folder / name for name in names]
   for path in paths:
     # Starts nothing before the first frame, but checks what it is given.
     fps = 1.0 if _FPS.value is None else _FPS.value

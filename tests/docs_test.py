@@ -101,6 +101,10 @@ def _flags_of(program):
   source = (_ROOT / 'launch' / f'{program}.py').read_text()
   for module in re.findall(r'(\w+)\.define_flags\(\)', source):
     source += (_ROOT / 'hiar_jax' / 'runtime' / f'{module}.py').read_text()
+  if 'FolderFlags()' in source:
+    source += (
+      _ROOT / 'hiar_jax' / 'evaluation' / 'folder_flags.py'
+    ).read_text()
   if re.search(r'\b(Choice|Held)Flags\(\)', source):
     choices = _ROOT / 'hiar_jax' / 'sampling' / 'choice_flags.py'
     source += choices.read_text()

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from hiar_jax.runtime import frame_reader
 SUFFIXES = ('.mp4', '.webm', '.mkv', '.mov', '.avi', '.m4v', '.gif')
 # Parts of a video that its curves have a point for; fewer where it is short.
 POINTS = 20
-# Raised when numbers change their meaning: what was kept then counts no more.
-_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,8 +55,23 @@ class Measured:
     return cls(**(fields | {'path': path, 'summary': summary}))
 
 
+class Kept(Protocol):
+  """What is kept of a video."""
+
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def path(self) -> pathlib.Path: ...
+
+  def to_json(self) -> dict[str, Any]: ...
+
+
+Video = TypeVar('Video', bound=Kept)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Folder:
+class Folder(Generic[Video]):
   """The videos of one folder.
 
   Attributes:
@@ -68,7 +81,7 @@ class Folder:
   """
 
   name: str
-  videos: dict[str, Measured]
+  videos: dict[str, Video]
   failed: dict[str, str]
 
 
@@ -140,10 +153,10 @@ def measure_file(
 def measure(
   paths: Sequence[pathlib.Path],
   name: str,
-  known: 'Known',
+  known: 'Known[Video]',
   progress: Callable[[], None] = lambda: None,
   after_file: Callable[[str], None] = lambda line: None,
-) -> Folder:
+) -> 'Folder[Video]':
   """Measures the videos that are not known yet.
 
   Args:
@@ -161,7 +174,7 @@ def measure(
       # A file that changes while it is read is measured again.
       mark = _mark(path)
       try:
-        video = measure_file(path, progress)
+        video = known.way.measure(path, progress)
       except (ValueError, OSError) as error:
         line = failed[path.name] = ' '.join(str(error).split())
       else:
@@ -172,12 +185,35 @@ def measure(
   return Folder(name, videos, failed)
 
 
-class Known:
-  """Measured videos in a JSON Lines file."""
+class Way(NamedTuple, Generic[Video]):
+  """A way of measuring.
 
-  def __init__(self, path: str | os.PathLike):
+  version: raised when numbers change their meaning: what was kept then counts
+    no more.
+  measure: a file; called with its path and what to call after every frame.
+  read: makes a video of what its `to_json` gave.
+  """
+
+  version: int | str
+  measure: Callable[[pathlib.Path, Callable[[], None]], Video]
+  read: Callable[[dict[str, Any]], Video]
+
+
+# What every pixel says, see `statistics`.
+PIXELS = Way(1, measure_file, Measured.from_json)
+
+
+class Known(Generic[Video]):
+  """Measured videos in a JSON Lines file.
+
+  Attributes:
+    way: that they are measured in.
+  """
+
+  def __init__(self, path: str | os.PathLike, way: Way[Video]):
     """Reads what is there; a last line that was cut, and a line of another
     version, are passed over."""
+    self.way = way
     self._path = pathlib.Path(path)
     self._lines = {}
     self._ends = True
@@ -189,20 +225,20 @@ class Known:
           entry = json.loads(line)
         except json.JSONDecodeError:
           continue
-        if entry['version'] == _VERSION:
+        if entry['version'] == way.version:
           self._lines[entry['file']] = entry
 
-  def get(self, path: pathlib.Path) -> Measured | None:
+  def get(self, path: pathlib.Path) -> Video | None:
     """What is known of a file that has not changed."""
     entry = self._lines.get(_file(path))
     if entry is None or entry['mark'] != _mark(path):
       return None
-    return Measured.from_json(entry['video'] | {'path': path})
+    return self.way.read(entry['video'] | {'path': path})
 
-  def add(self, video: Measured, mark: list[int]) -> None:
+  def add(self, video: Video, mark: list[int]) -> None:
     """Notes a video; the next process knows it."""
     entry = {
-      'version': _VERSION,
+      'version': self.way.version,
       'file': _file(video.path),
       'mark': mark,
       'video': video.to_json(),

@@ -100,12 +100,7 @@ class Statistics:
 
   def by_segment(self, count: int = SEGMENTS) -> dict[str, np.ndarray]:
     """Means over equal parts of the video, [K] or [K, 3] by name."""
-    return {
-      name: np.stack(
-        [p.mean(axis=0) for p in np.array_split(getattr(self, name), count)]
-      )
-      for name in SERIES
-    }
+    return {name: parts(getattr(self, name), count) for name in SERIES}
 
 
 SERIES = tuple(
@@ -193,6 +188,31 @@ def measure(frames: Iterable[np.ndarray]) -> Statistics:
   )
 
 
+def parts(values: np.ndarray, count: int = SEGMENTS) -> np.ndarray:
+  """Means over so many equal parts of a series: [K] or [K, C]."""
+  return np.stack([p.mean(axis=0) for p in np.array_split(values, count)])
+
+
+def rise(segments: np.ndarray) -> np.ndarray:
+  """Of the straight line through [K] or [K, C] segments, from first to last."""
+  line = np.arange(len(segments)) - (len(segments) - 1) / 2
+  return (len(segments) - 1) * np.tensordot(line, segments, 1) / np.sum(line**2)
+
+
+def of_frame(frame: np.ndarray) -> dict[str, float]:
+  """The numbers of one frame by itself, uint8 [H, W, 3]; by name.
+
+  Raises:
+    ValueError: see `measure`.
+  """
+  _check_frame(frame, frame.shape, 0)
+  measured = _Frame(frame)
+  return {
+    name: getattr(measured, name)()
+    for name in ('saturation', 'sharpness', 'contrast')
+  }
+
+
 def of_pair(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
   """The numbers of one frame, and of it and the one before; by name.
 
@@ -223,12 +243,7 @@ def summarise(statistics: Statistics) -> Summary:
   """The row of numbers of one video."""
   means = {name: getattr(statistics, name).mean() for name in SERIES}
   segments = statistics.by_segment()
-  line = np.arange(SEGMENTS) - (SEGMENTS - 1) / 2
-  # Of the line through the five: its rise from the first to the last.
-  rises = {
-    name: (SEGMENTS - 1) * np.tensordot(line, values, 1) / np.sum(line**2)
-    for name, values in segments.items()
-  }
+  rises = {name: rise(values) for name, values in segments.items()}
   ends = {
     name: _end(getattr(statistics, name), -1)
     - _end(getattr(statistics, name), 0)
@@ -240,7 +255,7 @@ def summarise(statistics: Statistics) -> Summary:
     )
     for k in range(1, SEGMENTS)
   ]
-  parts = _weighted(rises, means)
+  drift_parts = _weighted(rises, means)
   difference = statistics.difference
   return Summary(
     num_frames=statistics.num_frames,
@@ -252,10 +267,10 @@ def summarise(statistics: Statistics) -> Summary:
       )
     },
     jump=float(difference.max() - np.median(difference)),
-    drift=sum(parts.values()),
+    drift=sum(drift_parts.values()),
     drift_ends=sum(_weighted(ends, means).values()),
     drift_first=float(np.mean(from_first)),
-    drift_parts=parts,
+    drift_parts=drift_parts,
     motion_drift=float(rises['motion'] / means['motion'])
     if means['motion'] > 0
     else 0.0,

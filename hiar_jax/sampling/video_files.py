@@ -22,6 +22,8 @@ from hiar_jax.sampling import calls, video_pipeline
 # Prompts that are encoded together, so that an encoder which is released after
 # each call is not read again for every batch: as many as it remembers.
 _PROMPTS_AT_ONCE = 64
+# Bytes of a prompt in a file's name: file systems take 255 in all.
+_LONGEST_NAME = 240
 _SETTINGS = 'hiar_jax'  # In the contact sheet's text.
 
 
@@ -42,6 +44,38 @@ class Job:
   @property
   def sheet(self) -> pathlib.Path:
     return self.path.with_suffix('.png')
+
+
+def names(
+  out: str, prompts: Sequence[str], num_videos: int, *, by: str
+) -> list[str]:
+  """Names of files, for each prompt in turn its videos.
+
+  Args:
+    out: name of the file if there is one alone, such as 'video.mp4'.
+    prompts: may be one.
+    num_videos: of each prompt.
+    by: 'number': video-0.mp4, video-1.mp4, ... for several; 'prompt': as
+      VBench's evaluation wants them, PROMPT-0.mp4, PROMPT-1.mp4, ...
+
+  Raises:
+    ValueError: by prompt, if one can be no name, or is there twice.
+  """
+  stem, suffix = pathlib.Path(out).stem, pathlib.Path(out).suffix
+  if by == 'prompt':
+    for prompt in prompts:
+      if '/' in prompt or len(prompt.encode()) > _LONGEST_NAME:
+        raise ValueError(
+          f'--name_by=prompt: {prompt[:60]!r} is no file name: it has a slash, '
+          f'or more than {_LONGEST_NAME} bytes'
+        )
+    if len({*prompts}) != len(prompts):
+      raise ValueError('--name_by=prompt: two prompts are the same')
+    return [f'{p}-{i}{suffix}' for p in prompts for i in range(num_videos)]
+  count = len(prompts) * num_videos
+  if count == 1:
+    return [out]
+  return [f'{stem}-{i}{suffix}' for i in range(count)]
 
 
 def settings(

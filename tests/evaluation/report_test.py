@@ -57,7 +57,9 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def measured(videos, tmp_path_factory):
-  known = folders.Known(tmp_path_factory.mktemp('known') / 'k.jsonl')
+  known = folders.Known(
+    tmp_path_factory.mktemp('known') / 'k.jsonl', folders.PIXELS
+  )
   return folders.measure(folders.find(videos), 'ours', known)
 
 
@@ -75,30 +77,27 @@ def test_good_videos_are_measured_and_others_named_in_a_line(measured):
   assert {len(c) for c in video.curves.values()} == {11}
 
 
-def test_known_videos_are_not_read_again_unless_they_change(
-  videos, tmp_path, monkeypatch
-):
+def test_known_videos_are_not_read_again_unless_they_change(videos, tmp_path):
   read = []
-  whole = folders.measure_file
 
   def counted(path, *rest):
     read.append(path.name)
-    return whole(path, *rest)
+    return folders.measure_file(path, *rest)
 
-  monkeypatch.setattr(folders, 'measure_file', counted)
+  way = folders.PIXELS._replace(measure=counted)
   copies = [tmp_path / 'x.mp4', tmp_path / 'y.mp4']
   for copy in copies:
     copy.write_bytes((videos / 'd-1.mp4').read_bytes())
   notes = tmp_path / 'known.jsonl'
-  first = folders.measure(copies, 'v', folders.Known(notes))
+  first = folders.measure(copies, 'v', folders.Known(notes, way))
   assert read == ['x.mp4', 'y.mp4']
   # As a kill in the middle of a line leaves it.
   cut = notes.read_text()[:-100]
   notes.write_text(cut)
-  second = folders.measure(copies, 'v', folders.Known(notes))
+  second = folders.measure(copies, 'v', folders.Known(notes, way))
   assert read == ['x.mp4', 'y.mp4', 'y.mp4']
   copies[0].write_bytes((videos / 'a <b> & "c"-0.mp4').read_bytes() + b' ')
-  third = folders.measure(copies, 'v', folders.Known(notes))
+  third = folders.measure(copies, 'v', folders.Known(notes, way))
   assert read[3:] == ['x.mp4']
   for name in ('x', 'y'):
     same = [f.videos[name].to_json() for f in (first, second)]

@@ -1,6 +1,7 @@
 """Videos are written as they are done, and not made twice."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,3 +109,27 @@ def test_a_sheet_that_says_nothing_vouches_for_nothing(tmp_path):
   assert not video_files.is_made(job, made_with)
   job.sheet.unlink()
   assert not video_files.is_made(job, made_with)
+
+
+def test_files_are_named_by_number_or_as_vbench_reads_them():
+  two = ['a cat. It runs', 'ein Ü']
+  by_number = functools.partial(video_files.names, by='number')
+  assert by_number('x.mp4', two[:1], 1) == ['x.mp4']
+  assert by_number('x.mp4', two, 2) == [f'x-{i}.mp4' for i in range(4)]
+  assert video_files.names('x.mp4', two, 2, by='prompt') == [
+    *('a cat. It runs-0.mp4', 'a cat. It runs-1.mp4'),
+    *('ein Ü-0.mp4', 'ein Ü-1.mp4'),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'message'),
+  [
+    (['up/down'], "'up/down' is no file name"),
+    (['long ' * 60], 'more than 240 bytes'),
+    (['a cat', 'a cat'], 'two prompts are the same'),
+  ],
+)
+def test_prompts_that_can_name_no_file_are_refused(prompts, message):
+  with pytest.raises(ValueError, match=message):
+    video_files.names('x.mp4', prompts, 1, by='prompt')
