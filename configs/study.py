@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
       'G',
       'E',
     ),
-    *('F2', 'F4', 'J'),
+    *('F2', 'F4', 'W', 'J'),
   )
   c.seeds = (0, 1, 2)
   c.arms = _arms()
@@ -81,7 +81,13 @@ def get_config() -> ml_collections.ConfigDict:
     ('A', 'B', 'C', 'D'),
     ('D', 'E', 'F2', 'F4'),
     ('D', 'G', 'H', 'J'),
-    ('D', 'Ds', 'I', 'A'),
+    ('D', 'Ds', 'I', 'W'),
+  )
+  # Of curves.svg: blocks of a video and given ones, arms, curves.
+  c.picture = dict(
+    kind=(80, 0),
+    arms=('A', 'B', 'C', 'D'),
+    curves=('gradient', 'hue', 'texture', 'motion'),
   )
   # Every arm minus this one, scene by scene.
   c.against = 'D'
@@ -138,6 +144,11 @@ def _arms():
     ),
     F2=dict(says='D, K = 2', train=(forward(steps=2),), seeds=1),
     F4=dict(says='D, K = 4', train=(forward(steps=4),), seeds=1),
+    W=dict(
+      says='D, forward KL of weight 1',
+      train=(forward(weight=1.0),),
+      seeds=1,
+    ),
     G=dict(
       says='D, context at t_j',
       train=(dict(rollout=dict(context='input')),),

@@ -4,9 +4,9 @@
 
 One command from nothing to the report: what the arms start from is made if it
 is not there; then every arm is trained with every seed, in the order of the
-config, and its videos of every length are measured. report.html, report.json
-and tables.md in the folder of the study are of whatever is complete, and say
-what is missing. Kill it and start it again: it goes on.
+config, and its videos of every length are measured. report.html, report.json,
+tables.md and curves.svg in the folder of the study are of whatever is complete,
+and the report says what is missing. Kill it and start it again: it goes on.
 
 The arms are in the config; so is what they are trained on: the study itself
 knows no world, see `open_identities` in evaluation/measures.py.
@@ -352,6 +352,15 @@ def _report(config, jobs) -> None:
       pictures=_pictures(config, arms, kinds),
       missing=missing,
     )
+  shown = config.picture
+  drawn = study_page.picture(
+    *(measured, study.Kind(*shown.kind), shown.arms),
+    {name: curves[name] for name in shown.curves},
+    {arm: f'{arm}: {config.arms[arm].says}' for arm in shown.arms},
+  )
+  if drawn:
+    with files.whole_file(folder / 'curves.svg') as partial:
+      partial.write_text(drawn)
 
 
 def _plain_items(pairs) -> dict[str, Mapping[str, float]]:

@@ -29,6 +29,7 @@ def get_config(arguments: str) -> ml_collections.ConfigDict:
   c.lengths, c.given = (4, 8), ((1, 8),)
   c.order = ('codec', 'teacher', 'start', 'A', 'B', 'D')
   c.seeds = (0, 1)
+  c.picture.update(dict(kind=(8, 0), arms=('A', 'B')))
   return c
 
 
@@ -41,6 +42,7 @@ def _phase(phase, root):
   c.iterations, c.batch_size = 2, 2
   c.log_every = c.checkpoint_every = 1
   if phase == 'teacher':
+    c.start_weights = ''
     return c
   c.rollout.window = 12
   c.teacher_weights = str(root / 'teacher' / 'weights.safetensors')

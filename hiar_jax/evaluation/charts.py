@@ -9,6 +9,13 @@ from typing import NamedTuple
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7')
 _WIDTH, _HEIGHT = 340, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 26, 24
+_LEGEND = 16  # Px of a line of it.
+# Of what is in a chart; a page needs it too.
+STYLE = """
+svg .grid { stroke: #e4e4e4 } svg text { font-size: 10px; fill: #555 }
+svg .title { font-size: 12px; fill: #222; font-weight: 600 }
+svg .end { text-anchor: end } svg .middle { text-anchor: middle }
+"""
 
 
 class Curve(NamedTuple):
@@ -89,6 +96,40 @@ def legend(names: Sequence[str]) -> str:
     f'{html.escape(name)}</span>'
     for name, colour in zip(names, COLOURS)
   )
+
+
+def picture(drawn: Sequence[str], names: Sequence[str], columns: int) -> str:
+  """Charts with their legend as one SVG file, for where a page cannot be.
+
+  Args:
+    drawn: what `chart` made.
+    names: of the curves, in the order of the charts.
+    columns: charts beside each other.
+  """
+  rows = math.ceil(len(drawn) / columns)
+  top = _LEGEND * len(names) + 8
+  width, height = columns * _WIDTH, rows * _HEIGHT + top
+  parts = [
+    '<svg xmlns="http://www.w3.org/2000/svg" '
+    f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+    'font-family="system-ui, DejaVu Sans, sans-serif">',
+    f'<style>{STYLE}</style>',
+    f'<rect width="{width}" height="{height}" fill="#fff"/>',
+  ]
+  for index, (name, colour) in enumerate(zip(names, COLOURS)):
+    y = 8 + index * _LEGEND
+    parts.append(
+      f'<rect x="{_LEFT}" y="{y}" width="20" height="6" fill="{colour}"/>'
+      f'<text x="{_LEFT + 28}" y="{y + 7}">{html.escape(name)}</text>'
+    )
+  for index, svg in enumerate(drawn):
+    row, column = divmod(index, columns)
+    place = (
+      f'<svg x="{column * _WIDTH}" y="{top + row * _HEIGHT}" '
+      f'height="{_HEIGHT}" '
+    )
+    parts.append(svg.replace('<svg ', place, 1))
+  return ''.join([*parts, '</svg>\n'])
 
 
 def _line(start, end, kind):

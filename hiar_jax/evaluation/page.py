@@ -222,7 +222,9 @@ def _meaning():
 
 
 # Of every page of this room.
-STYLE = """
+STYLE = (
+  charts.STYLE
+  + """
 body { font: 15px/1.45 system-ui, 'DejaVu Sans', sans-serif; color: #222;
   max-width: 1320px; margin: 1.5em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.8em }
@@ -238,9 +240,7 @@ video, img { display: block; width: 380px; max-width: 100%;
 .charts { display: flex; flex-wrap: wrap; gap: 1em }
 .key { margin-right: 1.2em } .key i { display: inline-block; width: 1.4em;
   height: .45em; margin-right: .4em; vertical-align: middle }
-svg .grid { stroke: #e4e4e4 } svg text { font-size: 10px; fill: #555 }
-svg .title { font-size: 12px; fill: #222; font-weight: 600 }
-svg .end { text-anchor: end } svg .middle { text-anchor: middle }
 dt { font-weight: 600; float: left; clear: left; width: 7em }
 dd { margin-left: 7.5em }
 """
+)

@@ -132,7 +132,34 @@ def _table(measured, arms, kind, columns, against):
 _NONE = report.Estimate(*[np.array(np.nan)] * 3)
 
 
+def picture(
+  measured: study.Measured,
+  kind: study.Kind,
+  arms: Sequence[str],
+  curves: Mapping[str, str],
+  says: Mapping[str, str],
+) -> str:
+  """Curves of one kind of videos as an SVG file; '' if an arm has none.
+
+  Args:
+    measured: all that there is.
+    kind: of videos.
+    arms: at most four.
+    curves: name -> title of a chart.
+    says: what an arm is called in the legend.
+  """
+  drawn = _drawn(measured, arms, kind, curves)
+  if not drawn:
+    return ''
+  return charts.picture(drawn, [says[arm] for arm in arms], columns=2)
+
+
 def _charts(measured, arms, kind, curves):
+  drawn = _drawn(measured, arms, kind, curves)
+  return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def _drawn(measured, arms, kind, curves):
   drawn = []
   for name, title in curves.items():
     found = {arm: measured.curve(arm, kind, name) for arm in arms}
@@ -144,7 +171,7 @@ def _charts(measured, arms, kind, curves):
     # A missing arm would shift the colours of those after it.
     if len(lines) == len(arms):
       drawn.append(charts.chart(title, lines))
-  return f'<div class="charts">{"".join(drawn)}</div>'
+  return drawn
 
 
 def _losses(losses):

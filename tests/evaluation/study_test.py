@@ -1,6 +1,7 @@
 """Tables and the page of a study are of the files that there are."""
 
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -138,3 +139,17 @@ def test_json_and_page_hold_every_arm_and_what_is_missing(tmp_path):
   ):
     assert part in text
   assert '<h2>long</h2>' not in text
+
+
+def test_the_picture_has_its_arms_or_is_not_made(tmp_path):
+  measured = _measured(tmp_path)
+  says = {'A': 'A: <clean>', 'D': 'D: matched'}
+  curves = {'hue': 'hue, degrees'}
+  text = study_page.picture(measured, _KIND, ('A', 'D'), curves, says)
+  root = ElementTree.fromstring(text)
+  words = [
+    element.text for element in root.iter() if element.tag[-5:] == '}text'
+  ]
+  assert {'A: <clean>', 'D: matched', 'hue, degrees'} <= {*words}
+  assert len(root.findall('.//{*}polyline')) == 2
+  assert not study_page.picture(measured, _LONG, ('A', 'D'), curves, says)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import pytest
 
@@ -48,6 +49,8 @@ def test_a_study_that_was_killed_goes_on_and_says_what_is_missing(tmp_path):
   assert report['missing'] == []
   assert {row['arm'] for row in report['rows']} == {'codec', 'A', 'B'}
   assert len(report['rows']) == 9
+  drawn = ElementTree.parse(tmp_path / 'study' / 'curves.svg').getroot()
+  assert len(drawn.findall('{http://www.w3.org/2000/svg}svg')) == 4
 
   done = _run(tmp_path, '--report')
   assert done.returncode == 0, done.stderr
