@@ -90,6 +90,7 @@ def video(
     )
     return _offline(sample, codec, config, request, flops)
   engine = streaming.Engine(denoiser, config, name.removeprefix('stream_'))
+  engine = modes.on_device(engine, params, 1)
   planned = modes.estimate_memory(engine, params, 1).total
 
   def start():

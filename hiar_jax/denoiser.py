@@ -15,6 +15,7 @@ from hiar_jax import noise_schedule
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.transformer import TextKV, WanTransformer
+from hiar_jax.models.window import Window
 
 
 @functools.partial(jax.jit, static_argnames='size')
@@ -79,11 +80,11 @@ class Denoiser:
     text: TextKV,
     *,
     positions_F: jax.Array | None = None,
-    past: KV | KVCache | Picked | None = None,
+    past: KV | KVCache | Picked | Window | None = None,
     past_frames: jax.Array | None = None,
     frame_mask: np.ndarray | jax.Array | None = None,
     same_frames: tuple[int, int] | None = None,
-  ) -> tuple[jax.Array, KV]:
+  ) -> tuple[jax.Array, Any]:
     """Predicted flow v = eps - x0 and the K/V of the frames.
 
     Args:
@@ -104,7 +105,9 @@ class Denoiser:
     sigma = sigma.reshape(sigma.shape + (1,) * (2 - sigma.ndim))
     layers = params.get('layers')
     if positions_F is None:
-      first = past.position if isinstance(past, (KVCache, Picked)) else 0
+      first = (
+        past.position if isinstance(past, (KVCache, Picked, Window)) else 0
+      )
       positions_F = first + jnp.arange(x_BFhwC.shape[1], dtype=jnp.int32)
     return self._module.apply(
       {'params': params},

@@ -36,10 +36,11 @@ from hiar_jax.models.rollout_config import POSITIONS as POSITIONS
 from hiar_jax.models.rollout_config import STEPPINGS as STEPPINGS
 from hiar_jax.models.rollout_config import RolloutConfig
 from hiar_jax.models.transformer import TextKV
+from hiar_jax.models.window import Window, init_window
 
 ORDERS = ('step_first', 'block_first', 'hybrid')
 
-Past = KVCache | Picked
+Past = KVCache | Picked | Window
 
 # (level j, block b) -> standard normal [B, f, h, w, C]; level 0 is the initial
 # noise, level j >= 1 the noise that takes x0 to t_j. Both may be traced.
@@ -77,6 +78,7 @@ class Sampler:
     config: how blocks are denoised.
     origin: position of the first frame; no value but those of RoPE depends on
       it, and its differences do not.
+    in_place: the past is a `Window`, which passes write; else a `KVCache`.
   """
 
   denoiser: Denoiser
@@ -84,6 +86,7 @@ class Sampler:
   text: TextKV
   config: RolloutConfig
   origin: int = 0
+  in_place: bool = False
 
   @property
   def batch(self) -> int:
@@ -93,7 +96,16 @@ class Sampler:
   def levels(self) -> jax.Array:
     return jnp.asarray(self.config.levels, jnp.float32)
 
-  def empty_past(self) -> KVCache:
+  def empty_past(self, given: int = 0) -> Any:
+    """Before the first frame; so many are given before the first block."""
+    if self.in_place:
+      return init_window(
+        *(self.denoiser.config, self.batch, self.config.window),
+        self.config.frames_per_block,
+        sink=self.config.sink,
+        origin=self.origin,
+        given=given,
+      )
     return kv_cache.init_cache(
       self.denoiser.config,
       self.batch,
@@ -106,8 +118,8 @@ class Sampler:
 
   def denoise(
     self, x: jax.Array, past: Past, step: Any
-  ) -> tuple[jax.Array, KV]:
-    """D: flow of a block at level t_step, and the block's K/V."""
+  ) -> tuple[jax.Array, Any]:
+    """D: flow of a block at level t_step, and what the past keeps of it."""
     return self.denoiser.flow(
       self.params, x, self.levels[step], self.text, past=past
     )
@@ -131,8 +143,11 @@ class Sampler:
 
   def commit_kv(
     self, x: jax.Array, past: Past, level: Any, wanted: Any = True
-  ) -> KV:
-    """C: K/V of a block told to be at `level`; not `wanted` (traced): zeros."""
+  ) -> Any:
+    """C: K/V of a block told to be at `level`, for the past to write.
+
+    Not `wanted` (traced): zeros.
+    """
     if wanted is not True:
       return jax.lax.cond(
         wanted,
@@ -154,7 +169,7 @@ class Sampler:
     dtype = self.denoiser.config.dtype
     return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-  def anchor(self, past: KVCache, frames: jax.Array) -> KVCache:
+  def anchor(self, past: Any, frames: jax.Array) -> Any:
     """The past after given clean latents, committed block by block.
 
     Args:
@@ -423,7 +438,7 @@ def shared_context(
   return _with_initial(initial, join_blocks(x))
 
 
-def stacked_pasts(sampler: Sampler, initial: jax.Array | None) -> KVCache:
+def stacked_pasts(sampler: Sampler, initial: jax.Array | None) -> Any:
   """One anchored past per step, stacked on a leading axis S."""
   anchored = _anchored(sampler, initial)
   size = sampler.config.num_steps
@@ -471,9 +486,10 @@ def shared_block(
   return x, pasts, (inputs, x0s, context)
 
 
-def _anchored(sampler: Sampler, initial: jax.Array | None) -> KVCache:
-  past = sampler.empty_past()
-  return past if initial is None else sampler.anchor(past, initial)
+def _anchored(sampler: Sampler, initial: jax.Array | None) -> Any:
+  if initial is None:
+    return sampler.empty_past()
+  return sampler.anchor(sampler.empty_past(initial.shape[1]), initial)
 
 
 def _with_initial(initial, x):

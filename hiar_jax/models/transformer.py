@@ -38,7 +38,10 @@ from hiar_jax.models.config import WanConfig
 from hiar_jax.models.dense import PRODUCT, Dense
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.norms import layer_norm, rms_norm
+from hiar_jax.models.patches import patchify, unpatchify
 from hiar_jax.models.text_kv import StackedTextKV, TextKV
+from hiar_jax.models.window import Layer as WindowLayer
+from hiar_jax.models.window import Window, Written
 
 _DENSE_INIT = nn.initializers.xavier_uniform()
 _EMBED_INIT = nn.initializers.normal(0.02)
@@ -152,7 +155,7 @@ class SelfAttention(nn.Module):
   def __call__(
     self,
     x_BFPD: jax.Array,
-    past: KV | past_attention.Place | None,
+    past: KV | WindowLayer | past_attention.Place | None,
     rotation: Any,
     length: jax.Array | None,
     mask_FPS: Any,
@@ -178,7 +181,11 @@ class SelfAttention(nn.Module):
     k, v = (divided_attention.map_keys(lay_out, x) for x in (k, v))
     keys, values = k, v
     common: Any = length
-    if isinstance(past, KV):
+    if isinstance(past, WindowLayer):
+      past = past.write(KV(k, v))
+      k, v, common = past.k, past.v, past.length
+      keys, values = k, v
+    elif isinstance(past, KV):
       past_k, past_v = (quantised.restore(x, k.dtype) for x in (past.k, past.v))
       if masks.same_frames is not None:
         past_k = _carry_gradient(past_k, k, masks.same_frames, tokens)
@@ -326,12 +333,12 @@ class WanTransformer(nn.Module):
     timestep_BF: jax.Array,
     text: TextKV,
     positions_F: jax.Array,
-    past: KV | KVCache | Picked | None = None,
+    past: KV | KVCache | Picked | Window | None = None,
     past_frames: jax.Array | None = None,
     frame_mask: np.ndarray | jax.Array | None = None,
     same_frames: tuple[int, int] | None = None,
     layers: Sequence[dict] | None = None,
-  ) -> tuple[jax.Array, KV]:
+  ) -> tuple[jax.Array, Any]:
     """Predicts the flow of some frames.
 
     Args:
@@ -340,8 +347,8 @@ class WanTransformer(nn.Module):
       text: see `project_text`.
       positions_F: absolute frame indices, int32.
       past: a KVCache, or one Picked from several, whose valid prefix is seen
-        by all frames; or a KV of whole frames in any order, which needs a
-        `frame_mask`.
+        by all frames; or a Window, which needs `layers`; or a KV of whole
+        frames in any order, which needs a `frame_mask`.
       past_frames: int32 scalar, of such a KV only the first so many frames are
         there, whatever the mask says; None: all.
       frame_mask: bool [F, F + past frames], True where the row's frame sees
@@ -355,7 +362,8 @@ class WanTransformer(nn.Module):
         see `Denoiser.unstack_layers`.
 
     Returns:
-      Flow, float32, shape of x, and the K/V of these frames.
+      Flow, float32, shape of x, and the K/V of these frames; of a Window its
+      arrays with these in them, a Written.
     """
     cfg = self.config
     batch, num_frames, height, width, channels = x_BFhwC.shape
@@ -404,6 +412,8 @@ class WanTransformer(nn.Module):
       masks, rows = Masks(sizes=sizes), keys(past.rows.kv)
       place = past_attention.place_of(past, sizes, cfg)
       past_kv = jnp.arange(cfg.num_layers)
+    elif isinstance(past, Window):
+      assert layers is not None and frame_mask is None
     elif past is not None:
       past_kv = keys(past)
       if past_frames is not None:
@@ -441,9 +451,16 @@ class WanTransformer(nn.Module):
       kvs, each = [], layer(cfg, masks, parent=None)
       for i, params in enumerate(layers):
         own = jax.tree.map(lambda a, i=i: a[i], (past_kv, text))
+        if isinstance(past, Window):
+          own = past.layer(i, num_frames), own[1]
         x, kv = each.apply({'params': params}, x, own, *inputs)
         kvs.append(kv)
-      new_kv = jax.tree.map(lambda *a: jnp.stack(a), *kvs)
+      if isinstance(past, Window):
+        new_kv = Written(
+          tuple(kv.k for kv in kvs), tuple(kv.v for kv in kvs), num_frames
+        )
+      else:
+        new_kv = jax.tree.map(lambda *a: jnp.stack(a), *kvs)
 
     head_modulation = self.param(
       'head_modulation',
@@ -467,23 +484,3 @@ class WanTransformer(nn.Module):
     x = jnp.zeros((1, 1, cfg.latent_height, cfg.latent_width, cfg.channels))
     text = self.project_text(states_BLD)
     return self(x, jnp.zeros((1, 1)), text, jnp.zeros((1,), jnp.int32))[0]
-
-
-def patchify(x_BFhwC: jax.Array, patch: tuple[int, int]) -> jax.Array:
-  """Latents to tokens in (frame, row, column) order, [B, T, ph*pw*C]."""
-  batch, frames, height, width, channels = x_BFhwC.shape
-  ph, pw = patch
-  x = x_BFhwC.reshape(
-    batch, frames, height // ph, ph, width // pw, pw, channels
-  )
-  x = x.transpose(0, 1, 2, 4, 3, 5, 6)
-  return x.reshape(batch, -1, ph * pw * channels)
-
-
-def unpatchify(x_BFhwp: jax.Array, patch: tuple[int, int]) -> jax.Array:
-  """Tokens [B, F, h, w, ph*pw*C] to latents [B, F, h*ph, w*pw, C]."""
-  batch, frames, rows, columns, _ = x_BFhwp.shape
-  ph, pw = patch
-  x = x_BFhwp.reshape(batch, frames, rows, columns, ph, pw, -1)
-  x = x.transpose(0, 1, 2, 4, 3, 5, 6)
-  return x.reshape(batch, frames, rows * ph, columns * pw, -1)

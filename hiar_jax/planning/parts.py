@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hiar_jax.codecs import tiny
 from hiar_jax.models import tiny_vae, umt5, vae, vae_bands
-from hiar_jax.planning import chips
+from hiar_jax.planning import chips, compiled
 from hiar_jax.planning import stream as planning_stream
 
 
@@ -40,7 +40,7 @@ class PartPlan:
   state: int
   flops: float
   flops_from: str
-  program: planning_stream.Program
+  program: compiled.Program
   shared_by: int = 1
 
   @property
@@ -150,7 +150,7 @@ def plan_vae_decode(
     )
 
   run = jax.jit(decode_block, donate_argnums=1)
-  program = planning_stream.compile_program(run, (decoder, cache, latents))
+  program = compiled.compile_program(run, (decoder, cache, latents))
   title = f'VAE decode, {frames} latent frames'
   if tiles > 1:
     title += f', {tiles} tiles'
@@ -188,7 +188,7 @@ def plan_tiny_vae_decode(
 
   state = place(jax.eval_shape(decode, decoder, (), latents)[1])
   run = jax.jit(decode, donate_argnums=1)
-  program = planning_stream.compile_program(run, (decoder, state, latents))
+  program = compiled.compile_program(run, (decoder, state, latents))
   return _decode_plan(
     *(f'tiny VAE decode, {frames} latent frames', topology),
     *(decoder, state, program),
@@ -205,8 +205,8 @@ def _decode_plan(title, topology, params, state, program, turns=1, shared_by=1):
   return PartPlan(
     title=title,
     topology=topology,
-    weights=planning_stream.bytes_per_chip(params),
-    state=planning_stream.bytes_per_chip(state),
+    weights=compiled.bytes_per_chip(params),
+    state=compiled.bytes_per_chip(state),
     flops=count,
     flops_from="the compiler's count" if compilers else 'of the program',
     program=program,
@@ -241,11 +241,11 @@ def plan_text_encoder(
   def encode(params, ids, mask):
     return umt5.encode(cfg, params, ids, mask)
 
-  program = planning_stream.compile_program(jax.jit(encode), (params, ids, ids))
+  program = compiled.compile_program(jax.jit(encode), (params, ids, ids))
   return PartPlan(
     title=f'text encoder, {tokens} tokens',
     topology=topology,
-    weights=planning_stream.bytes_per_chip(params),
+    weights=compiled.bytes_per_chip(params),
     state=0,
     flops=text_flops(cfg, tokens),
     flops_from='2 N L (4 D A + 3 D E) + 4 N L² A',

@@ -88,6 +88,16 @@ class Roofline:
   def total(self) -> Work:
     return sum(self.classes.values(), Work())
 
+  def __add__(self, other: 'Roofline') -> 'Roofline':
+    kinds = self.classes | other.classes
+    none = Work()
+    return Roofline(
+      {
+        kind: self.classes.get(kind, none) + other.classes.get(kind, none)
+        for kind in kinds
+      }
+    )
+
   def __mul__(self, times: float) -> 'Roofline':
     return Roofline({k: work * times for k, work in self.classes.items()})
 

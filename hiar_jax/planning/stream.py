@@ -12,7 +12,6 @@ the compiler counts a loop's body once and a kernel as nothing.
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +30,13 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
 from hiar_jax.planning import chips, hlo, peak, roofline, traffic
+from hiar_jax.planning.compiled import Program, bytes_per_chip, compile_program
 from hiar_jax.rollout import RolloutConfig
 from hiar_jax.sampling import (
   block_stream,
   executors,
   meshes,
+  passes,
   pipeline,
   streaming,
 )
@@ -267,29 +268,31 @@ def plan_tick(
   Raises:
     ValueError: see `stage_mesh`; also for a mode that does not serve.
   """
-  how = held.Held(weights_dtype, products_dtype)
   engine = _engine(denoiser, config, topology, mode, mesh)
   devices = 1 if engine.mesh is None else engine.mesh.size
-  chips_used = devices // meshes.num_parts(engine.mesh)
-  arguments = _block_arguments(engine, topology, batch_size, how)
-  params, past = arguments[0], arguments[4]
-  unit, turns, passes = 'tick', _NUM_TICKS, config.num_steps // chips_used
-  if engine.stages is None:
-    unit, turns, passes = 'block', 1, config.num_steps + 1
-    run = _of(engine, streaming.run_shared_block)
-    if mode == 'block_first':
-      run, past = _of(engine, block_stream.run_block), past.past
-  else:
-    past = past.past
-    # What leaves the mesh is no part of a tick.
-    run = engine.stages.run if engine.mesh else _of(engine, streaming.run_turns)
+  parts = meshes.num_parts(engine.mesh)
+  chips_used = devices // parts
+  unit, turns, num_passes = 'tick', _NUM_TICKS, config.num_steps // chips_used
+  if mode in ('shared', 'block_first'):
+    unit, turns, num_passes = 'block', 1, config.num_steps + 1
   each = pass_flops(denoiser.config, config)
-  scale = passes * batch_size / meshes.num_parts(engine.mesh)
-  # All weights stay on the chip, those that the tick does not use as well.
-  run = jax.jit(run, donate_argnums=4, keep_unused=True)
-  with meshes.under(engine.mesh):
-    program = compile_program(run, arguments)
+  scale = num_passes * batch_size / parts
+  arguments = _block_arguments(
+    engine, topology, batch_size, held.Held(weights_dtype, products_dtype)
+  )
+  params = arguments[0]
+  if engine.by_pass:
+    program, past = _pass_program(engine, arguments), arguments[-1]
+    at_best = program.at_best(topology, num_passes)
+    if mode == 'shared':
+      more = _hand_over(engine, past).at_best(topology, config.num_steps - 1)
+      at_best = at_best and more and at_best + more
+  else:
+    program, past = _block_program(engine, arguments), arguments[4]
+    past = getattr(past, 'past', past)  # Pasts of shared context are the state.
+    at_best = program.at_best(topology, 1 / turns)
   weights, caches = bytes_per_chip(params), bytes_per_chip((past.k, past.v))
+  others = caches * (engine.num_pasts - 1) if engine.by_pass else 0
   return Plan(
     topology=topology,
     num_chips=devices,
@@ -297,7 +300,7 @@ def plan_tick(
     mode=mode,
     unit=unit,
     weights=weights,
-    caches=caches,
+    caches=caches + others,
     other=program.arguments - weights - caches,
     temporaries=program.temporaries,
     flops=flops.PassFlops(
@@ -308,12 +311,49 @@ def plan_tick(
     compile_seconds=program.compile_seconds,
     refusal=program.refusal,
     hlo=program.hlo,
-    at_best=program.at_best(topology, 1 / turns),
+    at_best=at_best,
   )
 
 
+def _pass_program(engine: streaming.Engine, arguments: tuple) -> Program:
+  """The pass of a block; its commit is no more."""
+  return compile_program(
+    jax.jit(
+      functools.partial(_plain(passes.denoise), denoiser=engine.denoiser),
+      donate_argnums=6,
+      keep_unused=True,
+    ),
+    arguments,
+  )
+
+
+def _hand_over(engine: streaming.Engine, past: Any) -> Program:
+  size = engine.config.frames_per_block
+  run = functools.partial(_plain(passes.hand_over), num_frames=size)
+  return compile_program(jax.jit(run, donate_argnums=0), (past, past))
+
+
+def _block_program(engine: streaming.Engine, arguments: tuple) -> Program:
+  if engine.stages is not None:
+    # What leaves the mesh is no part of a tick.
+    run = engine.stages.run if engine.mesh else _of(engine, streaming.run_turns)
+  elif engine.mode == 'block_first':
+    run = _of(engine, block_stream.run_block)
+  else:
+    run = _of(engine, streaming.run_shared_block)
+  # All weights stay on the chip, those that the tick does not use as well.
+  run = jax.jit(run, donate_argnums=4, keep_unused=True)
+  with meshes.under(engine.mesh):
+    return compile_program(run, arguments)
+
+
 def _of(engine: streaming.Engine, run: Any) -> Callable[..., Any]:
-  return functools.partial(run.__wrapped__, engine=engine)
+  return functools.partial(_plain(run), engine=engine)
+
+
+def _plain(run: Any) -> Callable[..., Any]:
+  """What a jitted function was made of."""
+  return run.__wrapped__
 
 
 def _engine(
@@ -327,77 +367,13 @@ def _engine(
   context = config.context
   if mode == 'shared' or context == 'shared':
     context = 'shared' if mode == 'shared' else 'matched'
-  return streaming.Engine(
+  engine = streaming.Engine(
     denoiser,
     dataclasses.replace(config, context=context),
     mode,
     mesh if mesh.size > 1 else None,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """What the compiler says of a program; bytes are a chip's.
-
-  Attributes:
-    arguments: bytes of the arguments. If the program fits, that is the
-      compiler's own count: it pads arrays to its tiles.
-    temporaries: see Plan.
-    flops: as the compiler counts them, or None.
-    compiler_seconds: see Plan.
-    compile_seconds: see Plan.
-    refusal: see Plan.
-    hlo: the compiled program.
-  """
-
-  arguments: int
-  temporaries: int | None = None
-  flops: float | None = None
-  compiler_seconds: float | None = None
-  compile_seconds: float = 0.0
-  refusal: str = ''
-  hlo: str = ''
-
-  def at_best(
-    self, topology: str, times: float = 1, *, unknown_trips: float = 1
-  ) -> roofline.Roofline | None:
-    """See `roofline.roofline`; so many times of it. None without a program."""
-    if not self.hlo:
-      return None
-    chip = chips.chip_of(topology)
-    found = roofline.roofline(self.hlo, chip, unknown_trips=unknown_trips)
-    return found * times
-
-
-def compile_program(run: Any, arguments: tuple) -> Program:
-  """Compiles a jitted function for the devices of its abstract arguments."""
-  started = time.monotonic()
-  lowered = run.lower(*arguments)
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    return Program(
-      arguments=bytes_per_chip(arguments),
-      compile_seconds=time.monotonic() - started,
-      refusal=str(error).splitlines()[0],
-    )
-  elapsed = time.monotonic() - started
-  memory = compiled.memory_analysis()
-  # None of a GPU's program.
-  cost = compiled.cost_analysis() or {}
-  return Program(
-    arguments=memory.argument_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.generated_code_size_in_bytes,
-    flops=cost.get('flops'),
-    compiler_seconds=cost.get('optimal_seconds'),
-    compile_seconds=elapsed,
-    hlo=compiled.as_text(),
-  )
+  return engine.written_in_place() if chips.chip_of(topology).gpu else engine
 
 
 def _block_arguments(
@@ -448,6 +424,18 @@ def _block_arguments(
       return place(params)
     return sharding.abstract(params, engine.mesh)
 
+  if engine.by_pass:
+    x = (batch_size, *config.block_shape(model))
+    one_pass = (
+      jax.ShapeDtypeStruct((), np.int32),
+      jax.ShapeDtypeStruct(x, np.float32),
+      jax.ShapeDtypeStruct((), np.float32),
+      jax.ShapeDtypeStruct((config.frames_per_block,), np.int32),
+      jax.eval_shape(
+        lambda text: engine.sampler(params, text).empty_past(), text
+      ),
+    )
+    return (place_params(params), place_text(bank), *map(place, one_pass))
   if stages is None:
     begin: Callable[..., Any] = rollout.stacked_pasts
     if engine.mode == 'block_first':
@@ -474,12 +462,4 @@ def _block_arguments(
       inbox=place(state.inbox, executors.STAGE),
       past=place(state.past, executors.STAGE),
     ),
-  )
-
-
-def bytes_per_chip(tree: Any) -> int:
-  """Bytes that one chip holds of placed abstract arrays."""
-  return sum(
-    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-    for a in jax.tree.leaves(tree)
   )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from hiar_jax.data import trajectories
 from hiar_jax.models import flops, sharding
-from hiar_jax.planning import chips, programs, roofline, traffic
+from hiar_jax.planning import chips, compiled, programs, roofline, traffic
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.planning.programs import PARTS, Training
 from hiar_jax.training import exit_pass
@@ -194,10 +194,8 @@ def plan_part(training: Training, part: str, topology: str) -> TrainingPlan:
   mesh, training = _on_topology(training, part, topology)
   run, arguments, named = programs.program(training, part, mesh)
   with jax.set_mesh(mesh):
-    program = planning_stream.compile_program(run, arguments)
-  held = {
-    name: planning_stream.bytes_per_chip(tree) for name, tree in named.items()
-  }
+    program = compiled.compile_program(run, arguments)
+  held = {name: compiled.bytes_per_chip(tree) for name, tree in named.items()}
   # The compiler pads arrays to its tiles.
   held['other arguments'] = program.arguments - sum(held.values())
   unknown_trips = (training.steps.rollout.num_steps - 1) / 2

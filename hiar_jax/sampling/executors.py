@@ -39,6 +39,8 @@ class Stages(abc.ABC):
     config: how blocks are denoised.
     mesh: with an axis `stage` whose size divides the number of stages; None
       runs all of them on one device.
+    in_place: the pasts are written by the passes, see models/window.py; for
+      stages of which every device has one.
 
   Raises:
     ValueError: if the stages do not divide over the mesh.
@@ -47,6 +49,7 @@ class Stages(abc.ABC):
   denoiser: Denoiser
   config: RolloutConfig
   mesh: Mesh | None = None
+  in_place: bool = False
 
   def __post_init__(self):
     if self.num_stages % self.num_devices:

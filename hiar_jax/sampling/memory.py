@@ -56,7 +56,8 @@ def weights_bytes(params: dict, model: WanConfig) -> int:
   size = sum(
     math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params)
   )
-  return 2 * size if model.is_unrolled else size
+  is_stacked = not isinstance(params.get('layers'), tuple)
+  return 2 * size if model.is_unrolled and is_stacked else size
 
 
 def past_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:
@@ -67,6 +68,15 @@ def past_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:
     return numbers * jnp.dtype(model.dtype).itemsize
   # Beside the 8 bits a float32 scale for each token and head.
   return numbers + 4 * numbers // model.head_dim
+
+
+def window_bytes(
+  model: WanConfig, config: RolloutConfig, batch_size: int
+) -> int:
+  """Of the keys and values of all frames that a block sees."""
+  tokens = batch_size * config.window * model.tokens_per_frame
+  width = jnp.dtype(model.dtype).itemsize
+  return 2 * model.num_layers * tokens * model.dim * width
 
 
 def prompt_bytes(model: WanConfig, batch_size: int) -> int:
@@ -112,6 +122,19 @@ def pass_temporaries(
     + 2 * batch_size * model.num_heads * queries * window * 4
     + new_bytes(model, config, batch_size)
   )
+
+
+def in_place_temporaries(
+  model: WanConfig, config: RolloutConfig, batch_size: int
+) -> int:
+  """Of one pass that writes its window where it lies.
+
+  T (8 D + E) b: a layer's activations in the dtype of the passes; see
+  `pass_temporaries`. Such passes are those of a kernel, which holds no scores.
+  """
+  tokens = batch_size * config.frames_per_block * model.tokens_per_frame
+  width = jnp.dtype(model.dtype).itemsize
+  return tokens * (8 * model.dim + model.ffn_dim) * width
 
 
 def account(device: jax.Device) -> dict[str, int]:

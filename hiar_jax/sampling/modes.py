@@ -10,7 +10,7 @@ from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, sharding
 from hiar_jax.models.config import WanConfig
-from hiar_jax.sampling import memory, meshes, shared_pipeline, streaming
+from hiar_jax.sampling import memory, meshes, streaming
 
 AUTO = 'auto'  # `choose_mode` decides.
 
@@ -21,6 +21,9 @@ _LAYER_LAUNCH = 150e-6
 # Times that stages as a batch move their pasts beyond reading them, as XLA
 # compiles it: laid out in the batch's order and back (docs/gpu.md).
 _MOVES = 3
+# Platforms on whose devices passes write in place. On a CPU a pass is a loop's
+# body in a few milliseconds, and what is launched for each would cost more.
+IN_PLACE = ('gpu',)
 _GB = 1e9
 
 
@@ -39,15 +42,16 @@ def estimate_memory(
   stages = engine.stages
   devices = 1 if stages is None else stages.num_devices
   num_stages = config.num_steps if stages is None else stages.num_stages
-  pasts = 1 if engine.mode == 'block_first' else config.num_steps
-  if isinstance(stages, shared_pipeline.SharedPipeline):
-    assert stages.passes is not None
-    pasts = stages.passes * num_stages
   past = memory.past_bytes(model, config, batch_size)
   one_pass = memory.pass_temporaries(model, config, batch_size)
-  caches = past * pasts // devices
+  if engine.in_place:
+    past = memory.window_bytes(model, config, batch_size)
+    one_pass = memory.in_place_temporaries(model, config, batch_size)
+  caches = past * engine.num_pasts // devices
   beside = 0
-  if engine.mode == 'serial' or stages is None:
+  if engine.in_place:
+    pass
+  elif engine.mode == 'serial' or stages is None:
     passes = config.num_steps + (stages is None)
     beside = passes * memory.new_bytes(model, config, batch_size)
   elif num_stages > devices:
@@ -65,6 +69,29 @@ def estimate_memory(
     temporaries=one_pass // meshes.num_parts(engine.mesh) + beside // heads,
     prompts=engine.bank_size * memory.prompt_bytes(model, batch_size) // parts,
   )
+
+
+def on_device(
+  engine: streaming.Engine, params: dict, batch_size: int
+) -> streaming.Engine:
+  """The engine as its device runs it best; the blocks are the same.
+
+  On GPUs passes write their windows in place, where they can and the weights of
+  layers that lie apart fit beside those that are stacked.
+
+  Args:
+    engine: of a mode that was chosen.
+    params: of the network; only their sizes are looked at.
+    batch_size: videos that are streamed together.
+  """
+  device = jax.local_devices()[0]
+  if engine.mesh is not None:
+    device = engine.mesh.local_devices[0]
+  if device.platform not in IN_PLACE:
+    return engine
+  other = engine.written_in_place()
+  need = estimate_memory(other, params, batch_size).total
+  return other if need <= USABLE * device_memory(device) else engine
 
 
 def device_memory(device: jax.Device) -> int:

@@ -106,7 +106,9 @@ class Pipeline(Stages):
     initial: jax.Array | None = None,
     origin: int = 0,
   ) -> PipelineState:
-    sampler = Sampler(self.denoiser, params, text, self.config, origin)
+    sampler = Sampler(
+      self.denoiser, params, text, self.config, origin, self.in_place
+    )
     block = (
       self.config.num_steps,
       sampler.batch,
@@ -130,8 +132,10 @@ class Pipeline(Stages):
 
       def entry(i):
         # Taken where it is read: before a branch, the past would be copied.
-        past = Picked(state.past, i)
+        past: Any = Picked(state.past, i)
         own = jax.tree.map(lambda a: a[i], args)
+        if self.in_place:
+          return own, lambda: jax.tree.map(lambda a: a[i], state.past)
         return own, past.cut_out if self.fused or one_alone else lambda: past
 
       one_alone = len(stages) == 1
@@ -147,7 +151,12 @@ class Pipeline(Stages):
         one_by_one = jnp.arange(len(stages))
         results = jax.lax.map(lambda i: one_stage(*entry(i)), one_by_one)
       hold, sent, kv, live = results
-      past = state.past.write_each(kv, live)
+      if self.in_place:
+        written, counts = jax.tree.map(lambda a: a[0], (kv, live))
+        past = jax.tree.map(lambda a: a[0], state.past).write(written, counts)
+        past = jax.tree.map(lambda a: a[None], past)
+      else:
+        past = state.past.write_each(kv, live)
       inbox = self._shift(sent, 1)
       return PipelineState(state.tick + 1, hold, inbox, past), sent[-1:]
 
@@ -168,6 +177,8 @@ class Pipeline(Stages):
     the same code, and so must the devices that share a stage, because their
     collectives wait for each other.
     """
+    if self.in_place:  # A branch would copy what it writes.
+      return False
     alone = self.stages_per_device == 1 or not self.batched
     return alone and (not self.mesh or self.mesh.size == self.num_devices)
 
@@ -185,9 +196,9 @@ class Pipeline(Stages):
   ) -> tuple[jax.Array, jax.Array, KV, jax.Array]:
     """What one stage does in one tick: D if tick - stage is even, else C.
 
-    Before its first block a stage waits or, in a batch, works on whatever its
-    buffers hold; that reaches neither its past (`live`) nor a later stage's
-    block (parity). `past()` gives the past.
+    Before its first block a stage waits or, in a batch or in place, works on
+    whatever its buffers hold; that reaches neither its past (`live`) nor a
+    later stage's block (parity). `past()` gives the past.
 
     Returns:
       What it holds then, what it sends, the K/V of the pass, and `live`:

@@ -12,7 +12,6 @@ asks for the same blocks, sends the same prompts, and gets all frames.
 
 # B batch, f frames per block, S stages, M prompts in the bank, H W pixels
 
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,131 +24,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hiar_jax import rollout
 from hiar_jax.codecs import linear
-from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.transformer import TextKV
-from hiar_jax.sampling import (
-  block_stream,
-  decoding,
-  executors,
-  meshes,
-  pipeline,
-  shared_pipeline,
-)
-
-MODES = ('batched', 'serial', 'shared', 'block_first')
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine:
-  """The programs of a stream: how to start and how to make the next block.
-
-  Attributes:
-    denoiser: network.
-    config: how blocks are denoised; with context 'shared' the mode must be
-      'shared' as well.
-    mode: 'batched': the stages of the pipeline as one batch (fastest where
-      memory allows); 'serial': stage after stage (least memory); both are
-      hierarchical denoising and agree. 'shared': shared context, a method of
-      its own in S + 1 passes a block instead of 2S. 'block_first': each block
-      through all steps, with one past, for weights that were trained so.
-    mesh: runs the stages on the devices of its axis `stage`, of this process
-      or of several; None: one device. Block-first has no stages.
-
-  Raises:
-    ValueError: if mode, context and mesh do not go together.
-  """
-
-  denoiser: Denoiser
-  config: rollout.RolloutConfig
-  mode: str = 'batched'
-  mesh: Any = None
-
-  def __post_init__(self):
-    if self.mode not in MODES:
-      raise ValueError(f'stream mode {self.mode!r} is not one of {MODES}')
-    if (self.mode == 'shared') != (self.config.context == 'shared'):
-      raise ValueError(
-        f'stream mode {self.mode!r} does not go with context '
-        f'{self.config.context!r}: both or neither must be shared'
-      )
-    if self.mode == 'block_first' and (
-      self.mesh is not None
-      and (
-        self.mesh.shape[executors.STAGE] > 1 or not meshes.divides(self.mesh)
-      )
-    ):
-      raise ValueError(
-        "stream mode 'block_first' makes one block after the other and has no "
-        'stages: a mesh may divide its passes over tensor and context alone'
-      )
-    meshes.check_model(self.denoiser.config, self.mesh)
-    if self.mode != 'block_first' and self.config.first_levels:
-      raise ValueError(
-        f'stream mode {self.mode!r} has the same levels for all blocks; '
-        "levels of a first block's own go with 'block_first'"
-      )
-    _ = self.stages  # Its own checks: the mesh.
-
-  @property
-  def stages(self) -> executors.Stages | None:
-    """The pipeline; None for what is a loop on one device."""
-    if self.mode == 'block_first':
-      return None
-    if self.mode != 'shared':
-      return pipeline.Pipeline(
-        self.denoiser,
-        self.config,
-        batched=self.mode == 'batched',
-        mesh=self.mesh,
-      )
-    if self.mesh is None:
-      return None
-    return shared_pipeline.SharedPipeline(
-      self.denoiser, self.config, mesh=self.mesh
-    )
-
-  @property
-  def bank_size(self) -> int:
-    """Prompts that may be in flight: one for each block that is."""
-    return self.config.num_steps // 2 + 2
-
-  def turns(self, block: int) -> list[list[int]]:
-    """The turns in which a block is finished after the one before it.
-
-    Returns:
-      For each turn the block of every stage, the first stage's first; negative
-      where a stage has none yet.
-    """
-    stages = self.stages
-    if stages is None:
-      return [[block]]
-    first = stages.finish_turn(block - 1) + 1 if block else 0
-    last = stages.finish_turn(block)
-    return [stages.blocks_at(turn) for turn in range(first, last + 1)]
-
-  def place(self, tree: Any) -> Any:
-    """Puts arrays on all devices of the mesh, once and for all.
-
-    Under several processes a program takes no arrays of one of them.
-    """
-    if self.mesh is None:
-      return tree
-    everywhere = NamedSharding(self.mesh, PartitionSpec())
-
-    def one(a):
-      if getattr(a, 'sharding', None) == everywhere:
-        return a
-      if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-        return jax.device_put(np.asarray(a), everywhere)
-      data = jax.device_put(np.asarray(jax.random.key_data(a)), everywhere)
-      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
-
-    return jax.tree.map(one, tree)
-
-  def sampler(
-    self, params: dict, text: TextKV, origin: Any = 0
-  ) -> rollout.Sampler:
-    return rollout.Sampler(self.denoiser, params, text, self.config, origin)
+from hiar_jax.sampling import block_stream, decoding, meshes, passes
+from hiar_jax.sampling.engines import MODES as MODES
+from hiar_jax.sampling.engines import Engine as Engine
 
 
 class Stream:
@@ -215,8 +93,15 @@ class Stream:
     # Which slot of the bank serves from which block on, oldest first.
     self._slots = [(0, 0)]
     self._coming: dict[int, tuple[np.ndarray, bool]] = {}
-    with meshes.under(engine.mesh):
-      self._state: Any = begin(params, text, initial, origin, engine=engine)
+    self._state: Any
+    if engine.by_pass:
+      self._state = passes.begin(
+        *(engine.denoiser, engine.config, params, text, initial, origin),
+        num_windows=engine.num_pasts,
+      )
+    else:
+      with meshes.under(engine.mesh):
+        self._state = begin(params, text, initial, origin, engine=engine)
     self._decoder: Any
     self.given, self._decoder = None, codec.init_decode_state(len(prompts))
     if initial is not None:
@@ -337,12 +222,21 @@ class Stream:
     self._slots.append((block, slot))
     text = project(self._params, states, denoiser=self._engine.denoiser)
     self._bank = _set_prompt(self._bank, text, np.int32(slot))
-    if recache and self._kept_frames:
+    if recache and self._engine.by_pass:
+      self._passes.recache(self._state, slot, block)
+    elif recache and self._kept_frames:
       self._state = block_stream.recache(
         *(self._params, text, self._state, np.int32(self._kept_frames)),
         alone=block_stream.recached_alone(self._kept_frames, self._engine),
         engine=self._engine,
       )
+
+  @property
+  def _passes(self) -> passes.Passes:
+    engine = self._engine
+    return passes.Passes(
+      *(engine.denoiser, engine.config, self._params, self._bank, self._keys)
+    )
 
   @property
   def _kept_frames(self) -> int:
@@ -355,8 +249,8 @@ class Stream:
     for meanwhile, in another thread: for a while the past is there twice.
     """
     slots = self._engine.config.past_frames
-    if self.mode != 'block_first' or not slots:
-      return
+    if self.mode != 'block_first' or not slots or self._engine.by_pass:
+      return  # Passes are the same for it.
     # Of frames that do not fill the window, and of those that do.
     for count in {self._kept_frames, slots}:
       states = self._encode_text(self.prompts)
@@ -394,9 +288,15 @@ class Stream:
       if block in self._coming:
         self._change_prompt(block, *self._coming.pop(block))
     self._begun = turns[-1][0] + 1
-    slots = [[self._slot(block) for block in stages] for stages in turns]
-    arguments = (self._params, self._bank, np.array(slots, np.int32))
-    if engine.mode == 'block_first':
+    slots_tS = np.array(
+      [[self._slot(block) for block in stages] for stages in turns], np.int32
+    )
+    arguments = (self._params, self._bank, slots_tS)
+    if engine.by_pass:
+      latents = self._passes.next_block(
+        engine.mode, self._state, slots_tS, self._block
+      )
+    elif engine.mode == 'block_first':
       self._state, latents = block_stream.run_block(
         *(*arguments, self._keys, self._state, np.int32(self._block)),
         engine=engine,

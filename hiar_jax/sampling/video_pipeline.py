@@ -285,6 +285,7 @@ class VideoPipeline:
     if mode == 'shared':
       config = dataclasses.replace(config, context='shared')
     engine = streaming.Engine(pipeline.denoiser, config, mode, mesh)
+    engine = modes.on_device(engine, self.params, len(prompts))
     initial = None
     if initial_frames is not None:
       initial = pipeline.encode(initial_frames, fit)

@@ -73,10 +73,14 @@ class Studio:
       )
     if share_batch is None:
       share_batch = can and jax.local_devices()[0].platform != 'cpu'
+    if not share_batch:
+      engine = modes.on_device(engine, pipeline.params, 1)
     self.places = min(places, _room(engine, pipeline.params, share_batch))
     # Once: every stream would lay the weights out for itself.
     params = meshes.put_params(engine.denoiser, pipeline.params, mesh)
-    self.pipeline = dataclasses.replace(self.pipeline, params=params)
+    self.pipeline = dataclasses.replace(
+      self.pipeline, params=params, denoiser=engine.denoiser
+    )
     self._row = None
     self._compiled: set[str] = set()
     # Numbers of given frames after which recaching is compiled.

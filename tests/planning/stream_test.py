@@ -12,7 +12,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.flops import PassFlops
-from hiar_jax.planning import chips, traffic
+from hiar_jax.planning import chips, compiled, traffic
 from hiar_jax.planning import parts as planning_parts
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.sampling import meshes
@@ -253,7 +253,7 @@ def test_a_mode_of_one_chip_is_refused_on_several():
 def test_flops_of_a_prompt_are_those_that_the_compiler_counts():
   params = jax.eval_shape(lambda: umt5.init(ENCODER, jax.random.key(0)))
   ids = jax.ShapeDtypeStruct((1, 64), 'int32')
-  program = planning_stream.compile_program(
+  program = compiled.compile_program(
     jax.jit(lambda params, ids: umt5.encode(ENCODER, params, ids, ids)),
     (params, ids),
   )
