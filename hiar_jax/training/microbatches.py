@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hiar_jax.models import sharding
 
@@ -51,18 +52,38 @@ def gradient(
 
 
 def _of_terms(terms, params, part):
-  """Gradient of the sum of the terms, one after the other, and metrics."""
+  """Gradient of the sum of the terms, one after the other, and metrics.
+
+  Of a term after a gradient that is not finite nothing is computed: no update
+  will come of it, and the term's metrics are NaN.
+  """
   total, metrics = None, Metrics()
   for term in terms:
-    if total is not None:
-      # Else XLA may take terms beside each other, and hold all they need.
-      total, part = jax.lax.optimization_barrier((total, part))
-    grads, more = jax.grad(term, has_aux=True)(params, part)
-    if total is not None:
-      grads = jax.tree.map(jnp.add, total, grads)
+
+    def one(term=term):
+      grads, metrics = jax.grad(term, has_aux=True)(params, part)
+      return sharding.constrain_params(grads), metrics
+
+    if total is None:
+      total, metrics = one()
+      continue
+    # The condition is what makes a term wait for the gradient before it: XLA
+    # would take both beside each other, and hold all that they need at a time.
+    # (On GPUs it does so across an optimization_barrier.)
+    grads, more = jax.lax.cond(
+      jnp.isfinite(optax.tree.norm(total)), one, lambda one=one: _nothing(one)
+    )
+    grads = jax.tree.map(jnp.add, total, grads)
     total = sharding.constrain_params(grads)
     metrics |= more
   return total, metrics
+
+
+def _nothing(one):
+  """What a term gives that is not computed."""
+  return jax.tree.map(
+    lambda a: jnp.full(a.shape, jnp.nan, a.dtype), jax.eval_shape(one)
+  )
 
 
 def _parts(tree, num_parts):
