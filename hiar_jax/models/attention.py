@@ -19,6 +19,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import layout
 
+from hiar_jax.models import splash
+
 # Queries whose scores are held at once: at 32,760 keys and 12 heads 0.4 GB.
 _CHUNK = 256
 _UNSEEN = -1e30
@@ -33,6 +35,7 @@ def attend(
   length: jax.Array | None = None,
   mask_TS: jax.Array | None = None,
   backend: str = 'xla',
+  differentiated: bool = True,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(K)) v with a float32 softmax.
 
@@ -48,6 +51,7 @@ def attend(
       `cudnn_refusal`; 'auto' is whichever of these two there is on the platform
       that is compiled for. Where there is a mask, or the kernel cannot be had,
       all three are 'chunked'. The choice is logged, once.
+    differentiated: whether anyone may ask for a gradient.
 
   Returns:
     [B, T, H, K] in the dtype of q.
@@ -57,7 +61,9 @@ def attend(
   kernels: dict[str, Callable[..., jax.Array]] = {}
   refused = 'a mask' if mask_TS is not None else ''
   if backend in ('splash', 'auto') and not refused:
-    kernels['tpu'] = attend_splash
+    kernels['tpu'] = functools.partial(
+      splash.attend_splash, forward_only=not differentiated
+    )
   if backend in ('cudnn', 'auto'):
     refused = refused or cudnn_refusal(q_BTHK, k_BSHK, v_BSHK)
     if not refused:
@@ -194,10 +200,10 @@ def _attend_xla(q_BTHK, k_BSHK, v_BSHK, length, mask_TS):
 def _attend_chunked(q_BTHK, k_BSHK, v_BSHK, length, mask_TS):
   """`_attend_xla` for some queries after the others; so is its gradient."""
   num_queries = q_BTHK.shape[1]
-  size = _block_size(num_queries, _CHUNK, 8)
-  rows = [jnp.moveaxis(_pad_axis(q_BTHK, 1, size), 1, 0)]
+  size = splash.block_size(num_queries, _CHUNK, 8)
+  rows = [jnp.moveaxis(splash.pad_axis(q_BTHK, 1, size), 1, 0)]
   if mask_TS is not None:
-    rows.append(_pad_axis(mask_TS, 0, size))
+    rows.append(splash.pad_axis(mask_TS, 0, size))
   chunks = [x.reshape(-1, size, *x.shape[1:]) for x in rows]
 
   # Without remat the gradient would keep the scores of all chunks.
@@ -212,88 +218,6 @@ def _attend_chunked(q_BTHK, k_BSHK, v_BSHK, length, mask_TS):
   out = jax.lax.map(one_chunk, chunks)
   out_TBHK = out.reshape(-1, *out.shape[2:])[:num_queries]
   return jnp.moveaxis(out_TBHK, 0, 1)
-
-
-def attend_splash(
-  q_BTHK: jax.Array,
-  k_BSHK: jax.Array,
-  v_BSHK: jax.Array,
-  length: jax.Array | None,
-  *,
-  interpret: bool = False,
-) -> jax.Array:
-  """Flash attention by jax's splash kernel for TPUs.
-
-  Args:
-    q_BTHK: queries; on a TPU, K is a multiple of 128.
-    k_BSHK: keys.
-    v_BSHK: values.
-    length: int32 scalar, only the first `length` keys are seen; None: all.
-    interpret: runs the kernel without a TPU, slowly: for tests.
-  """
-  # Not at the top: Pallas takes a second to import, and only TPUs need it.
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-  )
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as splash_mask,
-  )
-
-  num_queries, num_heads, width = q_BTHK.shape[1:]
-  sizes = splash_blocks(num_queries, k_BSHK.shape[1], cached=length is not None)
-  if length is None:
-    length = jnp.int32(k_BSHK.shape[1])
-  # The kernel does not scale. In float32: 1 / sqrt(K) is no power of two.
-  q = (q_BTHK.astype(jnp.float32) * width**-0.5).astype(q_BTHK.dtype)
-  q = _pad_axis(q, 1, sizes['block_q'])
-  k, v = (_pad_axis(x, 1, sizes['block_kv']) for x in (k_BSHK, v_BSHK))
-  shape = (q.shape[1], k.shape[1])
-  kernel = splash.make_splash_mha_single_device(
-    splash_mask.MultiHeadMask([splash_mask.FullMask(shape)] * num_heads),
-    block_sizes=splash.BlockSizes(**sizes),
-    interpret=interpret,
-  )
-  # Queries see the keys of their own segment: the valid prefix is segment 1.
-  segments = splash.SegmentIds(
-    q=jnp.ones(shape[0], jnp.int32),
-    kv=(jnp.arange(shape[1]) < length).astype(jnp.int32),
-  )
-  out_BHTK = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(
-    *(jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-  )
-  return jnp.swapaxes(out_BHTK, 1, 2)[:, :num_queries]
-
-
-def splash_blocks(
-  num_queries: int, num_keys: int, *, cached: bool
-) -> dict[str, Any]:
-  """Queries and keys at a time, by the names of splash's `BlockSizes`.
-
-  Args:
-    num_queries: T.
-    num_keys: S.
-    cached: passes over a block against a cache. They are not differentiated, so
-      the forward kernel alone decides: it reads all keys once for each block
-      of queries, and 2,560 with 512 keys at a time are what fits its memory
-      (16 MiB unless the compiler is told otherwise). A block of Wan2.1's 4,680
-      queries is two of 2,432 then, padded by 3.9 %. Else the padding has to
-      suit the kernels of the gradient too, which hold several times as much.
-  """
-  block_q = _block_size(num_queries, 2560 if cached else 1024, 128)
-  block_kv = _block_size(num_keys, 1024, 128)
-  padded = -(-num_queries // block_q) * block_q
-  of_gradient = max(n for n in range(128, 513, 128) if padded % n == 0)
-  compute = max(n for n in range(128, 513, 128) if block_kv % n == 0)
-  return dict(
-    block_q=block_q,
-    block_kv=block_kv,
-    block_kv_compute=compute,
-    block_q_dkv=of_gradient,
-    block_kv_dkv=block_kv,
-    block_kv_dkv_compute=block_kv,
-    block_q_dq=of_gradient,
-    block_kv_dq=block_kv,
-  )
 
 
 def kernel_layout(x_BSHK: jax.Array, backend: str) -> jax.Array:
@@ -374,19 +298,6 @@ def cudnn_refusal(*arrays: jax.Array) -> str:
 
 def _has_cuda() -> bool:
   return 'cuda' in jax.extend.backend.get_backend().platform_version
-
-
-def _block_size(size: int, largest: int, multiple: int) -> int:
-  """The multiple, at most `largest`, of which `size` needs fewest, evenly."""
-  num_blocks = -(-size // largest)
-  return -(-size // (num_blocks * multiple)) * multiple
-
-
-def _pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-  """Zeros after x up to a multiple."""
-  pad = -x.shape[axis] % multiple
-  widths = [(0, pad if i == axis else 0) for i in range(x.ndim)]
-  return jnp.pad(x, widths) if pad else x
 
 
 def block_ends(

@@ -8,9 +8,11 @@ float32 sum from the products on: rounded to bfloat16 first, it would be so on
 each device before the devices' parts are added up.
 """
 
-# I inputs, O outputs, B batch, L text tokens, N layers, R rank
+# I inputs, O outputs, B batch, F frames, P tokens of a frame, H heads, K head
+# width, L text tokens, N layers, R rank
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -44,11 +46,14 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape = (x.shape[-1], self.features)
+    inputs = math.prod(x.shape[3:]) if x.ndim == 5 else x.shape[-1]
+    shape = (inputs, self.features)
     kernel = self.param('kernel', self.kernel_init, shape)
     bias = self.param('bias', nn.initializers.zeros, shape[1:])
     x = x.astype(self.dtype)
     scale, in_8_bits = quantised.of_module(self, 'kernel')
+    if scale is not None or self.has_variable('params', lora.DOWN):
+      x = _merged(x)
     if scale is None:
       out = affine(x, kernel, bias, self.precision)
     else:
@@ -82,8 +87,33 @@ def stored_affine(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
-  """x [..., I] kernel [I, O] in the dtype of x, see `affine`."""
-  return jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
+  """x [..., I] kernel [I, O] in the dtype of x, see `affine`.
+
+  An x of [B, F, P, H, K] is one of I = H K. A TPU sums over both as they lie,
+  and had to lay out anew what its attention gives heads first.
+  """
+
+  def merged(x, kernel):
+    return jnp.matmul(_merged(x), kernel, precision=precision)
+
+  kernel = kernel.astype(x.dtype)
+  if x.ndim < 5:
+    return merged(x, kernel)
+  by_heads = functools.partial(product_by_heads, precision=precision)
+  return jax.lax.platform_dependent(x, kernel, tpu=by_heads, default=merged)
+
+
+def product_by_heads(
+  x_BFPHK: jax.Array, kernel: jax.Array, precision: Any = None
+) -> jax.Array:
+  """x [.., H, K] kernel [H K, O], summed over heads and their width."""
+  kernel_HKO = kernel.reshape(*x_BFPHK.shape[3:], -1)
+  return jnp.einsum('BFPHK,HKO->BFPO', x_BFPHK, kernel_HKO, precision=precision)
+
+
+def _merged(x: jax.Array) -> jax.Array:
+  """[B, F, P, H, K] as [B, F, P, H K]; others as they are."""
+  return x.reshape(*x.shape[:3], -1) if x.ndim == 5 else x
 
 
 def _product_forward(x, kernel, precision):
@@ -92,16 +122,16 @@ def _product_forward(x, kernel, precision):
 
 def _product_backward(precision, saved, gradient):
   x, kernel = saved
-  leading = tuple(range(x.ndim - 1))
+  leading = tuple(range(gradient.ndim - 1))
   of_kernel = jax.lax.dot_general(
-    x,
+    _merged(x),
     gradient,
     ((leading, leading), ((), ())),
     precision=precision,
     preferred_element_type=jnp.promote_types(kernel.dtype, x.dtype),
   )
   of_x = jnp.matmul(gradient, kernel.T.astype(x.dtype), precision=precision)
-  return of_x, of_kernel.astype(kernel.dtype)
+  return of_x.reshape(x.shape), of_kernel.astype(kernel.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)

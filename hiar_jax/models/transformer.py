@@ -40,8 +40,7 @@ from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.norms import layer_norm, rms_norm
 from hiar_jax.models.patches import patchify, unpatchify
 from hiar_jax.models.text_kv import StackedTextKV, TextKV
-from hiar_jax.models.window import Layer as WindowLayer
-from hiar_jax.models.window import Window, Written
+from hiar_jax.models.window import Window, WindowLayer, Written
 
 _DENSE_INIT = nn.initializers.xavier_uniform()
 _EMBED_INIT = nn.initializers.normal(0.02)
@@ -77,9 +76,7 @@ def sinusoid(timestep: jax.Array, width: int) -> jax.Array:
 def _dense(
   config: WanConfig, features: int, name: str, init: Any = _DENSE_INIT
 ) -> Dense:
-  return Dense(
-    features, dtype=jnp.dtype(config.dtype), kernel_init=init, name=name
-  )
+  return Dense(features, jnp.dtype(config.dtype), kernel_init=init, name=name)
 
 
 def _attend(
@@ -94,11 +91,12 @@ def _attend(
   config,
   visible=None,
   sizes=(),
+  sampled=False,
 ):
   """Attention of queries by frame; what there is not is None.
 
   What is `common` is the number of keys that are seen; beside `rows`, it is the
-  `past_attention.Place` in them.
+  `past_attention.Place` in them. `sampled`: nobody asks for a gradient.
   """
   batch, _, _, *heads = q_BFPHK.shape
   backend = config.attention
@@ -126,7 +124,11 @@ def _attend(
   if mask_FPS is not None:
     mask_FPS = mask_FPS.reshape(-1, mask_FPS.shape[-1])
   out = attention.attend(
-    q, keys_BSHK, values_BSHK, length=common, mask_TS=mask_FPS, backend=backend
+    *(q, keys_BSHK, values_BSHK),
+    length=common,
+    mask_TS=mask_FPS,
+    backend=backend,
+    differentiated=not sampled,
   )
   return out.reshape(q_BFPHK.shape)
 
@@ -181,6 +183,7 @@ class SelfAttention(nn.Module):
     k, v = (divided_attention.map_keys(lay_out, x) for x in (k, v))
     keys, values = k, v
     common: Any = length
+    sampled = isinstance(past, WindowLayer)
     if isinstance(past, WindowLayer):
       past = past.write(KV(k, v))
       k, v, common = past.k, past.v, past.length
@@ -199,7 +202,11 @@ class SelfAttention(nn.Module):
     by_frame = (num_frames, tokens, -1)
     out = divided_attention.split_queries(
       functools.partial(
-        _attend, config=cfg, visible=masks.visible, sizes=masks.sizes
+        _attend,
+        config=cfg,
+        visible=masks.visible,
+        sizes=masks.sizes,
+        sampled=sampled,
       ),
       q,
       keys,
@@ -210,7 +217,8 @@ class SelfAttention(nn.Module):
       common=common,
     )
     out = sharding.constrain(out, sharding.TOKENS_BFPHK)
-    out = _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
+    out = out if sampled else out.reshape(x_BFPD.shape)
+    out = _dense(cfg, cfg.dim, 'o')(out)
     return out, KV(k=k, v=v)
 
 
@@ -228,19 +236,22 @@ class CrossAttention(nn.Module):
   config: WanConfig
 
   @nn.compact
-  def __call__(self, x_BFPD: jax.Array, text: TextKV) -> jax.Array:
+  def __call__(
+    self, x_BFPD: jax.Array, text: TextKV, sampled: bool
+  ) -> jax.Array:
     cfg = self.config
     norm_q = self.param('norm_q', nn.initializers.ones, (cfg.dim,))
     q = rms_norm(_dense(cfg, cfg.dim, 'q')(x_BFPD), norm_q, cfg.eps)
     q = q.reshape(*x_BFPD.shape[:3], cfg.num_heads, cfg.head_dim)
     out = divided_attention.split_queries(
-      functools.partial(_attend, config=cfg),
+      functools.partial(_attend, config=cfg, sampled=sampled),
       sharding.constrain(q, sharding.TOKENS_BFPHK),
       text.k,
       text.v,
       spec=sharding.TOKENS_BFPHK,
     )
-    return _dense(cfg, cfg.dim, 'o')(out.reshape(x_BFPD.shape))
+    out = out if sampled else out.reshape(x_BFPD.shape)
+    return _dense(cfg, cfg.dim, 'o')(out)
 
 
 class Layer(nn.Module):
@@ -294,7 +305,9 @@ class Layer(nn.Module):
     y = nn.LayerNorm(epsilon=cfg.eps, dtype=jnp.float32, name='cross_norm')(
       x_BFPD
     ).astype(cfg.dtype)
-    x_BFPD = x_BFPD + CrossAttention(cfg, name='cross_attention')(y, text)
+    x_BFPD = x_BFPD + CrossAttention(cfg, name='cross_attention')(
+      *(y, text), sampled=isinstance(past, WindowLayer)
+    )
     y = modulate(x_BFPD, shift2, scale2)
     y = nn.gelu(_dense(cfg, cfg.ffn_dim, 'ffn_in')(y), approximate=True)
     y = _dense(cfg, cfg.dim, 'ffn_out')(y)

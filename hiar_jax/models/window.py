@@ -23,6 +23,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.models import splash
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.kv_cache import KV
 
@@ -32,11 +33,12 @@ class Window:
   """Keys and values of the frames that a block sees, as a ring of slots.
 
   Attributes:
-    k: keys after RoPE, [B, S, H, K] of each layer with S = slots *
-      tokens_per_frame.
+    k: keys after RoPE, [B, S, H, K] of each layer: the slots, and what a kernel
+      for TPUs wants beyond them, see `splash.padded`.
     v: values, likewise.
     frames: int32 scalar, frames that count, written since the start.
     origin: int32 scalar, position of the first frame.
+    slots: frames that a block sees, itself included.
     sink: slots that keep the first frames; the others are the ring.
     tokens_per_frame: tokens in a slot.
     run: frames that lie in slots beside each other, wherever they begin: blocks
@@ -47,20 +49,17 @@ class Window:
   v: tuple[jax.Array, ...]
   frames: jax.Array
   origin: jax.Array
+  slots: int = flax.struct.field(pytree_node=False)
   sink: int = flax.struct.field(pytree_node=False)
   tokens_per_frame: int = flax.struct.field(pytree_node=False)
   run: int = flax.struct.field(pytree_node=False)
-
-  @property
-  def slots(self) -> int:
-    return self.k[0].shape[-3] // self.tokens_per_frame
 
   @property
   def position(self) -> jax.Array:
     """Absolute index of the next frame."""
     return self.origin + self.frames
 
-  def layer(self, index: int, num_frames: int) -> 'Layer':
+  def layer(self, index: int, num_frames: int) -> 'WindowLayer':
     """What a layer is given in a pass over so many next frames."""
     assert num_frames % self.run == 0, (num_frames, self.run)
     starts = self.frames + jnp.arange(0, num_frames, self.run)
@@ -68,7 +67,7 @@ class Window:
     slots = self.sink + (starts - self.sink) % ring
     slots = jnp.where(starts < self.sink, starts, slots)
     seen = jnp.minimum(self.frames + num_frames, self.slots)
-    return Layer(
+    return WindowLayer(
       self.k[index],
       self.v[index],
       slots * self.tokens_per_frame,
@@ -104,7 +103,7 @@ class Written:
 
 
 @flax.struct.dataclass
-class Layer:
+class WindowLayer:
   """The part of a layer.
 
   Attributes:
@@ -121,7 +120,7 @@ class Layer:
   length: jax.Array
   run: int = flax.struct.field(pytree_node=False)
 
-  def write(self, new: KV) -> 'Layer':
+  def write(self, new: KV) -> 'WindowLayer':
     """With the own keys and values, [B, T, H, K]."""
     return dataclasses.replace(
       self, k=self._put(self.k, new.k), v=self._put(self.v, new.v)
@@ -175,7 +174,7 @@ def init_window(
       f'sink={sink} frames do not fit into a past of '
       f'{slots - frames_per_block} frames (window minus one block)'
     )
-  tokens = slots * config.tokens_per_frame
+  tokens = splash.padded(slots * config.tokens_per_frame)
   shape = (batch, tokens, config.num_heads, config.head_dim)
 
   def buffers() -> tuple[jax.Array, ...]:
@@ -188,6 +187,7 @@ def init_window(
     v=buffers(),
     frames=jnp.zeros((), jnp.int32),
     origin=jnp.asarray(origin, jnp.int32),
+    slots=slots,
     sink=sink,
     tokens_per_frame=config.tokens_per_frame,
     run=math.gcd(frames_per_block, sink, slots - sink, given),

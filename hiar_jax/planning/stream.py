@@ -373,7 +373,7 @@ def _engine(
     mode,
     mesh if mesh.size > 1 else None,
   )
-  return engine.written_in_place() if chips.chip_of(topology).gpu else engine
+  return engine.written_in_place()
 
 
 def _block_arguments(

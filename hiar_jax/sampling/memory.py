@@ -16,6 +16,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.models import splash
 from hiar_jax.models.config import WanConfig
 from hiar_jax.rollout import RolloutConfig
 
@@ -74,9 +75,9 @@ def window_bytes(
   model: WanConfig, config: RolloutConfig, batch_size: int
 ) -> int:
   """Of the keys and values of all frames that a block sees."""
-  tokens = batch_size * config.window * model.tokens_per_frame
+  tokens = splash.padded(config.window * model.tokens_per_frame)
   width = jnp.dtype(model.dtype).itemsize
-  return 2 * model.num_layers * tokens * model.dim * width
+  return 2 * model.num_layers * batch_size * tokens * model.dim * width
 
 
 def prompt_bytes(model: WanConfig, batch_size: int) -> int:

@@ -23,7 +23,7 @@ _LAYER_LAUNCH = 150e-6
 _MOVES = 3
 # Platforms on whose devices passes write in place. On a CPU a pass is a loop's
 # body in a few milliseconds, and what is launched for each would cost more.
-IN_PLACE = ('gpu',)
+IN_PLACE = ('gpu', 'tpu')
 _GB = 1e9
 
 
@@ -76,8 +76,8 @@ def on_device(
 ) -> streaming.Engine:
   """The engine as its device runs it best; the blocks are the same.
 
-  On GPUs passes write their windows in place, where they can and the weights of
-  layers that lie apart fit beside those that are stacked.
+  On accelerators passes write their windows in place, where they can and the
+  weights of layers that lie apart fit beside those that are stacked.
 
   Args:
     engine: of a mode that was chosen.

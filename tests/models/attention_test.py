@@ -11,7 +11,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import attention
+from hiar_jax.models import attention, splash
 from hiar_jax.models.config import WanConfig
 from tests import toy_network
 
@@ -141,7 +141,7 @@ def test_a_frame_that_sees_nothing_is_refused():
 def test_the_tpu_kernel_gives_the_same_values_and_gradients(length):
   ours = with_gradient(
     functools.partial(
-      attention.attend_splash, length=jnp.int32(length), interpret=True
+      splash.attend_splash, length=jnp.int32(length), interpret=True
     )
   )
   theirs = with_gradient(functools.partial(attention.attend, length=length))
@@ -156,22 +156,40 @@ def test_the_tpu_kernel_may_be_mapped_over_stages_of_their_own_length():
       *arrays(), lengths
     )
 
-  ours = mapped(functools.partial(attention.attend_splash, interpret=True))
+  ours = mapped(functools.partial(splash.attend_splash, interpret=True))
   theirs = mapped(lambda q, k, v, n: attention.attend(q, k, v, length=n))
   assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize('cached', [False, True])
+@pytest.mark.parametrize('kind', ['all', 'cached', 'once'])
 @pytest.mark.parametrize('num_queries', [4680, 32760, 768, 6])
-def test_blocks_of_the_tpu_kernel_divide_what_it_is_given(num_queries, cached):
-  sizes = attention.splash_blocks(num_queries, 32760, cached=cached)
+def test_blocks_of_the_tpu_kernel_divide_what_it_is_given(num_queries, kind):
+  sizes = splash.splash_blocks(num_queries, 32760, kind)
   padded = -(-num_queries // sizes['block_q']) * sizes['block_q']
   assert padded % sizes['block_q_dkv'] == padded % sizes['block_q_dq'] == 0
   assert sizes['block_kv'] % sizes['block_kv_compute'] == 0
-  if cached and num_queries == 4680:
+  if kind != 'all' and num_queries == 4680:
     # The scores of a block of queries by one of keys, in float32.
     scores = 4 * sizes['block_q'] * sizes['block_kv_compute']
-    assert padded < 1.04 * num_queries and scores < 6 * 2**20
+    most = 1.04 if kind == 'cached' else 1
+    assert padded <= most * num_queries and scores < 6 * 2**20
+
+
+@pytest.mark.parametrize('length', [None, 1, 700, 1500])
+def test_the_tpu_kernel_without_gradients_leaves_out_blocks_beyond(length):
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(1, n, 2, 8)) for n in (40, 1500, 1500))
+  block = splash.splash_blocks(40, 1500, 'once')['block_kv']
+  assert 700 < block < 1500
+  number = None if length is None else jnp.int32(length)
+  theirs = attention.attend(q, k, v, length=number)
+  # Not even multiplied by 0: that would be NaN.
+  unused = np.arange(1500) >= -(-(length or 1500) // block) * block
+  k, v = (np.where(unused[:, None, None], np.nan, x) for x in (k, v))
+  ours = jax.jit(
+    functools.partial(splash.attend_splash, forward_only=True, interpret=True)
+  )(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), number)
+  np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize('backend', ['chunked', 'splash', 'auto'])

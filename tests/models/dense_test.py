@@ -68,3 +68,17 @@ def test_stacks_of_weights_are_one_product(batched):
     np.testing.assert_allclose(
       found[i], dense.affine(one, kernels[i], biases[i]), rtol=1e-5, atol=1e-5
     )
+
+
+def test_heads_are_merged_or_summed_over_alike():
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(1, 2, 3, 4, 8)).astype(np.float32)
+  kernel = rng.normal(size=(32, 5)).astype(np.float32)
+  merged = x.reshape(1, 2, 3, 32) @ kernel
+  for ours in (
+    dense.product(x, kernel, None),
+    dense.product_by_heads(x, kernel),
+  ):
+    np.testing.assert_allclose(ours, merged, rtol=1e-5, atol=1e-5)
+  gradient = jax.grad(lambda x: dense.product(x, kernel, None).sum())(x)
+  assert gradient.shape == x.shape

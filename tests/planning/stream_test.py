@@ -9,10 +9,10 @@ import pytest
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.configs import hiar_1_3b
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.models import umt5, vae
+from hiar_jax.models import splash, umt5, vae
 from hiar_jax.models.config import WanConfig
 from hiar_jax.models.flops import PassFlops
-from hiar_jax.planning import chips, compiled, traffic
+from hiar_jax.planning import chips, compiled, hlo, traffic
 from hiar_jax.planning import parts as planning_parts
 from hiar_jax.planning import stream as planning_stream
 from hiar_jax.sampling import meshes
@@ -208,12 +208,28 @@ def test_a_tick_on_a_tpu_moves_latents_and_nothing_else():
 
 
 @needs_compiler
+def test_a_tick_on_a_tpu_copies_no_window():
+  window = {splash.padded(9 * 16), MODEL.num_heads, MODEL.head_dim}
+  program = hlo.parse(tiny_plan().hlo)
+  # So few heads lie otherwise outside of the program.
+  moved = [
+    one.name
+    for name, computation in program.computations.items()
+    for one in computation.instructions
+    if name != program.entry
+    and one.opcode in ('copy', 'copy-start', 'pad', 'concatenate', 'transpose')
+    and any(set(array.shape) - {1} == window for array in one.arrays)
+  ]
+  assert moved == []
+
+
+@needs_compiler
 def test_a_chip_holds_all_weights_and_the_caches_of_its_own_stages():
   plan = tiny_plan()
   params = jax.eval_shape(Denoiser(MODEL).init, jax.random.key(0))
   assert plan.weights == 2 * sum(a.size for a in jax.tree.leaves(params))
-  # Keys and values: layers x past frames x tokens a frame x width x 2 bytes.
-  assert plan.caches == 2 * 3 * 6 * 16 * 256 * 2
+  # Keys and values: layers x tokens of the window x width x 2 bytes.
+  assert plan.caches == 2 * 3 * splash.padded(9 * 16) * 256 * 2
   assert plan.other > 0 and plan.temporaries > 0
   assert plan.fits and '| fits | yes' in plan.table()
 
