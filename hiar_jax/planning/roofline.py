@@ -115,12 +115,23 @@ class Roofline:
 
 
 def _cell(work: Work) -> str:
-  parts = [f'{1e3 * work.seconds:.3g} ms', f'{work.num_bytes / 1e9:.3g} GB']
+  parts = [
+    _short(1e3 * work.seconds, 'ms', 's'),
+    _short(work.num_bytes / 1e9, 'GB', 'TB'),
+  ]
   if work.flops:
-    parts.insert(1, f'{work.flops / 1e12:.3g} TFLOP')
+    parts.insert(1, _short(work.flops / 1e12, 'TFLOP', 'PFLOP'))
   if work.float32_flops > 0.01 * work.flops:
-    parts.append(f'{work.float32_flops / 1e12:.3g} TFLOP of it in float32')
+    wide = _short(work.float32_flops / 1e12, 'TFLOP', 'PFLOP')
+    parts.append(f'{wide} of it in float32')
   return ', '.join(parts)
+
+
+def _short(number: float, unit: str, thousand: str) -> str:
+  """'820 ms', '8.59 s': of a thousand and more the larger unit."""
+  if float(f'{number:.3g}') >= 1000:
+    number, unit = number / 1000, thousand
+  return f'{number:.3g} {unit}'
 
 
 def roofline(text: str, chip: Chip, *, unknown_trips: float = 1) -> Roofline:

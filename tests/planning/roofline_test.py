@@ -176,3 +176,11 @@ def test_a_collective_takes_the_links():
 def test_a_program_that_is_cut_off_is_refused():
   with pytest.raises(ValueError, match='a bracket is not closed'):
     hlo.parse('ENTRY %main () -> f32[] {\n  %x = f32[] add(%a, %b')
+
+
+def test_rows_of_a_long_program_have_units_to_read():
+  work = roofline.Work(flops=7.14e15, num_bytes=9.996e11, seconds=8.594)
+  rows = roofline.Roofline({roofline.LINEAR: work}).rows()
+  assert rows[0][1] == '8.59 s, 7.14 PFLOP, 1 TB'
+  short = roofline.Roofline({roofline.LINEAR: work * 1e-2}).rows()
+  assert short[1] == ('- linear', '85.9 ms, 71.4 TFLOP, 10 GB')
