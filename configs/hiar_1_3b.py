@@ -171,6 +171,7 @@ def _distill(c):
     generator_every=5,
     ema_decay=0.99,
     ema_start=200,
+    exit_pass='parallel',
     microbatches=1,
   )
   return c

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -254,6 +255,10 @@ def test_an_exit_pass_of_blocks_is_proposed_where_it_suffices():
   assert 'exit_pass=blocks' in said()
   # A block's past is detached.
   assert 'exit_pass' not in said(past_gradient='straight_through')
+  # What is proposed can be given to the config.
+  config = hiar_1_3b.get_config('distill')
+  keys = re.findall(r'--config\.(\w+)\.(\w+)=', said())
+  assert keys and all(name in config[section] for section, name in keys)
 
 
 @pytest.mark.parametrize(
