@@ -90,6 +90,10 @@ class KVCache:
     """Number of frames that are there; they are a prefix of the slots."""
     return jnp.minimum(self.frames, self.slots)
 
+  def emptied(self) -> 'KVCache':
+    """The same buffers with no frame that is there; none is written anew."""
+    return dataclasses.replace(self, frames=jnp.zeros_like(self.frames))
+
   @property
   def rows(self) -> Rows:
     """What a network reads."""

@@ -150,7 +150,7 @@ def record_rollout(
   elif sampler.config.context == 'shared':
     loop = _shared(*arguments)
   else:
-    loop = _step_first(*arguments, most + num_blocks)
+    loop = _step_first(*arguments, most + num_blocks, given)
   return _record(
     sampler, loop, num_blocks, given, before, most, known=most_before is None
   )
@@ -259,7 +259,7 @@ def _commit(sampler, past, context, level, wanted):
 # --- The orders. `total` blocks may be traced, and are at most `most`.
 
 
-def _step_first(sampler, noise, exit_step, past, total, most):
+def _step_first(sampler, noise, exit_step, past, total, most, given):
   """Sweeps up to the exit step; then that step, block by block."""
 
   def one_block(x, past, step, b):
@@ -269,16 +269,19 @@ def _step_first(sampler, noise, exit_step, past, total, most):
     past, kv = _commit(sampler, past, context, level, b < total - 1)
     return past, x_next, x0, kv
 
-  def one_step(step, x):
+  def one_step(step, state):
     def sweep(b, state):
       x, past = state
       past, x_next, _, _ = one_block(x[b], past, step, b)
       return jax.lax.dynamic_update_index_in_dim(x, x_next, b, 0), past
 
-    return jax.lax.fori_loop(0, total, sweep, (x, past))[0]
+    x, used = jax.lax.fori_loop(0, total, sweep, state)
+    # A new one for the last step would lie beside that of those before it; but
+    # given frames may have left the ring.
+    return x, past if given else used.emptied()
 
   x = rollout.initial_blocks(noise, jnp.arange(most))
-  x = jax.lax.fori_loop(0, exit_step, one_step, x)
+  x, past = jax.lax.fori_loop(0, exit_step, one_step, (x, past))
 
   def block(past, b):
     past, _, x0, kv = one_block(x[b], past, exit_step, b)

@@ -110,6 +110,17 @@ def test_rollout_to_the_last_step_is_the_inference_rollout(order, context):
   assert_close(x0, expected[:, 1:], 1e-5)
 
 
+def test_without_given_frames_steps_share_a_past_and_see_none_of_another():
+  sampler = sampler_of(params(), 'matched')
+  expected = jax.jit(lambda: rollout.step_first(sampler, NOISE, BLOCKS))()
+  record = jax.jit(
+    lambda: record_rollout(
+      sampler, NOISE, BLOCKS, STEPS - 1, order='step_first'
+    )
+  )()
+  assert_close(rollout.join_blocks(record.x0), expected, 1e-5)
+
+
 # The serial loop: four small programs, called block by block by the host.
 
 
