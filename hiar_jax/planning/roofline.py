@@ -184,6 +184,16 @@ def _work(
   if traffic.is_collective(one.opcode):
     sent = traffic.sent(one.opcode, one.arrays, one.rest)
     return COLLECTIVES, Work(num_bytes=sent, seconds=sent / chip.link)
+  if traffic.starts(one):
+    started = Work()
+    for name in one.called:
+      inner = program.computations[name]
+      for each in inner.instructions:
+        if traffic.is_collective(each.opcode):
+          started += _work(program, inner, each, chip)[1]
+    return COLLECTIVES, started
+  if traffic.goes_on(one):
+    return COLLECTIVES, Work()
   flops, narrow, kind = _products(program, computation, one)
   num_bytes = _bytes(program, computation, one)
   rate = chip.peak * (_FLOAT32_RATE if chip.gpu and not narrow else 1)

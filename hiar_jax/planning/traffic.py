@@ -51,6 +51,11 @@ _CALLED = re.compile(
   r'(body|condition|calls|to_apply|branch_computations|true_computation|'
   r'false_computation)=(\{[^}]*\}|%?[\w.\-]+)'
 )
+# A TPU's program has an asynchronous collective in the fusion that starts it,
+# in every fusion beside which it runs on, and in the one that ends it.
+_GOES_ON = re.compile(
+  r'%async-collective-done[\w.\-]* = |calls=%?async_collective_fusion'
+)
 _GROUPS = re.compile(r'replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})')
 # Axes of a mesh by name: mesh['a'=2,'b'=4] {'b'}, or a part of one, 'b':(1)2.
 _NAMED_GROUPS = re.compile(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}')
@@ -92,6 +97,8 @@ def traffic(text: str, *, unknown_trips: float) -> list[Traffic]:
     for line in bodies.get(name, ()):
       for one in collectives(line):
         add(one.kind, 1.0, one.sent)
+      if _GOES_ON.search(line):
+        continue
       for role, called in _CALLED.findall(line):
         times = 1.0
         if role in ('body', 'condition'):
@@ -130,6 +137,16 @@ def collectives(hlo: str) -> list[Collective]:
 def is_collective(opcode: str) -> bool:
   """Whether an operation moves numbers from chip to chip."""
   return re.fullmatch(f'({_KINDS})(-start)?', opcode) is not None
+
+
+def goes_on(one: planning_hlo.Instruction) -> bool:
+  """Whether a fusion ends a collective that another one started."""
+  return one.name.startswith('async-collective-done')
+
+
+def starts(one: planning_hlo.Instruction) -> bool:
+  """Whether a fusion does no more than to start a collective."""
+  return one.name.startswith('async-collective-start')
 
 
 def sent(

@@ -14,7 +14,7 @@ from hiar_jax.data import trajectories
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models import flops, lora, sharding
 from hiar_jax.models.config import WanConfig
-from hiar_jax.planning import chips, programs, traffic
+from hiar_jax.planning import chips, programs, roofline, traffic
 from hiar_jax.planning import training as planning_training
 from hiar_jax.training import distillation_phase, phase_parts
 from hiar_jax.weights import networks
@@ -111,6 +111,43 @@ def test_loops_of_a_tpu_count_as_often_as_they_run():
   assert (gathers.kind, gathers.count) == ('all-gather', 3 * 5 + 2 * 5)
   # 3 of 4 parts of 256 x 256 in bfloat16, each time.
   assert gathers.num_bytes == 25 * 3 / 4 * 256 * 256 * 2
+
+
+# As a TPU's compiler writes it: in three fusions, and it runs once.
+ASYNCHRONOUS = """
+%begun (p: f32[2]) -> (f32[2], f32[8]) {
+  %p = f32[2]{0} parameter(0)
+  %g = f32[8]{0} all-gather(%p), channel_id=5, replica_groups=[2,4]<=[8]
+  ROOT %t = (f32[2]{0}, f32[8]{0}) tuple(%p, %g)
+}
+
+%async_collective_fusion.3 (p1: f32[2]) -> f32[8] {
+  %p1 = f32[2]{0} parameter(0)
+  ROOT %g1 = f32[8]{0} all-gather(%p1), channel_id=5, replica_groups=[2,4]<=[8]
+}
+
+%ended (p2: f32[2]) -> f32[8] {
+  %p2 = f32[2]{0} parameter(0)
+  ROOT %g2 = f32[8]{0} all-gather(%p2), channel_id=5, replica_groups=[2,4]<=[8]
+}
+
+ENTRY %main (x: f32[2]) -> f32[8] {
+  %x = f32[2]{0} parameter(0)
+  %async-collective-start.1 = (f32[2]{0}, f32[8]{0}) fusion(%x), kind=kCustom, \
+calls=%begun
+  %beside = f32[8]{0} fusion(%x), kind=kLoop, calls=%async_collective_fusion.3
+  ROOT %async-collective-done.1 = f32[8]{0} fusion(%x), kind=kCustom, \
+calls=%ended
+}
+"""
+
+
+def test_an_asynchronous_gather_of_a_tpu_is_counted_once():
+  (gathers,) = traffic.traffic(ASYNCHRONOUS, unknown_trips=1.0)
+  assert (gathers.count, gathers.num_bytes) == (1, 24)
+  chip = chips.chip_of('v5e:2x2')
+  work = roofline.roofline(ASYNCHRONOUS, chip).classes[roofline.COLLECTIVES]
+  assert work.num_bytes == 24 and work.seconds == 24 / chip.link
 
 
 @pytest.mark.parametrize(
