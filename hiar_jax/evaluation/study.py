@@ -2,8 +2,9 @@
 
 A file has what was measured of one arm, seed and length, video by video. The
 same number of scene is the same scene in every arm, so that arms are compared
-scene by scene; seeds of an arm are averaged within a scene. Intervals are 95 %
-by bootstrap over scenes, see `report.estimate`.
+scene by scene, over the seeds that both have; seeds are averaged within a
+scene. Intervals are 95 % by bootstrap over scenes, see `report.estimate`: what
+another seed of the training would give is not in them.
 
 V scenes, K parts of a video.
 """
@@ -11,7 +12,7 @@ V scenes, K parts of a video.
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,18 +66,25 @@ class Measured:
   def seeds(self, arm: str, kind: Kind) -> list[int]:
     return sorted(self._rows.get((arm, kind), {}))
 
-  def numbers(self, arm: str, kind: Kind, key: str) -> dict[int, float]:
+  def numbers(
+    self,
+    arm: str,
+    kind: Kind,
+    key: str,
+    seeds: Collection[int] | None = None,
+  ) -> dict[int, float]:
     """A number of every scene, mean over seeds; scenes without it left out.
 
     Args:
       arm: its name.
       kind: of videos.
       key: 'identity.hue', 'statistics.drift' and so on.
+      seeds: that count; None: all there are.
     """
     group, _, name = key.partition('.')
     found: dict[int, list[float]] = {}
-    for rows in self._rows.get((arm, kind), {}).values():
-      for row in rows:
+    for seed, rows in self._rows.get((arm, kind), {}).items():
+      for row in rows if seeds is None or seed in seeds else ():
         value = row[group].get(name)
         if value is not None:
           found.setdefault(row['number'], []).append(value)
@@ -152,11 +160,12 @@ def differences(
   kind: Kind,
   columns: Sequence[Column],
 ) -> dict[str, report.Estimate]:
-  """An arm minus another, over the scenes that both have, by key."""
+  """An arm minus another, over scenes and seeds that both have, by key."""
+  seeds = {*measured.seeds(arm, kind)} & {*measured.seeds(against, kind)}
   result = {}
   for column in columns:
-    a = measured.numbers(arm, kind, column.key)
-    b = measured.numbers(against, kind, column.key)
+    a = measured.numbers(arm, kind, column.key, seeds)
+    b = measured.numbers(against, kind, column.key, seeds)
     both = a.keys() & b.keys()
     if both:
       values = [a[number] - b[number] for number in sorted(both)]

@@ -125,7 +125,8 @@ def _table(measured, arms, kind, columns, against):
   ]
   return page.table(('arm', 'seeds', *headings), rows) + (
     f'<p>Below a mean its 95 % interval over scenes. Bold: apart from '
-    f'{html.escape(against)}, scene by scene, by an interval without 0.</p>'
+    f'{html.escape(against)}, scene by scene in the seeds of both, by an '
+    'interval without 0.</p>'
   )
 
 
