@@ -11,56 +11,54 @@ import numpy as np
 
 from benchmarks import gpu_programs
 from benchmarks.gpu_programs import Rows, Size
-from hiar_jax import rollout
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.sampling import calls, decoding, modes, seeds, streaming
+from hiar_jax.sampling import (
+  calls,
+  decoding,
+  modes,
+  passes,
+  seeds,
+  streaming,
+)
 from hiar_jax.text import word_hash
 
 ORDERS = ('block_first', 'step_first')
 
 
 def protocol(size: Size, backend: str, codec_name: str) -> Rows:
-  model = dataclasses.replace(size.transformer, attention=backend)
+  model = dataclasses.replace(
+    size.transformer, attention=backend, unroll=size.transformer.num_layers
+  )
   denoiser, config = Denoiser(model), gpu_programs.rollout_config(size)
   params = gpu_programs.random_params(
-    jax.eval_shape(denoiser.init, jax.random.key(0))
+    jax.eval_shape(
+      lambda key: denoiser.unstack_layers(denoiser.init(key)),
+      jax.random.key(0),
+    )
   )
   states = jnp.zeros((1, model.text_len, model.text_dim), model.dtype)
   text = jax.jit(denoiser.project_text)(params, states)
+  bank = jax.tree.map(lambda a: a[None], text)
   keys = jax.random.split(jax.random.key(1), 1)
-
-  @jax.jit
-  def denoise(params, text, past, block):
-    sampler = rollout.Sampler(denoiser, params, text, config)
-    noise = rollout.named_noise(keys, config.block_shape(model))
-
-    def one_step(x, step):
-      flow, _ = sampler.denoise(x, past, step)
-      return sampler.advance(x, flow, noise, step, block)[0], None
-
-    steps = jnp.arange(config.num_steps)
-    return jax.lax.scan(one_step, noise(0, block), steps)[0]
-
-  @functools.partial(jax.jit, donate_argnums=2)
-  def commit(params, text, past, x):
-    sampler = rollout.Sampler(denoiser, params, text, config)
-    return past.write(sampler.commit_kv(x, past, jnp.zeros(())))
+  stream = passes.Passes(denoiser, config, params, bank, keys)
 
   codec = gpu_programs.codec_of(size, codec_name)
   decode = jax.jit(lambda codec, state, x: codec.decode_stream(state, x))
   flops = config.num_steps * gpu_programs.pass_flops(size)
   while True:
     state = codec.init_decode_state(1)
-    past = rollout.Sampler(denoiser, params, text, config).empty_past()
+    held = passes.begin(
+      *(denoiser, config, params, text, None, 0), num_windows=1
+    )
     seconds = []
     for block in range(7):
-      jax.block_until_ready(past)
+      jax.block_until_ready(held.windows)
       started = time.perf_counter()
-      x = denoise(params, text, past, np.int32(block))
+      x = stream.denoise_block(held, 0, block)
       frames, state = decode(codec, state, x)
       jax.block_until_ready(frames)
       seconds.append(time.perf_counter() - started)
-      past = commit(params, text, past, x)
+      stream.commit_block(held, x, 0, block)
     middle = statistics.median(seconds[1:6])
     yield {'s': middle, 'block s': middle, 'flops': flops}
 

@@ -295,15 +295,29 @@ class Passes:
 
   def block_first(self, state: State, slot: Any, block: int) -> jax.Array:
     """The next block by `rollout.block_first`; `state` is changed."""
+    x = self.denoise_block(state, slot, block)
+    self.commit_block(state, x, slot, block)
+    return x
+
+  def denoise_block(self, state: State, slot: Any, block: int) -> jax.Array:
+    """All steps of the next block of `block_first`, not yet committed."""
     config = self.config.of_block(block)
     own = dataclasses.replace(self, config=config)
     x, at, past = self._first(block), self._at(state, block), state.windows[0]
     for step in range(config.num_steps):
       x, _, past = own._denoise(x, step, block, at, past, slot)
-    state.windows[0] = self._commit(x, config.context_level, at, past, slot)
-    kept = x if state.kept is None else jnp.concatenate([state.kept, x], 1)
-    state.kept = _kept(config, kept)
+    state.windows[0] = past
     return x
+
+  def commit_block(
+    self, state: State, x: jax.Array, slot: Any, block: int
+  ) -> None:
+    """Has a block of `denoise_block` count."""
+    at, past = self._at(state, block), state.windows[0]
+    level = self.config.context_level
+    state.windows[0] = self._commit(x, level, at, past, slot)
+    kept = x if state.kept is None else jnp.concatenate([state.kept, x], 1)
+    state.kept = _kept(self.config, kept)
 
   def recache(self, state: State, slot: Any, block: int) -> None:
     """`block_stream.recache`, before the next block; `state` is changed."""
