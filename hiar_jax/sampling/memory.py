@@ -86,6 +86,12 @@ def prompt_bytes(model: WanConfig, batch_size: int) -> int:
   return 2 * model.num_layers * batch_size * model.text_len * model.dim * width
 
 
+def seen_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:
+  """Of the keys and values that one layer of a pass sees."""
+  tokens = batch_size * config.window * model.tokens_per_frame
+  return 2 * tokens * model.dim * jnp.dtype(model.dtype).itemsize
+
+
 def new_bytes(model: WanConfig, config: RolloutConfig, batch_size: int) -> int:
   """Of the keys and values that a pass over a block returns."""
   tokens = batch_size * config.frames_per_block * model.tokens_per_frame
@@ -119,7 +125,7 @@ def pass_temporaries(
     queries = min(queries, 256) if chunked else 0
   return (
     tokens * (8 * model.dim + 2 * model.ffn_dim) * 4
-    + 2 * batch_size * window * model.dim * width
+    + seen_bytes(model, config, batch_size)
     + 2 * batch_size * model.num_heads * queries * window * 4
     + new_bytes(model, config, batch_size)
   )

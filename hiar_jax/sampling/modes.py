@@ -35,7 +35,8 @@ def estimate_memory(
   Weights and caches are counted, the temporaries are those of
   `memory.pass_temporaries`. Beside them passes in turn keep the keys and values
   of all of them until they are written, and stages as a batch have their pasts
-  copied into the order that the batch is computed in, as XLA compiles it.
+  copied into the order that the batch is computed in, as XLA compiles it, and
+  each of them what a layer of it sees.
   docs/gpu.md holds the sum to what the compiler takes.
   """
   model, config = engine.denoiser.config, engine.config
@@ -56,6 +57,9 @@ def estimate_memory(
     beside = passes * memory.new_bytes(model, config, batch_size)
   elif num_stages > devices:
     beside = caches
+    if engine.mode == 'batched':
+      others = num_stages // devices - 1
+      beside += others * memory.seen_bytes(model, config, batch_size)
   # Each of the devices of a pass has some weights, some heads, and some of the
   # work.
   parts = heads = 1

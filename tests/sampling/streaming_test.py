@@ -338,19 +338,53 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(('topology', 'mode', 'compiled'), COMPILED)
-def test_the_estimate_is_what_the_compiler_takes(topology, mode, compiled):
-  denoiser = Denoiser(WanConfig.wan_1_3b(attention='auto'))
+def estimate(model, mode, mesh=None, batch_size=1, **sizes):
+  denoiser = Denoiser(model)
   params = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, 'bfloat16'),
     jax.eval_shape(denoiser.init, jax.random.key(0)),
   )
   context = 'shared' if mode == 'shared' else 'matched'
-  config = rollout.RolloutConfig(levels=LEVELS, window=21, context=context)
-  mesh = None if topology == 'h100:1x1x1' else stage_mesh(4)
+  config = rollout.RolloutConfig(
+    levels=LEVELS, context=context, **({'window': 21} | sizes)
+  )
   engine = streaming.Engine(denoiser, config, mode, mesh).written_in_place()
   params = jax.eval_shape(engine.denoiser.unstack_layers, params)
-  said = modes.estimate_memory(engine, params, 1).total
+  return modes.estimate_memory(engine, params, batch_size).total
+
+
+@pytest.mark.parametrize(('topology', 'mode', 'compiled'), COMPILED)
+def test_the_estimate_is_what_the_compiler_takes(topology, mode, compiled):
+  mesh = None if topology == 'h100:1x1x1' else stage_mesh(4)
+  said = estimate(WanConfig.wan_1_3b(attention='auto'), mode, mesh)
+  assert said / 1e9 == pytest.approx(compiled, rel=0.05)
+
+
+# Of one H100, 1.3B with four layers and 14B with two: how the numbers grow.
+FOUR = WanConfig.wan_1_3b(attention='auto', num_layers=4)
+GROWING = [
+  (FOUR, 'serial', 1, {}, 3.849),
+  (FOUR, 'serial', 2, {}, 7.274),
+  (FOUR, 'serial', 4, {'window': 9}, 6.876),
+  (FOUR, 'serial', 1, {'window': 45}, 7.574),
+  (FOUR, 'serial', 1, {'window': 12, 'sink': 3}, 2.541),
+  (
+    dataclasses.replace(FOUR, latent_height=90, latent_width=160),
+    *('serial', 1, {}, 8.267),
+  ),
+  (WanConfig.wan_14b(attention='auto', num_layers=2), 'serial', 1, {}, 7.611),
+  (FOUR, 'batched', 2, {}, 14.618),
+  (FOUR, 'batched', 1, {'window': 9}, 3.475),
+]
+
+
+@pytest.mark.parametrize(
+  ('model', 'mode', 'batch', 'sizes', 'compiled'), GROWING
+)
+def test_the_estimate_grows_as_the_compilers_figure(
+  model, mode, batch, sizes, compiled
+):
+  said = estimate(model, mode, batch_size=batch, **sizes)
   assert said / 1e9 == pytest.approx(compiled, rel=0.05)
 
 
