@@ -67,13 +67,20 @@ def main(argv):
         _run(command)
     for arm, seed in jobs:
       weights = _weights(config, arm, seed)
-      for kind in _kinds(config).values():
-        path = _measured(config) / f'{arm}-{seed}-{kind}.json'
-        if not path.exists() and _suits(config, arm, kind):
-          _measure(config, arm, seed, kind, weights, path)
-      _report(config, jobs)
-      # Each arm has programs of its own.
-      jax.clear_caches()
+      missing = {
+        kind: path
+        for kind in _kinds(config).values()
+        if _suits(config, arm, kind)
+        and not (
+          path := _measured(config) / f'{arm}-{seed}-{kind}.json'
+        ).exists()
+      }
+      for kind, path in missing.items():
+        _measure(config, arm, seed, kind, weights, path)
+      if missing:
+        _report(config, jobs)
+        # Each arm has programs of its own.
+        jax.clear_caches()
   _report(config, jobs)
   print((pathlib.Path(config.dir) / 'tables.md').read_text())
 
