@@ -6,9 +6,12 @@ are held, and the network is read once for each.
 
 # B batch, R recorded blocks, f frames per block, F = R * f
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.rollout import Sampler
@@ -84,11 +87,18 @@ def one_by_one(sampler: Sampler, record: Record) -> jax.Array:
   def backward(saved, cotangent):
     trained, record = saved
     total = jax.tree.map(jnp.zeros_like, trained)
+    nothing = total
     for block in range(record.inputs.shape[0]):
-      gradient = _block_gradient(sampler, trained, record, cotangent, block)
+      # A block waits for the gradient before it, as terms of a loss do in
+      # microbatches.py: XLA would take blocks beside each other, and hold all.
+      gradient = jax.lax.cond(
+        jnp.isfinite(optax.tree.norm(total)),
+        functools.partial(
+          _block_gradient, sampler, trained, record, cotangent, block
+        ),
+        lambda: nothing,
+      )
       total = jax.tree.map(jnp.add, total, gradient)
-      # Else XLA may take blocks beside each other, and hold all of them.
-      total, record = jax.lax.optimization_barrier((total, record))
     return total, None
 
   x0.defvjp(forward, backward)
