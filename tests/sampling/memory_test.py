@@ -154,6 +154,7 @@ def test_the_program_tells_it_in_one_line(tmp_path, how):
     check=False,
   )
   assert done.returncode == 2, done.stderr
-  (line,) = done.stderr.splitlines()
+  *notes, line = done.stderr.splitlines()
   assert line.startswith('error: the video needs about ')
+  assert all(note.startswith('note: ') for note in notes), done.stderr
   assert not list(tmp_path.iterdir())
