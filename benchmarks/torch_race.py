@@ -129,7 +129,8 @@ def _ours(options):
 
   def stream():
     with streaming.Stream(
-      *(engine, params, codec, lambda prompts: states, ['x'], keys)
+      *(engine, params, codec, lambda prompts: states, ['x'], keys),
+      num_blocks=options.num_blocks,
     ) as blocks:
       blocks.ahead = 0
       return np.concatenate(

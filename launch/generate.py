@@ -366,7 +366,11 @@ def _stream(prompts: list[str], watch: stopwatch.Stopwatch) -> None:
   with watch('text'):
     pipeline.encoder.encode([*prompts, *(prompt for _, prompt in switches)])
   stream = pipeline.stream(
-    prompts[0], seed=seed, mode=_MODE.value, initial_frames=given
+    prompts[0],
+    seed=seed,
+    num_blocks=_NUM_BLOCKS.value or None,
+    mode=_MODE.value,
+    initial_frames=given,
   )
   for block, prompt in switches:
     stream.send(prompt, at=block, recache=_RECACHE.value)

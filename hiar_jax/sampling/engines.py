@@ -152,9 +152,15 @@ class Engine:
     stages = self.stages
     if stages is None:
       return [[block]]
-    first = stages.finish_turn(block - 1) + 1 if block else 0
-    last = stages.finish_turn(block)
-    return [stages.blocks_at(turn) for turn in range(first, last + 1)]
+    return [stages.blocks_at(turn) for turn in stages.turns_of(block)]
+
+  def wanted(self, block: int, num_blocks: int) -> np.ndarray:
+    """Whether the work of `turns` is for any of so many blocks: [turns, S]."""
+    stages = self.stages
+    if stages is None:
+      return np.ones((1, 1), bool)
+    turns = stages.turns_of(block)
+    return np.array([stages.wanted(turn, num_blocks) for turn in turns])
 
   def place(self, tree: Any) -> Any:
     """Puts arrays on all devices of the mesh, once and for all.

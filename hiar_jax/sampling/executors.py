@@ -26,6 +26,8 @@ from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import RolloutConfig, Sampler
 
 STAGE = 'stage'
+# In place of a prompt's slot: there is nothing to do for the stage.
+NOTHING = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,15 @@ class Stages(abc.ABC):
   @abc.abstractmethod
   def blocks_at(self, turn: int) -> list[int]:
     """The block of each stage in a turn; negative before its first one."""
+
+  def turns_of(self, block: int) -> range:
+    """Those in which a block is finished after the one before it."""
+    first = self.finish_turn(block - 1) + 1 if block else 0
+    return range(first, self.finish_turn(block) + 1)
+
+  def wanted(self, turn: int, num_blocks: int) -> list[bool]:
+    """Whether any of so many blocks needs what a stage does in a turn."""
+    return [block < num_blocks for block in self.blocks_at(turn)]
 
   @abc.abstractmethod
   def init_state(
@@ -135,7 +146,7 @@ class Stages(abc.ABC):
       params: of the network.
       bank: prompts, [M, N, B, ...].
       slots_tS: int32, the prompt in the bank that each stage uses in each of
-        the turns to run; their number is that of the turns.
+        the turns to run, or NOTHING; their number is that of the turns.
       keys_B: one noise key per sample, see `rollout.named_noise`.
       state: of the stages, from `init_state`.
 

@@ -24,6 +24,7 @@ from hiar_jax.models import window
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.models.window import Window
 from hiar_jax.rollout import RolloutConfig, Sampler
+from hiar_jax.sampling.executors import NOTHING
 
 
 @dataclasses.dataclass
@@ -255,6 +256,8 @@ class Passes:
       age = state.turn - step
       if age < 0:
         break  # It has no block yet, nor have those after it.
+      if slots[step] == NOTHING:
+        continue
       block, is_commit = divmod(age, 2)
       at, past = self._at(state, block), state.windows[step]
       if is_commit:

@@ -28,7 +28,7 @@ from hiar_jax import rollout
 from hiar_jax.models.kv_cache import KV, KVCache, Picked
 from hiar_jax.models.transformer import TextKV
 from hiar_jax.rollout import Sampler
-from hiar_jax.sampling.executors import Stages
+from hiar_jax.sampling.executors import NOTHING, Stages
 
 
 @flax.struct.dataclass
@@ -98,6 +98,13 @@ class Pipeline(Stages):
   def blocks_at(self, turn: int) -> list[int]:
     stages = range(self.num_stages)
     return [(turn - stage) // self.ticks_per_block for stage in stages]
+
+  def wanted(self, turn: int, num_blocks: int) -> list[bool]:
+    if self.fused:
+      return super().wanted(turn, num_blocks)
+    # Nobody reads the last block's keys: its stages only denoise it.
+    last = 2 * num_blocks - 2
+    return [turn - stage <= last for stage in range(self.num_stages)]
 
   def init_state(
     self,
@@ -196,9 +203,10 @@ class Pipeline(Stages):
   ) -> tuple[jax.Array, jax.Array, KV, jax.Array]:
     """What one stage does in one tick: D if tick - stage is even, else C.
 
-    Before its first block a stage waits or, in a batch or in place, works on
-    whatever its buffers hold; that reaches neither its past (`live`) nor a
-    later stage's block (parity). `past()` gives the past.
+    Before its first block and after its last (`slot` NOTHING) a stage waits or,
+    in a batch or in place, works on whatever its buffers hold; that reaches
+    neither its past (`live`) nor a later stage's block (parity). `past()` gives
+    the past.
 
     Returns:
       What it holds then, what it sends, the K/V of the pass, and `live`:
@@ -208,6 +216,7 @@ class Pipeline(Stages):
     age = tick - stage
     block = jnp.maximum(age, 0) // 2
     is_denoise = age % 2 == 0
+    idle = (age < 0) | (slot == NOTHING)
     arrived = jnp.where(stage == 0, noise(0, block), inbox)
     context_level = self._context_level(sampler, stage + 1)
 
@@ -226,7 +235,7 @@ class Pipeline(Stages):
       return hold, hold, sampler.no_kv(hold, past())
 
     if self._branches:
-      turn = jnp.where(age < 0, 2, jnp.where(is_denoise, 0, 1))
+      turn = jnp.where(idle, 2, jnp.where(is_denoise, 0, 1))
       context, sent, kv = jax.lax.switch(turn, (denoise, commit, wait))
     else:
       x = jnp.where(is_denoise, arrived, hold)
@@ -234,7 +243,7 @@ class Pipeline(Stages):
       flow, kv = self.denoiser.flow(params, x, level, sampler.text, past=past())
       context, sent = advance(x, flow)
     hold = jnp.where(is_denoise, context, hold)
-    return hold, sent, kv, ~is_denoise & (age >= 0)
+    return hold, sent, kv, ~is_denoise & ~idle
 
   def _fused_tick(
     self, params, bank, keys_B, tick, stage, slot, hold, inbox, past

@@ -25,18 +25,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hiar_jax import rollout
 from hiar_jax.codecs import linear
 from hiar_jax.models.transformer import TextKV
-from hiar_jax.sampling import block_stream, decoding, meshes, passes
+from hiar_jax.sampling import block_stream, decoding, executors, meshes, passes
 from hiar_jax.sampling.engines import MODES as MODES
 from hiar_jax.sampling.engines import Engine as Engine
 
 
 class Stream:
-  """An endless video as an iterator of blocks.
+  """A video as an iterator of blocks, endless if no number of them is given.
 
   Each item is uint8 [B, F, H, W, 3], the frames of one block. `close` it, leave
   its `with` block, or drop it, to free what it holds.
 
   Attributes:
+    num_blocks: after which it ends, or None.
     given: uint8 [B, F, H, W, 3], the frames that the video goes on from, as
       the codec sees them; None if it begins with its first block. They are no
       item of the stream.
@@ -62,6 +63,7 @@ class Stream:
     origin: int = 0,
     reason: str = 'as asked for',
     fps: float | None = None,
+    num_blocks: int | None = None,
   ):
     """Prepares a stream; the first `next` compiles.
 
@@ -76,8 +78,16 @@ class Stream:
       origin: position of the first frame, for tests of shift invariance.
       reason: of the engine's mode, for people.
       fps: frames a second, for `show`.
+      num_blocks: after which it ends: no stage works for what comes after.
+        None: it has no end.
+
+    Raises:
+      ValueError: if it would have no block.
     """
+    if num_blocks is not None and num_blocks < 1:
+      raise ValueError(f'num_blocks={num_blocks} must be at least 1, or None')
     self.reason, self.fps, self.prompts = reason, fps, list(prompts)
+    self.num_blocks = num_blocks
     self._lock = threading.Lock()
     self.ahead = 1
     self._closed = False
@@ -150,8 +160,10 @@ class Stream:
     with self._lock:
       if self._closed:
         raise StopIteration
-      while len(self._ready) < 1 + self.ahead:
+      while len(self._ready) < 1 + self.ahead and not self._is_over:
         self._ready.append(self._start_block())
+      if not self._ready:
+        raise StopIteration
       block = self._ready.pop(0)
     # A prompt is not held up by the work that is under way.
     return np.asarray(block)
@@ -186,9 +198,9 @@ class Stream:
       That block.
 
     Raises:
-      ValueError: if the stream is closed, the block has been started, a prompt
-        is empty or no text, their number is not that of the samples, or the
-        mode has no `recache`.
+      ValueError: if the stream is closed, the block has been started or comes
+        after the last, a prompt is empty or no text, their number is not that
+        of the samples, or the mode has no `recache`.
     """
     if self._closed:
       raise ValueError('the stream is closed')
@@ -208,6 +220,10 @@ class Stream:
       if at < self._begun:
         raise ValueError(
           f'block {at} has been started; the next to start is {self._begun}'
+        )
+      if self.num_blocks is not None and at >= self.num_blocks:
+        raise ValueError(
+          f'block {at} comes after the last, which is {self.num_blocks - 1}'
         )
       self._coming[at] = states, recache
       self.prompts = prompts
@@ -237,6 +253,10 @@ class Stream:
     return passes.Passes(
       *(engine.denoiser, engine.config, self._params, self._bank, self._keys)
     )
+
+  @property
+  def _is_over(self) -> bool:
+    return self.num_blocks is not None and self._block >= self.num_blocks
 
   @property
   def _kept_frames(self) -> int:
@@ -291,6 +311,8 @@ class Stream:
     slots_tS = np.array(
       [[self._slot(block) for block in stages] for stages in turns], np.int32
     )
+    if self.num_blocks is not None:
+      slots_tS[~engine.wanted(self._block, self.num_blocks)] = executors.NOTHING
     arguments = (self._params, self._bank, slots_tS)
     if engine.by_pass:
       latents = self._passes.next_block(

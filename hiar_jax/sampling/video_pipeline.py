@@ -235,13 +235,14 @@ class VideoPipeline:
     prompt: str | Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
+    num_blocks: int | None = None,
     mode: str = modes.AUTO,
     initial_frames: np.ndarray | Video | None = None,
     fit: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     **chosen: Any,
   ) -> streaming.Stream:
-    """An endless video, block by block, in constant memory.
+    """A video block by block, endless or not, in constant memory.
 
     `next(stream)` is uint8 [B, F, H, W, 3] (B prompts), the frames of the next
     block; `stream.send(prompt)` changes the prompt and returns the block from
@@ -252,6 +253,7 @@ class VideoPipeline:
     Args:
       prompt: one or several, streamed together.
       seed: another seed gives another video; or one for each prompt.
+      num_blocks: after which it ends; None: it has no end.
       mode: one of streaming.MODES, or 'auto': the fastest one that fits, see
         `modes.choose_mode`. The stream's `mode` and `reason` tell.
       fit: see `__call__`.
@@ -299,6 +301,7 @@ class VideoPipeline:
       keys,
       initial=initial,
       fps=self.fps,
+      num_blocks=num_blocks,
       **reason,
     )
 

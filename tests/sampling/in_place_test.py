@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
-from hiar_jax.sampling import streaming
+from hiar_jax.sampling import passes, streaming
 from tests import toy_network
 
 CONFIG = dataclasses.replace(
@@ -70,7 +70,9 @@ def stage_mesh(size):
   return jax.make_mesh((size,), ('stage',), axis_types=kinds, devices=devices)
 
 
-def make_stream(mode, prompts=('a', 'bc'), mesh=None, given=0, **changes):
+def make_stream(
+  mode, prompts=('a', 'bc'), mesh=None, given=0, num_blocks=None, **changes
+):
   engine = streaming.Engine(
     DENOISER, rollout_config(mode, **changes), mode, mesh, in_place=True
   )
@@ -78,6 +80,7 @@ def make_stream(mode, prompts=('a', 'bc'), mesh=None, given=0, **changes):
     *(engine, params(), PlainCodec(), encode, list(prompts)),
     jax.random.split(jax.random.key(2), len(prompts)),
     initial=initial(given, len(prompts)),
+    num_blocks=num_blocks,
   )
 
 
@@ -111,6 +114,29 @@ def offline(mode, num_blocks, prompts=('a', 'bc'), given=0, **changes):
 def test_a_stream_pass_by_pass_equals_the_offline_rollout(mode, given):
   ours = take(make_stream(mode, given=given), 6)
   np.testing.assert_allclose(ours, offline(mode, 6, given=given), atol=1e-5)
+
+
+def test_at_its_end_a_stream_makes_the_passes_of_its_last_block_alone(
+  monkeypatch,
+):
+  made = []
+
+  def count(name):
+    whole = getattr(passes.Passes, name)
+
+    def counted(*arguments):
+      made.append(name)
+      return whole(*arguments)
+
+    monkeypatch.setattr(passes.Passes, name, counted)
+
+  count('_denoise')
+  count('_commit')
+  ours = np.concatenate([*make_stream('serial', num_blocks=3)], 1)
+  np.testing.assert_allclose(ours, offline('serial', 3), atol=1e-5)
+  steps = rollout_config('serial').num_steps
+  assert made.count('_denoise') == steps * 3
+  assert made.count('_commit') == steps * 2
 
 
 def test_stages_that_write_in_place_equal_the_offline_rollout():

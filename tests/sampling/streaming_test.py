@@ -407,3 +407,38 @@ def test_the_caches_of_the_estimate_are_those_of_the_stream(mode):
   cached = sum(a.nbytes for a in past if a.ndim >= 5 and a.shape[-1] == 16)
   estimate = modes.estimate_memory(stream._engine, params(), 1)
   assert estimate.caches == cached
+
+
+@pytest.mark.parametrize('mode', streaming.MODES)
+@pytest.mark.parametrize('num_blocks', [1, 3])
+def test_a_stream_of_so_many_blocks_ends_with_the_offline_ones(
+  mode, num_blocks
+):
+  with make_stream(mode, num_blocks=num_blocks) as stream:
+    blocks = list(stream)
+    assert next(stream, None) is None
+  assert len(blocks) == num_blocks
+  chex.assert_trees_all_close(
+    np.concatenate(blocks, 1), offline(mode, num_blocks), atol=1e-5
+  )
+
+
+def test_at_its_end_stages_do_what_the_last_block_needs_and_no_more():
+  engine = make_stream('serial').engine
+  turns = [turn for b in range(7) for turn in engine.turns(b)]
+  wanted = np.concatenate([engine.wanted(b, 7) for b in range(7)])
+  begun = np.array(turns) >= 0
+  # Each block denoised by all stages, and all but the last committed.
+  assert (wanted & begun).sum() == 4 * (7 + 6)
+  assert begun.sum() == 58
+  assert all(engine.wanted(b, 100).all() for b in range(7))
+
+
+def test_no_prompt_comes_after_the_last_block():
+  stream = make_stream('block_first', num_blocks=2)
+  with pytest.raises(
+    ValueError, match='block 2 comes after the last, which is'
+  ):
+    stream.send('b', at=2)
+  with pytest.raises(ValueError, match='num_blocks=0 must be at least 1'):
+    make_stream(num_blocks=0)
