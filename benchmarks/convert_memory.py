@@ -37,6 +37,7 @@ _FILE = layouts.FILES['wan']['transformer']
 
 
 def main():
+  """Converts a release and prints the most memory that took."""
   parser = argparse.ArgumentParser()
   parser.add_argument('--dir', help='where to write; default: temporary')
   parser.add_argument('--num_layers', type=int, default=30)

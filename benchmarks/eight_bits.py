@@ -38,6 +38,7 @@ _ROWS = (
 
 
 def main():
+  """Prints the error and the bytes of each kind."""
   parser = argparse.ArgumentParser()
   parser.add_argument('--num_layers', type=int, default=4, help='of 30')
   parser.add_argument('--seed', type=int, default=0)

@@ -85,6 +85,7 @@ _GIB = 2**30
 
 
 def main() -> None:
+  """Runs the cases that are asked for, within their minutes."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

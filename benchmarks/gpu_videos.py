@@ -26,6 +26,7 @@ ORDERS = ('block_first', 'step_first')
 
 
 def protocol(size: Size, backend: str, codec_name: str) -> Rows:
+  """Blocks as flashdreams counts them, and as a viewer waits for them."""
   model = dataclasses.replace(
     size.transformer, attention=backend, unroll=size.transformer.num_layers
   )

@@ -224,6 +224,7 @@ def report(watchers, memory, asked):
 
 
 async def main():
+  """Serves, watches and types as people do, and prints what they saw."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--seconds', type=float, default=600.0)
   parser.add_argument('--prompts', type=int, default=200)

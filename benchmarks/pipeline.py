@@ -359,6 +359,7 @@ def _table(results: dict[str, list[list[dict]]], num_blocks: int) -> None:
 
 
 def main() -> None:
+  """Times the cases in turns and prints the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

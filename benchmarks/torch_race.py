@@ -226,6 +226,7 @@ def _row(name: str, pairs: list, folder: pathlib.Path, clock: str) -> str:
 
 
 def main() -> None:
+  """Races both sides in pairs and prints the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -135,6 +135,7 @@ class _Version:
 
 
 def main() -> None:
+  """Times both versions in turns and prints the ratio."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -126,9 +126,8 @@ def denoise(
     past: donated.
     denoiser: network.
   """
-  text = jax.tree.map(lambda a: a[slot], bank)
-  flow, written = denoiser.flow(
-    params, x, level, text, past=past, positions_F=positions_F
+  flow, written = _flow(
+    *(params, bank, slot, x, level, positions_F, past), denoiser
   )
   return flow, past.keep(written)
 
@@ -149,11 +148,17 @@ def commit(
 
   The compiler leaves out what comes after the last layer's keys.
   """
-  text = jax.tree.map(lambda a: a[slot], bank)
-  _, written = denoiser.flow(
-    params, x, level, text, past=past, positions_F=positions_F
+  _, written = _flow(
+    *(params, bank, slot, x, level, positions_F, past), denoiser
   )
   return past.write(written)
+
+
+def _flow(params, bank, slot, x, level, positions_F, past, denoiser):
+  text = jax.tree.map(lambda a: a[slot], bank)
+  return denoiser.flow(
+    params, x, level, text, past=past, positions_F=positions_F
+  )
 
 
 @functools.partial(jax.jit, static_argnames='num_frames', donate_argnames='to')

@@ -9,22 +9,9 @@ import time
 import pytest
 
 from hiar_jax.runtime import watchdog
+from tests import late_values
 
 _ROOT = pathlib.Path(__file__).parents[2]
-
-
-class _Values:
-  """Stands for arrays that a device finishes when the test says so."""
-
-  def __init__(self):
-    self._ready = threading.Event()
-
-  def finish(self):
-    self._ready.set()
-
-  def block_until_ready(self):
-    self._ready.wait()
-    return self
 
 
 @pytest.fixture
@@ -37,7 +24,7 @@ def dog():
 
 def test_an_iteration_that_never_finishes_is_named(dog):
   dog, said = dog
-  values = _Values()
+  values = late_values.LateValues()
   dog.step(5, {'loss': 1.0})
   dog.step(6, values)
   # The loop itself runs on: it does not wait for the device.

@@ -14,25 +14,13 @@ from hiar_jax.codecs import pixels
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.sampling import passes, streaming
 from tests import toy_network
+from tests.plain_codec import PlainCodec
 
 CONFIG = dataclasses.replace(
   toy_network.CONFIG, unroll=toy_network.CONFIG.num_layers
 )
 DENOISER = Denoiser(CONFIG)
 LEVELS = noise_schedule.warped_levels((1000, 700, 400), 5.0)
-
-
-class PlainCodec:
-  """Hands latents out as they are, so that tests see them."""
-
-  def init_decode_state(self, batch_size):
-    return ()
-
-  def decode_stream(self, state, latents):
-    return latents, state
-
-
-jax.tree_util.register_static(PlainCodec)
 
 
 @pytest.fixture(autouse=True)

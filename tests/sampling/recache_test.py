@@ -10,24 +10,12 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.sampling import streaming
 from tests import toy_network
+from tests.plain_codec import PlainCodec
 from tests.toy_network import CONFIG, DENOISER
 
 LEVELS = noise_schedule.warped_levels((1000, 500), 5.0)
 SIZE = 3
 BLOCK_SHAPE = (SIZE, *toy_network.FRAME_SHAPE)
-
-
-class PlainCodec:
-  """Hands latents out as they are, so that tests see them."""
-
-  def init_decode_state(self, batch_size):
-    return ()
-
-  def decode_stream(self, state, latents):
-    return latents, state
-
-
-jax.tree_util.register_static(PlainCodec)
 
 
 @pytest.fixture(autouse=True)

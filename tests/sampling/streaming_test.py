@@ -16,6 +16,7 @@ from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
 from hiar_jax.sampling import modes, streaming
 from tests import toy_network
+from tests.plain_codec import PlainCodec
 
 LEVELS = noise_schedule.warped_levels((1000, 750, 500, 250), 5.0)
 DENOISER = Denoiser(
@@ -32,19 +33,6 @@ DENOISER = Denoiser(
     text_len=4,
   )
 )
-
-
-class PlainCodec:
-  """Hands latents out as they are, so that tests see them."""
-
-  def init_decode_state(self, batch_size):
-    return ()
-
-  def decode_stream(self, state, latents):
-    return latents, state
-
-
-jax.tree_util.register_static(PlainCodec)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,19 +9,8 @@ from hiar_jax import noise_schedule, rollout
 from hiar_jax.codecs import pixels
 from hiar_jax.sampling import seeds, streaming, together
 from tests import toy_network
+from tests.plain_codec import PlainCodec
 
-
-class PlainCodec:
-  """Hands latents out as they are, so that tests see them."""
-
-  def init_decode_state(self, batch_size):
-    return ()
-
-  def decode_stream(self, state, latents):
-    return latents, state
-
-
-jax.tree_util.register_static(PlainCodec)
 _INDICES = {2: (1000, 500), 3: (1000, 700, 400), 4: (1000, 750, 500, 250)}
 
 

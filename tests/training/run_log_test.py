@@ -2,7 +2,6 @@
 
 import json
 import sys
-import threading
 import types
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from hiar_jax.runtime import errors, provenance
 from hiar_jax.training import loop_config, run_log
+from tests import late_values
 
 _CONFIG = {'name': 'bouncing', 'phase': 'teacher', 'iterations': 9}
 
@@ -35,24 +35,10 @@ def test_speed_is_kept_apart_from_what_was_computed(tmp_path):
   assert not (tmp_path / 'tensorboard').exists()
 
 
-class _Values:
-  """Stands for arrays that a device finishes when the test says so."""
-
-  def __init__(self):
-    self._ready = threading.Event()
-
-  def finish(self):
-    self._ready.set()
-
-  def block_until_ready(self):
-    self._ready.wait()
-    return self
-
-
 def test_the_bar_shows_what_has_finished_and_not_what_was_started(
   tmp_path, capsys
 ):
-  under_way = _Values()
+  under_way = late_values.LateValues()
   with open_log(tmp_path) as log:
     for step in range(1, 8):
       log.progress(step, {'loss': under_way if step > 2 else 0.5})
@@ -61,7 +47,7 @@ def test_the_bar_shows_what_has_finished_and_not_what_was_started(
 
 
 def test_the_bar_goes_no_step_back_after_a_line(tmp_path, capsys):
-  under_way = _Values()
+  under_way = late_values.LateValues()
   with open_log(tmp_path) as log:
     log.progress(3, under_way)
     log.write(4, {'loss': 0.5})
