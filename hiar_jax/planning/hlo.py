@@ -199,12 +199,24 @@ def trips(program: Program, loop: Instruction) -> int | None:
   if loop.trips is not None:
     return loop.trips
   condition = program.computations[loop.condition]
-  if condition.root.opcode != 'compare' or 'direction=LT' not in (
-    condition.root.rest
-  ):
+  return _limit(program, condition, condition.root)
+
+
+def _limit(
+  program: Program, computation: Computation, one: Instruction
+) -> int | None:
+  """Up to which constant a number may count, by a condition."""
+  if one.opcode == 'fusion':
+    inner = program.computations[one.called[0]]
+    return _limit(program, inner, inner.root)
+  operands = [computation.named[name] for name in one.operands]
+  if one.opcode == 'and':
+    # What ends early counts as if it did not.
+    limits = [_limit(program, computation, operand) for operand in operands]
+    return min((n for n in limits if n is not None), default=None)
+  if one.opcode != 'compare' or 'direction=LT' not in one.rest:
     return None
-  limit = condition.named[condition.root.operands[1]]
-  return int(limit.inputs) if limit.opcode == 'constant' else None
+  return int(operands[1].inputs) if operands[1].opcode == 'constant' else None
 
 
 def arrays(text: str) -> tuple[Array, ...]:

@@ -6,12 +6,9 @@ are held, and the network is read once for each.
 
 # B batch, R recorded blocks, f frames per block, F = R * f
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.rollout import Sampler
@@ -69,68 +66,38 @@ def flow(sampler: Sampler, record: Record, past_gradient: str) -> jax.Array:
   return flow_BFhwC
 
 
-def one_by_one(sampler: Sampler, record: Record) -> jax.Array:
-  """x0 as by `parallel` with a detached past: its gradient is a sum of blocks'.
+def one_block(sampler: Sampler, record: Record, block: int) -> jax.Array:
+  """x0 of one of the blocks, as in `parallel` with a detached past.
 
-  The values are the record's, and nothing is computed for them. The gradient is
-  taken block by block, and each lets go of its activations before the next.
+  The gradient of all is the sum of the blocks'. Each lets go of its activations
+  before the next where they are terms of a loss (microbatches.py).
+
+  Args:
+    sampler: see `parallel`.
+    record: see there.
+    block: which of the R, static.
+
+  Returns:
+    [B, f, h, w, C].
   """
-
-  @jax.custom_vjp
-  def x0(trained, record):
-    del trained
-    return rollout.join_blocks(record.x0)
-
-  def forward(trained, record):
-    return x0(trained, record), (trained, record)
-
-  def backward(saved, cotangent):
-    trained, record = saved
-    total = jax.tree.map(jnp.zeros_like, trained)
-    nothing = total
-    for block in range(record.inputs.shape[0]):
-      # A block waits for the gradient before it, as terms of a loss do in
-      # microbatches.py: XLA would take blocks beside each other, and hold all.
-      gradient = jax.lax.cond(
-        jnp.isfinite(optax.tree.norm(total)),
-        functools.partial(
-          _block_gradient, sampler, trained, record, cotangent, block
-        ),
-        lambda: nothing,
-      )
-      total = jax.tree.map(jnp.add, total, gradient)
-    return total, None
-
-  x0.defvjp(forward, backward)
-  return x0((sampler.params, sampler.text), record)
-
-
-def _block_gradient(sampler, trained, record, cotangent, block):
-  """Of one block's x0, times its part of the cotangent."""
   size = sampler.config.frames_per_block
   own = slice(block * size, (block + 1) * size)
   mask = record.seen.mask()[own]
   num_own = record.inputs.shape[0] * size
   mask = np.concatenate([mask[:, own], mask[:, num_own:]], 1)
   x, level = record.inputs[block], record.levels[block]
-
-  def x0_of(trained):
-    params, text = trained
-    flow_BFhwC, _ = sampler.denoiser.flow(
-      params,
-      x,
-      level,
-      text,
-      positions_F=record.position
-      + jnp.arange(own.start, own.stop, dtype=jnp.int32),
-      past=record.keys,
-      past_frames=record.num_keys,
-      frame_mask=mask,
-    )
-    return noise_schedule.flow_to_x0(x, flow_BFhwC, level)
-
-  _, pull_back = jax.vjp(x0_of, trained)
-  return pull_back(cotangent[:, own])[0]
+  flow_BfhwC, _ = sampler.denoiser.flow(
+    sampler.params,
+    x,
+    level,
+    sampler.text,
+    positions_F=record.position
+    + jnp.arange(own.start, own.stop, dtype=jnp.int32),
+    past=record.keys,
+    past_frames=record.num_keys,
+    frame_mask=mask,
+  )
+  return noise_schedule.flow_to_x0(x, flow_BfhwC, level)
 
 
 def _per_frame(levels_b, sampler):

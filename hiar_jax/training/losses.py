@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hiar_jax import noise_schedule
 
@@ -33,32 +32,15 @@ def flow_matching(
   return jnp.mean(error)
 
 
-def reverse_kl(
-  x0: jax.Array,
-  fake_x0: jax.Array,
-  real_x0: jax.Array,
-  mask: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """DMD generator loss: d loss / d x0 = (fake - real) / mean |x0 - real| / n.
+def reverse_kl_direction(
+  x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array
+) -> jax.Array:
+  """Where DMD pushes x0: (fake - real) / mean |x0 - real|, a constant.
 
   Args:
     x0: the student's output.
     fake_x0: the critic's clean estimate of the re-noised output.
     real_x0: the teacher's (guided) clean estimate of the same.
-    mask: see `reverse_kl_along`.
-
-  Returns:
-    Loss, and the mean absolute gradient direction (a health metric).
-  """
-  direction = reverse_kl_direction(x0, fake_x0, real_x0)
-  loss = reverse_kl_along(x0, direction, mask)
-  return loss, jnp.mean(jnp.abs(direction))
-
-
-def reverse_kl_direction(
-  x0: jax.Array, fake_x0: jax.Array, real_x0: jax.Array
-) -> jax.Array:
-  """(fake - real) / mean |x0 - real|, a constant; arguments as above.
 
   Source: eqs. 7-8 of DMD (arXiv:2311.18828), with the normaliser of its
   public code, over all frames; a normaliser of 0 gives 0.
@@ -72,24 +54,16 @@ def reverse_kl_direction(
   return jax.lax.stop_gradient(direction)
 
 
-def reverse_kl_along(
-  x0: jax.Array,
-  direction: jax.Array,
-  mask: jax.Array | np.ndarray | None = None,
-) -> jax.Array:
+def reverse_kl_along(x0: jax.Array, direction: jax.Array) -> jax.Array:
   """A loss whose gradient in x0 is `direction` / n, and its size that of DMD.
 
   Args:
-    x0: the student's output.
-    direction: of `reverse_kl_direction`.
-    mask: bool [B or 1, F]; only True frames carry loss.
+    x0: the student's output, or some of its frames.
+    direction: of `reverse_kl_direction`, of the same frames.
   """
   x0 = x0.astype(jnp.float32)
   error = jnp.square(x0 - jax.lax.stop_gradient(x0 - direction))
-  if mask is None:
-    return 0.5 * jnp.mean(error)
-  mask = jnp.broadcast_to(noise_schedule.expand(mask, error), error.shape)
-  return 0.5 * jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+  return 0.5 * jnp.mean(error)
 
 
 def forward_kl_pair(

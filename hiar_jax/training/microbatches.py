@@ -2,10 +2,11 @@
 
 The parts' gradients are averaged and make one update. All that is random is
 drawn for the whole batch before, so that the parts do not matter. A loss that
-is a sum may be given as its terms: each has its own backward pass then, and
-lets go of its activations before the next.
+is a sum may be given as its terms: each has its own backward pass then, which
+adds to the gradient in place and lets go of its activations before the next.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,74 +17,102 @@ import optax
 from hiar_jax.models import sharding
 
 Metrics = dict[str, jax.Array]
+Term = Callable[[Any, Any], tuple[jax.Array, Metrics]]
+
+
+def _as_it_is(params: Any, part: Any) -> tuple[Any, Metrics]:
+  del params
+  return part, {}
 
 
 def gradient(
-  terms: Sequence[Callable[[Any, Any], tuple[jax.Array, Metrics]]],
+  terms: Sequence[Term],
   params: Any,
   whole: Any,
   num_parts: int,
+  prepare: Callable[[Any, Any], tuple[Any, Metrics]] = _as_it_is,
+  *,
+  in_place: bool = True,
 ) -> tuple[Any, Metrics]:
-  """Gradient of a sum of terms(params, part), averaged over the parts.
+  """Gradient of a sum of terms, averaged over the parts.
 
   Args:
-    terms: each to (loss, metrics), both means over the samples of a part.
+    terms: each to (loss, metrics), both means over the samples of a part;
+      metrics of one name are added.
     params: to differentiate by.
     whole: arrays with a leading axis of samples, which is cut.
     num_parts: how many parts there are.
+    prepare: (params, part) to what all terms take in place of the part, and
+      metrics; no gradient goes through it.
+    in_place: whether a layer's gradient is added where the sum lies, so that
+      one stack of gradients is held, and not a term's beside it. It must be
+      False where the layers do not take `params` as they are: adapters.
 
   Returns:
-    The gradient, and the metrics of all terms.
+    The gradient, and all metrics.
 
   Raises:
     ValueError: if the parts do not divide the samples.
   """
-  if num_parts == 1:
-    return _of_terms(terms, params, whole)
-
-  def one_part(total, part):
-    grads, metrics = _of_terms(terms, params, part)
-    total = jax.tree.map(lambda t, g: t + g / num_parts, total, grads)
-    return sharding.constrain_params(total), metrics
-
   zeros = sharding.constrain_params(jax.tree.map(jnp.zeros_like, params))
-  grads, metrics = jax.lax.scan(one_part, zeros, _parts(whole, num_parts))
-  return grads, jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
+  total = jax.tree.map(jax.new_ref, zeros)
 
-
-def _of_terms(terms, params, part):
-  """Gradient of the sum of the terms, one after the other, and metrics.
-
-  Of a term after a gradient that is not finite nothing is computed: no update
-  will come of it, and the term's metrics are NaN.
-  """
-  total, metrics = None, Metrics()
-  for term in terms:
-
-    def one(term=term):
-      grads, metrics = jax.grad(term, has_aux=True)(params, part)
-      return sharding.constrain_params(grads), metrics
-
-    if total is None:
-      total, metrics = one()
-      continue
-    # The condition is what makes a term wait for the gradient before it: XLA
-    # would take both beside each other, and hold all that they need at a time.
-    # (On GPUs it does so across an optimization_barrier.)
-    grads, more = jax.lax.cond(
-      jnp.isfinite(optax.tree.norm(total)), one, lambda one=one: _nothing(one)
+  def add(term, part):
+    backward: Any  # jax declares it without its with_refs.
+    loss, backward, metrics = jax.vjp(
+      lambda params: term(params, part), params, has_aux=True
     )
-    grads = jax.tree.map(jnp.add, total, grads)
-    total = sharding.constrain_params(grads)
-    metrics |= more
-  return total, metrics
+    share = jnp.full_like(loss, 1 / num_parts)
+    if in_place:
+      # Of a scan's arrays jax 0.10 must find those with a ref first. flax's
+      # layers have their parameters there; scaled ones would have none.
+      backward.with_refs(total)(share)
+    else:
+      jax.tree.map(
+        lambda ref, grad: jax.ref.addupdate(ref, ..., grad),
+        *(total, backward(share)[0]),
+      )
+    return metrics
+
+  def one_part(part):
+    part, metrics = jax.lax.stop_gradient(prepare(params, part))
+    for term in terms:
+      so_far = jax.tree.map(lambda ref: ref[...], total)
+      finite = jnp.isfinite(optax.tree.norm((so_far, metrics)))
+      _, shapes = jax.eval_shape(term, params, part)
+      more = _once_if(finite, functools.partial(add, term, part), shapes)
+      for name, value in more.items():
+        metrics[name] = metrics[name] + value if name in metrics else value
+    return metrics
+
+  if num_parts == 1:
+    metrics = one_part(whole)
+  else:
+    _, metrics = jax.lax.scan(
+      lambda _, part: (None, one_part(part)), None, _parts(whole, num_parts)
+    )
+    metrics = jax.tree.map(lambda m: jnp.mean(m, 0), metrics)
+  grads = jax.tree.map(jax.freeze, total)
+  return sharding.constrain_params(grads), metrics
 
 
-def _nothing(one):
-  """What a term gives that is not computed."""
-  return jax.tree.map(
-    lambda a: jnp.full(a.shape, jnp.nan, a.dtype), jax.eval_shape(one)
+def _once_if(finite, run, shapes):
+  """What `run` gives, once all that comes before it is there and finite.
+
+  If it is not finite no update will come of it, and this gives NaN.
+
+  A loop that runs once or not at all: what XLA keeps of a term then begins and
+  ends in the loop, and the gradient is added to in place. Without it XLA takes
+  the terms beside each other and holds all that they need at a time (on GPUs
+  across an optimization_barrier too), and a branch would copy the gradient.
+  """
+  nothing = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), shapes)
+  _, results = jax.lax.while_loop(
+    lambda state: (state[0] < 1) & finite,
+    lambda state: (state[0] + 1, run()),
+    (jnp.zeros((), jnp.int32), nothing),
   )
+  return results
 
 
 def _parts(tree, num_parts):

@@ -45,7 +45,8 @@ def _regress(
     return loss, {'loss': loss}
 
   grads, metrics = microbatches.gradient(
-    [with_metrics], state.net.params, whole, num_parts
+    *([with_metrics], state.net.params, whole, num_parts),
+    in_place=adapters is None,
   )
   loss = metrics['loss']
   # A young average follows closely, or it would remember the initial weights.

@@ -11,6 +11,7 @@ or `critic_skipped` is 1.
 # B batch, F frames, h w latent rows and columns, C channels
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -117,44 +118,62 @@ class Distillation:
     blocks = dict(num_blocks=num_blocks, before=before, most_before=most_before)
     self._check(frozen, **blocks)
     exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
+    size = self.rollout.frames_per_block
 
-    def reverse_kl(params, part):
+    def prepare(params, part):
       batch, draws = part
       params = self._whole(params, frozen.student_base, frozen)
       sampler = self._sampler(
         params, self.student.project_text(params, batch['text'])
       )
       record = self._rollout(sampler, draws, exit_step, **blocks)
+      # Scores first: critic and teacher judge the record, which is what the
+      # exit pass gives, before that pass's residuals take room.
       direction = self._direction(
         state, frozen, batch, self._cut(frozen, record), draws
       )
-      # Scores first: critic and teacher judge the record, which is what the
-      # exit pass gives, before that pass's residuals take room.
-      record, direction = jax.lax.optimization_barrier((record, direction))
-      if self.config.exit_pass == 'blocks':
-        x0 = exit_pass.one_by_one(sampler, record)
-      else:
+      metrics = {'dmd_gradient': jnp.mean(jnp.abs(direction))}
+      return (batch, record, direction), metrics
+
+    # The first frames of a cut have no past to be judged with.
+    first = 0 if before is None else 1
+
+    def reverse_kl(params, part, block=None):
+      batch, record, direction = part
+      params = self._whole(params, frozen.student_base, frozen)
+      sampler = self._sampler(
+        params, self.student.project_text(params, batch['text'])
+      )
+      if block is None:
         x0 = exit_pass.parallel(
           sampler, record, past_gradient=self.config.past_gradient
         )
-      mask = None
-      if before is not None:
-        # The first frames of a cut have no past to be judged with.
-        mask = np.arange(x0.shape[1])[None] >= self.rollout.frames_per_block
-      loss = losses.reverse_kl_along(x0, direction, mask)
-      return loss, {
-        'reverse_kl': loss,
-        'dmd_gradient': jnp.mean(jnp.abs(direction)),
-      }
+        judged, share = slice(first * size, None), 1.0
+        x0 = x0[:, judged]
+      else:
+        x0 = exit_pass.one_block(sampler, record, block)
+        judged = slice(block * size, (block + 1) * size)
+        share = 1 / (num_blocks - first)
+      loss = share * losses.reverse_kl_along(x0, direction[:, judged])
+      return loss, {'reverse_kl': loss}
 
     def forward_kl(params, part):
       params = self._whole(params, frozen.student_base, frozen)
       loss = self._forward_kl(params, part[0], forward_kl_step)
       return self.config.forward_kl_weight * loss, {'forward_kl': loss}
 
+    terms: list[microbatches.Term] = [reverse_kl]
+    if self.config.exit_pass == 'blocks':
+      terms = [
+        functools.partial(reverse_kl, block=block)
+        for block in range(first, num_blocks)
+      ]
+    if self.config.forward_kl_weight:
+      terms.append(forward_kl)
     grads, metrics = microbatches.gradient(
-      [reverse_kl, forward_kl][: 2 if self.config.forward_kl_weight else 1],
-      *(state.student.params, (batch, draws), self.config.microbatches),
+      *(terms, state.student.params, (batch, draws)),
+      *(self.config.microbatches, prepare),
+      in_place=self.adapters is None,
     )
     norm = optax.tree.norm(grads)
     finite = training_state.finite_update(norm, *metrics.values())
@@ -212,6 +231,7 @@ class Distillation:
     grads, metrics = microbatches.gradient(
       *([loss_fn], state.critic.params, (batch, draws)),
       self.config.microbatches,
+      in_place=self.adapters is None,
     )
     critic = state.critic.update(grads, self.critic_optimiser)
     norm = optax.tree.norm(grads)

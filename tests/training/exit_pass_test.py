@@ -1,6 +1,7 @@
 """The exit step's passes block by block, held to all blocks' at once."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from hiar_jax import noise_schedule, rollout
 from hiar_jax.denoiser import Denoiser
 from hiar_jax.models.config import WanConfig
-from hiar_jax.training import exit_pass
+from hiar_jax.training import exit_pass, microbatches
 from hiar_jax.training import rollout as training_rollout
 from hiar_jax.training.distill_config import DistillConfig
 from tests import tiny
@@ -42,20 +43,32 @@ def setting(denoiser):
 
 
 def gradient_of(denoiser, states, record, way, **config):
-  """Program: parameters to the gradient of x0 times something, and x0."""
+  """Program: parameters to the gradient of x0 times something, and x0 of it."""
   model = denoiser.config
   frames = (BATCH, BLOCKS * SIZE, model.latent_height, model.latent_width)
   cotangent = np.random.default_rng(3).normal(size=(*frames, model.channels))
 
-  def loss(params, record):
+  def term(params, record, block=None):
     sampler = sampler_of(denoiser, params, states, **config)
-    if way == 'blocks':
-      x0 = exit_pass.one_by_one(sampler, record)
-    else:
+    if block is None:
       x0 = exit_pass.parallel(sampler, record, past_gradient='detached')
-    return jnp.sum(x0 * cotangent.astype(np.float32)), x0
+      own, name = slice(None), 'x0'
+    else:
+      x0 = exit_pass.one_block(sampler, record, block)
+      own, name = slice(block * SIZE, (block + 1) * SIZE), f'x0_{block}'
+    loss = jnp.sum(x0 * cotangent[:, own].astype(np.float32))
+    return loss, {name: x0}
 
-  return jax.jit(jax.grad(loss, has_aux=True))
+  terms = [term]
+  if way == 'blocks':
+    terms = [functools.partial(term, block=block) for block in range(BLOCKS)]
+
+  @jax.jit
+  def run(params, record):
+    grads, x0 = microbatches.gradient(terms, params, record, 1)
+    return grads, jnp.concatenate(list(x0.values()), 1)
+
+  return run
 
 
 def recorded(denoiser, params, states, noise, config, **kwargs):
