@@ -64,15 +64,36 @@ def compile_program(run: Any, arguments: tuple) -> Program:
   cost = compiled.cost_analysis() or {}
   return Program(
     arguments=memory.argument_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.generated_code_size_in_bytes,
+    temporaries=_beside_arguments(memory, _platform(arguments)),
     flops=cost.get('flops'),
     compiler_seconds=cost.get('optimal_seconds'),
     compile_seconds=elapsed,
     hlo=compiled.as_text(),
   )
+
+
+def _beside_arguments(memory: Any, platform: str) -> int:
+  """Bytes of temporaries, results that reuse no argument, and the program.
+
+  A TPU's compiler gives its temporaries places of their own as long as there is
+  room, and old ones again where there is none: the sum of the places says
+  little of what a program needs. What a chip is refused for is the peak
+  (docs/tpu.md). A GPU's temporaries are one allocation, as large as they say.
+  """
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  beside = memory.temp_size_in_bytes + results
+  if platform == 'tpu':
+    at_peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    beside = max(at_peak, results)
+  return beside + memory.generated_code_size_in_bytes
+
+
+def _platform(arguments: tuple) -> str:
+  """Of the devices that abstract arrays are placed on; else this machine's."""
+  sharding = jax.tree.leaves(arguments)[0].sharding
+  if sharding is None:
+    return jax.default_backend()
+  return next(iter(sharding.device_set)).platform
 
 
 def bytes_per_chip(tree: Any) -> int:

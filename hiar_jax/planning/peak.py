@@ -6,8 +6,7 @@ from the instruction that makes it to the last one that takes it. What an
 instruction writes in place, and what goes round a loop, is one array. Which of
 them the compiler puts into the same place is not told, so the sum is an
 estimate. Of four programs (docs/gpu.md, docs/tpu.md) it was 1.27, 17.95, 9.51
-and 1.30 GB where the compiler said 1.26, 16.80, 10.28 and 1.75; of a whole
-step of training for TPUs 12.9 where it said 20.0.
+and 1.30 GB where the compiler said 1.26, 16.80, 10.28 and 1.75.
 """
 
 import dataclasses
