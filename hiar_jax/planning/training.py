@@ -318,8 +318,8 @@ def estimated_bytes(training: Training) -> float:
     )
 
   state = jax.eval_shape(lambda: programs.first_state(steps))
-  # Gradients beside the state.
-  held = parameters(state) + 2 * parameters(state.student.params)
+  # One stack of gradients beside the state (training/microbatches.py).
+  held = parameters(state) + parameters(state.student.params)
   scale = jnp.dtype(training.teacher_dtype).itemsize / 4
   held += scale * parameters(programs.params(steps.teacher))
   held /= sizes.fsdp * sizes.tensor

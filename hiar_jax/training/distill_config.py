@@ -42,7 +42,8 @@ class DistillConfig:
     ema_decay: of the student's average.
     ema_start: critic updates before it starts.
     microbatches: parts that a batch is taken in, one after the other, to need
-      less memory; their gradients are averaged and make one update.
+      less memory; their gradients are averaged and make one update. Each leaves
+      its rollouts at an exit step of its own.
   """
 
   order: str = 'step_first'

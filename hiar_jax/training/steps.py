@@ -117,7 +117,7 @@ class Distillation:
     """
     blocks = dict(num_blocks=num_blocks, before=before, most_before=most_before)
     self._check(frozen, **blocks)
-    exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
+    draws = self._draws(key, batch['text'].shape[0], num_blocks)
     size = self.rollout.frames_per_block
 
     def prepare(params, part):
@@ -126,7 +126,7 @@ class Distillation:
       sampler = self._sampler(
         params, self.student.project_text(params, batch['text'])
       )
-      record = self._rollout(sampler, draws, exit_step, **blocks)
+      record = self._rollout(sampler, draws, **blocks)
       # Scores first: critic and teacher judge the record, which is what the
       # exit pass gives, before that pass's residuals take room.
       direction = self._direction(
@@ -177,8 +177,7 @@ class Distillation:
     )
     norm = optax.tree.norm(grads)
     finite = training_state.finite_update(norm, *metrics.values())
-    metrics |= {
-      'exit_step': exit_step,
+    metrics |= self._exit_metric('exit_step', draws) | {
       'student_grad_norm': norm,
       'student_skipped': ~finite,
     }
@@ -211,7 +210,7 @@ class Distillation:
     """
     blocks = dict(num_blocks=num_blocks, before=before, most_before=most_before)
     self._check(frozen, **blocks)
-    exit_step, draws = self._draws(key, batch['text'].shape[0], num_blocks)
+    draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
     def loss_fn(params, part):
       batch, draws = part
@@ -220,7 +219,7 @@ class Distillation:
       sampler = self._sampler(
         student, self.student.project_text(student, batch['text'])
       )
-      record = self._rollout(sampler, draws, exit_step, **blocks)
+      record = self._rollout(sampler, draws, **blocks)
       x0 = self._cut(frozen, record)
       x = noise_schedule.add_noise(x0, draws['eps'], draws['sigma'])
       text = self.critic.project_text(params, batch['text'])
@@ -241,8 +240,7 @@ class Distillation:
       critic=training_state.where(finite, critic, state.critic),
       iteration=state.iteration + 1,
     )
-    metrics |= {
-      'critic_exit_step': exit_step,
+    metrics |= self._exit_metric('critic_exit_step', draws) | {
       'critic_grad_norm': norm,
       'critic_skipped': ~finite,
     }
@@ -259,21 +257,33 @@ class Distillation:
     return Sampler(self.student, params, text, self.rollout)
 
   def _draws(self, key, batch, num_blocks):
-    """All chance of a step: its exit step, and what is drawn per sample.
+    """All chance of a step, per sample.
 
-    Drawn for the whole batch, so that its parts do not matter.
+    Exit steps are the same for all samples of a microbatch, each of which has
+    one of its own. All else is drawn for the whole batch, so that its parts do
+    not matter.
     """
     rollout_key, level_key, eps_key = jax.random.split(key, 3)
     exit_key, noise_key = jax.random.split(rollout_key)
-    exit_step = jax.random.randint(exit_key, (), 0, self.rollout.num_steps)
+    num_parts = self.config.microbatches
+    exit_steps = jax.random.randint(
+      exit_key, (num_parts,), 0, self.rollout.num_steps
+    )
     frames, *frame = self.rollout.block_shape(self.student.config)
     frames *= num_blocks
-    draws = {
+    return {
+      # Part i has the samples i, i + num_parts, ...
+      'exit_step': jnp.tile(exit_steps, batch // num_parts),
       'noise_keys': jax.random.split(noise_key, batch),
       'sigma': self._level(level_key, batch),
       'eps': jax.random.normal(eps_key, (batch, frames, *frame)),
     }
-    return exit_step, draws
+
+  def _exit_metric(self, name, draws):
+    """By which losses are told apart, where all of a batch left at one step."""
+    if self.config.microbatches > 1:
+      return {}
+    return {name: draws['exit_step'][0]}
 
   def lengths(self, num_blocks: int, longest: int) -> dict[str, Any]:
     """Arguments of both steps for a rollout of so many blocks.
@@ -319,9 +329,7 @@ class Distillation:
         "cut_start='reencoded' need a codec"
       )
 
-  def _rollout(
-    self, sampler, draws, exit_step, num_blocks, before, most_before
-  ):
+  def _rollout(self, sampler, draws, num_blocks, before, most_before):
     """Self-rollout to one exit step, the same for all samples and blocks."""
     noise = rollout.named_noise(
       draws['noise_keys'], self.rollout.block_shape(self.student.config)
@@ -330,7 +338,7 @@ class Distillation:
       sampler,
       noise,
       num_blocks,
-      exit_step,
+      draws['exit_step'][0],
       order=self.config.order,
       block_first_context=self.config.block_first_context,
       before=0 if before is None else before,

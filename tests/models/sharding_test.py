@@ -209,18 +209,12 @@ def test_a_sharded_update_equals_the_unsharded_one(sizes):
 
 
 @pytest.mark.slow
-def test_microbatches_make_the_update_of_the_whole_batch():
-  check(
-    sharded_update.errors(sharded_update.update(microbatches=2), unsharded())
-  )
-
-
-@pytest.mark.slow
 def test_microbatches_on_a_mesh():
   mesh = sharding.make_mesh(MeshConfig(2, 1, 2, 2))
   check(
     sharded_update.errors(
-      sharded_update.update(mesh, microbatches=2), unsharded()
+      sharded_update.update(mesh, microbatches=2),
+      sharded_update.update(microbatches=2),
     )
   )
 

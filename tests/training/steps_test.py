@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hiar_jax import noise_schedule, rollout
@@ -239,6 +240,42 @@ def test_exit_steps_are_uniform_and_one_for_all_samples():
   assert len(counts) == ROLLOUT.num_steps and counts.min() > 15, counts
 
 
+@pytest.mark.parametrize(
+  'part', ['critic', pytest.param('student', marks=pytest.mark.slow)]
+)
+def test_every_microbatch_leaves_at_a_step_of_its_own(part, monkeypatch):
+  sgd, key, two = optax.sgd(1.0), jax.random.key(0), dict(num_blocks=2)
+  net = training_state.init_net(networks()[0], sgd)
+  state = dataclasses.replace(
+    distill_state(networks()[1]), student=net, critic=net
+  )
+
+  def moved(data, **kwargs):
+    """Parameters that are moved by their gradient."""
+    steps = dataclasses.replace(
+      distillation(**kwargs), student_optimiser=sgd, critic_optimiser=sgd
+    )
+
+    step = steps.critic_step if part == 'critic' else steps.generator_step
+    run = jax.jit(lambda data: step(state, frozen(), data, key, **two)[0])
+    return getattr(run(data), part).params
+
+  data = batch() | {'trajectory': batch()['trajectory'][:, :, :4]}
+  draws = distillation(microbatches=2)._draws(key, BATCH, 2)
+  assert draws['exit_step'][0] != draws['exit_step'][1]
+  found, halves = moved(data, microbatches=2), []
+  for i in range(2):
+    half = jax.tree.map(lambda x, i=i: x[i::2], draws)
+    monkeypatch.setattr(
+      training_steps.Distillation, '_draws', lambda *_, half=half: half
+    )
+    halves.append(moved(jax.tree.map(lambda x, i=i: x[i::2], data)))
+  jax.tree.map(
+    lambda a, b, c: np.testing.assert_allclose(a, (b + c) / 2, atol=1e-5),
+    *(found, *halves),
+  )
+
+
 def traced(steps, batch, **kwargs):
   """Traces a generator step without compiling it: its metrics' shapes."""
   _, metrics = jax.eval_shape(
@@ -294,8 +331,9 @@ def test_the_cut_of_a_longer_rollout_begins_as_a_video():
 
   @functools.partial(jax.jit, static_argnames=STATIC)
   def run(codec, num_blocks, before, most_before):
-    _, draws = steps._draws(jax.random.key(0), BATCH, num_blocks)
-    record = steps._rollout(sampler, draws, 1, num_blocks, before, most_before)
+    draws = steps._draws(jax.random.key(0), BATCH, num_blocks)
+    draws['exit_step'] = jnp.ones(BATCH, jnp.int32)
+    record = steps._rollout(sampler, draws, num_blocks, before, most_before)
     known = frozen().replace(codec=codec)
     return (
       record.x0_before,
