@@ -157,10 +157,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """All computations by name, and which one is the program itself."""
+  """A program.
+
+  Attributes:
+    computations: all of them by name.
+    entry: which of them is the program itself.
+    reused: results, by their place, that lie where an argument was.
+  """
 
   computations: dict[str, Computation]
   entry: str
+  reused: frozenset[int] = frozenset()
 
 
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -181,12 +188,16 @@ def parse(text: str) -> Program:
       lines.append(line)
     elif lines:  # What a kernel says of itself may have lines of its own.
       lines[-1] += line
+  module, *_ = text.split('\n', 1)
+  aliases = re.search(r'input_output_alias=\{(.*?\)) \}', module)
+  reused = re.findall(r'\{(\d+)\}: \(', aliases[1]) if aliases else ()
   return Program(
     {
       name: Computation(tuple(map(_instruction, lines)))
       for name, lines in computations.items()
     },
     entry,
+    frozenset(map(int, reused)),
   )
 
 

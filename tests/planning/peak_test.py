@@ -24,6 +24,19 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   assert at_peak(text) == (['f32[8,8]', 'f32[8,4]'], 4 * (64 + 32))
 
 
+def test_a_result_in_the_place_of_an_argument_takes_no_room():
+  text = """HloModule jit_f, input_output_alias={ {1}: (0, {}, may-alias) }, x=1
+
+ENTRY %main (x: f32[8]) -> (f32[4], f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %a = f32[8]{0} negate(%x)
+  %b = f32[4]{0} slice(%a), slice={[0:4]}
+  ROOT %t = (f32[4]{0}, f32[8]{0}) tuple(%b, %a)
+}
+"""
+  assert at_peak(text) == (['f32[4]'], 4 * 4)
+
+
 LOOP = """
 %body (s: (s32[], f32[100], f32[8])) -> (s32[], f32[100], f32[8]) {
   %s = (s32[], f32[100]{0}, f32[8]{0}) parameter(0)
