@@ -7,6 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Queries at a time where only values are asked for, with 512 keys. The kernel
+# has 16 MiB unless the compiler is told otherwise: with 2,432 it took 16.02 in
+# one of three training programs for v5p, which was refused.
+_MOST = 2304
+
 
 def attend_splash(
   q_BTHK: jax.Array,
@@ -92,13 +97,12 @@ def splash_blocks(num_queries: int, num_keys: int, kind: str) -> dict[str, Any]:
     kind: 'all' has the padding suit the kernels of the gradient, which hold
       several times as much as that of the values. 'cached': passes against a
       cache, for which the latter decides: it reads all keys once for each block
-      of queries, and 2,560 with 512 keys at a time are what fits its memory
-      (16 MiB unless the compiler is told otherwise). 'once': there is no
-      gradient, and nothing is padded where T is a few equal parts of whole
-      tiles of 8 rows. A block of Wan2.1's 4,680 queries is two of 2,432 with
-      3.9 % of padding if it is 'cached', three of 1,560 'once'.
+      of queries. 'once': there is no gradient, and nothing is padded where T is
+      a few equal parts of whole tiles of 8 rows. A block of Wan2.1's 4,680
+      queries is three of 1,664 with 6.7 % of padding if it is 'cached', three
+      of 1,560 'once'.
   """
-  block_q = block_size(num_queries, 1024 if kind == 'all' else 2560, 128)
+  block_q = block_size(num_queries, 1024 if kind == 'all' else _MOST, 128)
   if kind == 'once':
     block_q = _even_part(num_queries) or block_q
   block_kv = block_size(num_keys, 1024, 128)
@@ -120,10 +124,10 @@ def splash_blocks(num_queries: int, num_keys: int, kind: str) -> dict[str, Any]:
 
 
 def _even_part(num_queries: int) -> int:
-  """The largest part of at most 2,560 in whole tiles; 0: none worth it."""
+  """The largest part of at most _MOST in whole tiles; 0: none worth it."""
   for parts in range(1, 9):
     size, rest = divmod(num_queries, parts)
-    if not rest and size % 8 == 0 and size <= 2560:
+    if not rest and size % 8 == 0 and size <= _MOST:
       return size
   return 0
 
