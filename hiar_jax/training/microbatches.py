@@ -80,7 +80,7 @@ def gradient(
       so_far = jax.tree.map(lambda ref: ref[...], total)
       finite = jnp.isfinite(optax.tree.norm((so_far, metrics)))
       _, shapes = jax.eval_shape(term, params, part)
-      more = _once_if(finite, functools.partial(add, term, part), shapes)
+      more = _once_if(finite, functools.partial(add, term), part, shapes)
       for name, value in more.items():
         metrics[name] = metrics[name] + value if name in metrics else value
     return metrics
@@ -96,8 +96,8 @@ def gradient(
   return sharding.constrain_params(grads), metrics
 
 
-def _once_if(finite, run, shapes):
-  """What `run` gives, once all that comes before it is there and finite.
+def _once_if(finite, run, part, shapes):
+  """What run(part) gives, once all that comes before it is there and finite.
 
   If it is not finite no update will come of it, and this gives NaN.
 
@@ -106,10 +106,17 @@ def _once_if(finite, run, shapes):
   the terms beside each other and holds all that they need at a time (on GPUs
   across an optimization_barrier too), and a branch would copy the gradient.
   """
+
+  def body(state):
+    # Or XLA for TPUs takes what no turn changes out of the loop, which is the
+    # whole forward pass, and makes it a second time inside.
+    turn, of_turn = jax.lax.optimization_barrier((state[0], part))
+    return turn + 1, run(of_turn)
+
   nothing = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), shapes)
   _, results = jax.lax.while_loop(
     lambda state: (state[0] < 1) & finite,
-    lambda state: (state[0] + 1, run()),
+    body,
     (jnp.zeros((), jnp.int32), nothing),
   )
   return results

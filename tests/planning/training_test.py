@@ -25,6 +25,26 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+# Large enough for the kernels of a TPU.
+KERNEL = Denoiser(
+  WanConfig(
+    dim=256,
+    ffn_dim=512,
+    num_heads=2,
+    num_layers=8,
+    latent_height=32,
+    latent_width=32,
+    channels=4,
+    freq_dim=32,
+    text_dim=64,
+    text_len=16,
+    dtype='bfloat16',
+    remat='full',
+    attention='auto',
+  )
+)
+
+
 def tiny(**mesh) -> programs.Training:
   return programs.Training(
     steps=sharded_update.steps(),
@@ -333,24 +353,9 @@ def test_no_collective_is_larger_than_a_layer_or_a_samples_keys(part):
   What becomes of a layout that is not laid out on each chip, the next but one
   test sees: here the compiler divides it.
   """
-  model = WanConfig(
-    dim=256,
-    ffn_dim=512,
-    num_heads=2,
-    num_layers=8,
-    latent_height=32,
-    latent_width=32,
-    channels=4,
-    freq_dim=32,
-    text_dim=64,
-    text_len=16,
-    dtype='bfloat16',
-    remat='full',
-    attention='auto',
-  )
-  denoiser = Denoiser(model)
+  model = KERNEL.config
   steps = dataclasses.replace(
-    sharded_update.steps(), student=denoiser, critic=denoiser, teacher=denoiser
+    sharded_update.steps(), student=KERNEL, critic=KERNEL, teacher=KERNEL
   )
   training = dataclasses.replace(
     tiny(fsdp=8), steps=steps, batch_size=8, num_blocks=2
@@ -369,6 +374,40 @@ def test_no_collective_is_larger_than_a_layer_or_a_samples_keys(part):
     one for one in traffic.collectives(text) if one.num_bytes > max(layer, keys)
   ]
   assert not large, large
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['adapters', 'blocks'])
+def test_one_chip_makes_every_pass_once(way):
+  """What no turn of a loop changes, XLA takes out of it, and makes it twice."""
+  steps = dataclasses.replace(
+    sharded_update.steps(), student=KERNEL, critic=KERNEL, teacher=KERNEL
+  )
+  if way == 'adapters':
+    steps = dataclasses.replace(steps, adapters=lora.LoRAConfig(rank=4))
+  else:
+    numbers = dataclasses.replace(steps.config, exit_pass=way)
+    steps = dataclasses.replace(steps, config=numbers)
+  training = dataclasses.replace(
+    tiny(fsdp=1), steps=steps, batch_size=1, num_blocks=2
+  )
+  mesh, training = planning_training._on_topology(
+    training, 'generator', 'v5e:1x1'
+  )
+  run, arguments, _ = programs.program(training, 'generator', mesh)
+  with jax.set_mesh(mesh), jax.default_matmul_precision('default'):
+    text = run.lower(*arguments).compile().as_text()
+  kernels = ('fwd_segmented_residuals', 'dq_segmented', 'dkv_segmented')
+  found = [
+    len(re.findall(rf'%splash_mha_{kernel}[\w.]* = ', text))
+    for kernel in kernels
+  ]
+  # Self-attention of two blocks and of the forward KL. Cross-attention of the
+  # exit pass, once or for each block, and of the forward KL.
+  passes = 3 + (2 if way == 'adapters' else 3)
+  # And the values again, which remat does not keep.
+  assert found == [2 * passes, passes, passes]
 
 
 def test_adapters_of_the_teachers_own_network_have_no_base_beside_it():
