@@ -17,12 +17,13 @@ import optax
 from hiar_jax.models import sharding
 
 Metrics = dict[str, jax.Array]
-Term = Callable[[Any, Any], tuple[jax.Array, Metrics]]
+# (params, start, read) to (loss, metrics), see `gradient`.
+Term = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
 
 
-def _as_it_is(params: Any, part: Any) -> tuple[Any, Metrics]:
+def _as_it_is(params: Any, part: Any) -> tuple[Any, Any, Metrics]:
   del params
-  return part, {}
+  return part, (), {}
 
 
 def gradient(
@@ -30,20 +31,21 @@ def gradient(
   params: Any,
   whole: Any,
   num_parts: int,
-  prepare: Callable[[Any, Any], tuple[Any, Metrics]] = _as_it_is,
+  prepare: Callable[[Any, Any], tuple[Any, Any, Metrics]] = _as_it_is,
   *,
   in_place: bool = True,
 ) -> tuple[Any, Metrics]:
-  """Gradient of a sum of terms, averaged over the parts.
+  """Gradient of a sum of terms, averaged over the parts of a batch.
 
   Args:
-    terms: each to (loss, metrics), both means over the samples of a part;
-      metrics of one name are added.
+    terms: each (params, start, read) to (loss, metrics), means over the samples
+      of a part; metrics of one name are added.
     params: to differentiate by.
     whole: arrays with a leading axis of samples, which is cut.
     num_parts: how many parts there are.
-    prepare: (params, part) to what all terms take in place of the part, and
-      metrics; no gradient goes through it.
+    prepare: (params, part) to what the terms' passes start from, what they
+      only read, which may be large, and metrics. No gradient goes through it.
+      Without it they start from the part, and have nothing to read.
     in_place: whether a layer's gradient is added where the sum lies, so that
       one stack of gradients is held, and not a term's beside it. It must be
       False where the layers do not take `params` as they are: adapters.
@@ -57,10 +59,10 @@ def gradient(
   zeros = sharding.constrain_params(jax.tree.map(jnp.zeros_like, params))
   total = jax.tree.map(jax.new_ref, zeros)
 
-  def add(term, part):
+  def add(term, read, start):
     backward: Any  # jax declares it without its with_refs.
     loss, backward, metrics = jax.vjp(
-      lambda params: term(params, part), params, has_aux=True
+      lambda params: term(params, start, read), params, has_aux=True
     )
     share = jnp.full_like(loss, 1 / num_parts)
     if in_place:
@@ -75,12 +77,13 @@ def gradient(
     return metrics
 
   def one_part(part):
-    part, metrics = jax.lax.stop_gradient(prepare(params, part))
+    start, read, metrics = jax.lax.stop_gradient(prepare(params, part))
     for term in terms:
       so_far = jax.tree.map(lambda ref: ref[...], total)
       finite = jnp.isfinite(optax.tree.norm((so_far, metrics)))
-      _, shapes = jax.eval_shape(term, params, part)
-      more = _once_if(finite, functools.partial(add, term), part, shapes)
+      _, shapes = jax.eval_shape(term, params, start, read)
+      run = functools.partial(add, term, read)
+      more = _once_if(finite, run, start, shapes)
       for name, value in more.items():
         metrics[name] = metrics[name] + value if name in metrics else value
     return metrics
@@ -96,8 +99,8 @@ def gradient(
   return sharding.constrain_params(grads), metrics
 
 
-def _once_if(finite, run, part, shapes):
-  """What run(part) gives, once all that comes before it is there and finite.
+def _once_if(finite, run, start, shapes):
+  """What run(start) gives, once all that comes before it is there and finite.
 
   If it is not finite no update will come of it, and this gives NaN.
 
@@ -109,8 +112,9 @@ def _once_if(finite, run, part, shapes):
 
   def body(state):
     # Or XLA for TPUs takes what no turn changes out of the loop, which is the
-    # whole forward pass, and makes it a second time inside.
-    turn, of_turn = jax.lax.optimization_barrier((state[0], part))
+    # whole forward pass, and makes it a second time inside. What goes through
+    # the barrier may be copied.
+    turn, of_turn = jax.lax.optimization_barrier((state[0], start))
     return turn + 1, run(of_turn)
 
   nothing = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), shapes)

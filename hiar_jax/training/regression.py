@@ -38,7 +38,7 @@ def _regress(
     base: parameters that adapters belong to.
   """
 
-  def with_metrics(params, part):
+  def with_metrics(params, part, _):
     if adapters is not None:
       params = lora.join(base, params, adapters.scale)
     loss = loss_fn(params, part)

@@ -133,13 +133,15 @@ class Distillation:
         state, frozen, batch, self._cut(frozen, record), draws
       )
       metrics = {'dmd_gradient': jnp.mean(jnp.abs(direction))}
-      return (batch, record, direction), metrics
+      keys, record = record.keys, record.replace(keys=None)
+      return (batch, record, direction), keys, metrics
 
     # The first frames of a cut have no past to be judged with.
     first = 0 if before is None else 1
 
-    def reverse_kl(params, part, block=None):
-      batch, record, direction = part
+    def reverse_kl(params, start, keys, block=None):
+      batch, record, direction = start
+      record = record.replace(keys=keys)
       params = self._whole(params, frozen.student_base, frozen)
       sampler = self._sampler(
         params, self.student.project_text(params, batch['text'])
@@ -157,9 +159,10 @@ class Distillation:
       loss = share * losses.reverse_kl_along(x0, direction[:, judged])
       return loss, {'reverse_kl': loss}
 
-    def forward_kl(params, part):
+    def forward_kl(params, start, keys):
+      del keys
       params = self._whole(params, frozen.student_base, frozen)
-      loss = self._forward_kl(params, part[0], forward_kl_step)
+      loss = self._forward_kl(params, start[0], forward_kl_step)
       return self.config.forward_kl_weight * loss, {'forward_kl': loss}
 
     terms: list[microbatches.Term] = [reverse_kl]
@@ -212,7 +215,7 @@ class Distillation:
     self._check(frozen, **blocks)
     draws = self._draws(key, batch['text'].shape[0], num_blocks)
 
-    def loss_fn(params, part):
+    def loss_fn(params, part, _):
       batch, draws = part
       student = self._whole(state.student.params, frozen.student_base, frozen)
       params = self._whole(params, frozen.critic_base, frozen)

@@ -48,7 +48,7 @@ def gradient_of(denoiser, states, record, way, **config):
   frames = (BATCH, BLOCKS * SIZE, model.latent_height, model.latent_width)
   cotangent = np.random.default_rng(3).normal(size=(*frames, model.channels))
 
-  def term(params, record, block=None):
+  def term(params, record, _, block=None):
     sampler = sampler_of(denoiser, params, states, **config)
     if block is None:
       x0 = exit_pass.parallel(sampler, record, past_gradient='detached')
