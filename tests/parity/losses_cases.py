@@ -68,9 +68,11 @@ def _dmd():
   real_x0 = ns.flow_to_x0(
     noisy, guided(noisy, told[:, 0], cond, uncond, 4.0), sigma
   )
-  (loss, size), gradient = jax.value_and_grad(losses.reverse_kl, has_aux=True)(
-    jnp.asarray(x0), fake_x0, real_x0
+  direction = losses.reverse_kl_direction(jnp.asarray(x0), fake_x0, real_x0)
+  loss, gradient = jax.value_and_grad(losses.reverse_kl_along)(
+    jnp.asarray(x0), direction
   )
+  size = jnp.mean(jnp.abs(direction))
   latents = {
     'noisy_latent': noisy,
     'pred_fake_flow': fake_flow,
