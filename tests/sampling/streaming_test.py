@@ -320,9 +320,9 @@ COMPILED = [
   ('h100:1x1x1', 'shared', 27.61),
   ('h100:1x1x1', 'batched', 46.20),
   ('h100:1x1x4', 'batched', 9.49),
-  ('v5e:2x2', 'batched', 9.71),
-  ('v5p:2x2x1', 'batched', 9.88),
-  ('v6e:2x2', 'batched', 9.79),
+  ('v5e:2x2', 'batched', 9.52),
+  ('v5p:2x2x1', 'batched', 9.77),
+  ('v6e:2x2', 'batched', 9.72),
 ]
 
 
