@@ -122,10 +122,7 @@ class Distillation:
 
     def prepare(params, part):
       batch, draws = part
-      params = self._whole(params, frozen.student_base, frozen)
-      sampler = self._sampler(
-        params, self.student.project_text(params, batch['text'])
-      )
+      sampler = self._student_sampler(params, frozen, batch['text'])
       record = self._rollout(sampler, draws, **blocks)
       # Scores first: critic and teacher judge the record, which is what the
       # exit pass gives, before that pass's residuals take room.
@@ -142,10 +139,7 @@ class Distillation:
     def reverse_kl(params, start, keys, block=None):
       batch, record, direction = start
       record = record.replace(keys=keys)
-      params = self._whole(params, frozen.student_base, frozen)
-      sampler = self._sampler(
-        params, self.student.project_text(params, batch['text'])
-      )
+      sampler = self._student_sampler(params, frozen, batch['text'])
       if block is None:
         x0 = exit_pass.parallel(
           sampler, record, past_gradient=self.config.past_gradient
@@ -217,10 +211,9 @@ class Distillation:
 
     def loss_fn(params, part, _):
       batch, draws = part
-      student = self._whole(state.student.params, frozen.student_base, frozen)
       params = self._whole(params, frozen.critic_base, frozen)
-      sampler = self._sampler(
-        student, self.student.project_text(student, batch['text'])
+      sampler = self._student_sampler(
+        state.student.params, frozen, batch['text']
       )
       record = self._rollout(sampler, draws, **blocks)
       x0 = self._cut(frozen, record)
@@ -255,6 +248,13 @@ class Distillation:
       return params
     base = frozen.teacher if base is None else base
     return lora.join(base, params, self.adapters.scale)
+
+  def _student_sampler(
+    self, trained: Any, frozen: Frozen, states: jax.Array
+  ) -> Sampler:
+    """Of what is trained of the student, and text states [B, L, text_dim]."""
+    params = self._whole(trained, frozen.student_base, frozen)
+    return self._sampler(params, self.student.project_text(params, states))
 
   def _sampler(self, params: Any, text: TextKV) -> Sampler:
     return Sampler(self.student, params, text, self.rollout)
